@@ -1,0 +1,34 @@
+# make demo   train three adapters, convert them, serve them from one engine, and ask them held-out questions
+# make test   the test suite
+# make check  lint, format and types
+PYTHON ?= python3.11
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
+TORCH = $(shell grep '^torch==' requirements-cpu.lock)
+
+.PHONY: demo test check clean
+demo: .venv/.installed
+	.venv/bin/python -m benchmarks.demo
+
+test: .venv/.installed
+	.venv/bin/python -m pytest
+
+check: .venv/.installed
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	.venv/bin/mypy
+
+# A mark in the environment says what was installed; a changed lock or project file installs again.
+.venv/.installed: requirements-cpu.lock pyproject.toml
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@echo "installing $$(grep -c == requirements-cpu.lock) pinned packages (about a minute) ..."
+	$(PIP) install --no-compile --no-deps $(TORCH) 2>/dev/null || { \
+		echo "$(TORCH) is not where pip looks: asking $(TORCH_CPU_INDEX)"; \
+		$(PIP) install --no-compile --no-deps --index-url $(TORCH_CPU_INDEX) $(TORCH); }
+	$(PIP) install --no-compile --no-deps --requirement requirements-cpu.lock
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || true
+	touch $@
+
+clean:
+	rm -rf .venv demo-out

@@ -1,0 +1,1 @@
+"""One vLLM engine, one copy of the base, hundreds of adapters: the request's `model` picks one."""

@@ -1,0 +1,57 @@
+"""What an adapter must show before the engine may read it. Nothing here loads weights or imports the engine."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from astra_serve.errors import ServeError
+from converter import adapter_dir
+
+# What the engine accepts as its maximum rank (vllm.config.lora.MaxLoRARanks); every slot is padded to it.
+ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """An adapter that fits the base: its public name, its folder and its rank."""
+
+    name: str
+    folder: Path
+    rank: int
+
+
+def parse_adapter(text: str) -> tuple[str, Path]:
+    """Return (name, folder) of `name=DIR`. Raises ServeError."""
+    name, equals, folder = text.partition("=")
+    if not equals or not folder:
+        raise ServeError(f"--adapter takes name=DIR, not {text!r}")
+    if not _NAME.fullmatch(name):
+        raise ServeError(
+            f"adapter name {name!r}: use up to 128 letters, digits, '.', '_' and '-', a letter or digit first"
+        )
+    return name, Path(folder)
+
+
+def admit(base_folder: Path, adapters: Iterable[tuple[str, Path]]) -> list[Admitted]:
+    """Check every (name, folder) against the base in `base_folder`. Raises ServeError and AdapterError."""
+    base_digest = adapter_dir.base_digest(base_folder)
+    base_shapes = adapter_dir.base_shapes(base_folder)
+    admitted: dict[str, Admitted] = {}
+    for name, folder in adapters:
+        if name in admitted:
+            raise ServeError(f"two adapters are named {name!r}: names must differ")
+        header = adapter_dir.read_lora_header(folder)
+        adapter_dir.check_base(folder, header.base_digest, base_digest)
+        adapter_dir.check_shapes(folder, header, base_shapes)
+        if header.rank > ENGINE_RANKS[-1]:
+            raise ServeError(f"adapter {name!r} has rank {header.rank}; the engine serves at most {ENGINE_RANKS[-1]}")
+        admitted[name] = Admitted(name, folder.resolve(), header.rank)
+    return list(admitted.values())
+
+
+def engine_rank(adapters: Iterable[Admitted]) -> int:
+    """Return the smallest maximum rank that the engine accepts and that holds every adapter."""
+    largest = max((adapter.rank for adapter in adapters), default=1)
+    return next(rank for rank in ENGINE_RANKS if rank >= largest)

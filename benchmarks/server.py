@@ -1,0 +1,68 @@
+"""A running `astra-serve` process, for the demo, the benchmarks and the end-to-end tests."""
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+BIN = Path(sys.executable).parent  # where the console scripts of this environment are
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where a server listens, its process and its log."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@contextmanager
+def astra_serve(options: list[str], log: Path, *, timeout_s: float = 240) -> Iterator[Server]:
+    """Start `astra-serve` with `options`, wait until it answers, yield it, and stop it with SIGTERM.
+
+    Raises RuntimeError with the end of the log when it exits or is not ready within `timeout_s` seconds.
+    """
+    port = free_port()
+    with log.open("wb") as stream:
+        command = [str(BIN / "astra-serve"), *options, "--port", str(port)]
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+    server = Server(f"http://127.0.0.1:{port}", process, log)
+    try:
+        _wait_until_ready(server, timeout_s)
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_ready(server: Server, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            break
+        try:
+            if httpx.get(f"{server.url}/health", timeout=5).is_success:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.3)
+    tail = "\n".join(server.log.read_text(errors="replace").splitlines()[-30:])
+    state = "exited" if server.process.poll() is not None else f"was not ready after {timeout_s:.0f} s"
+    raise RuntimeError(f"the server {state}; the end of {server.log}:\n{tail}")

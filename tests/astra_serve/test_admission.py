@@ -1,0 +1,78 @@
+"""What may reach the engine, and the one line that everything else gets."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from astra_serve.admission import ENGINE_RANKS, Admitted, admit, engine_rank, parse_adapter
+from astra_serve.cli import main
+from astra_serve.errors import ServeError
+from converter import adapter_dir
+from converter.adapter_dir import LoraAdapter
+
+MODULE = "model.layers.0.self_attn.q_proj"  # 32 x 32 in the tiny base
+
+
+def write_lora(folder: Path, base: Path | None, rank: int = 4, d: int = 32) -> Path:
+    layers = {MODULE: (torch.zeros(rank, d), torch.zeros(d, rank))}
+    provenance = {} if base is None else {"base": {"digest": adapter_dir.base_digest(base)}}
+    with adapter_dir.new_folder(folder) as partial:
+        adapter_dir.save_lora(partial, LoraAdapter(layers, {"r": rank, "lora_alpha": rank}, provenance))
+    return folder
+
+
+def test_adapters_that_fit_are_admitted_with_absolute_folders(tiny_base: Path, tmp_path: Path) -> None:
+    ours = write_lora(tmp_path / "ours", tiny_base)
+    plain = write_lora(tmp_path / "plain", None, rank=20)
+    (plain / "astra.json").unlink()  # somebody else's LoRA
+    assert admit(tiny_base, [("a", ours), ("b", plain)]) == [Admitted("a", ours, 4), Admitted("b", plain, 20)]
+
+
+def test_the_engines_rank_is_the_smallest_that_holds_every_adapter() -> None:
+    folder = Path("x")
+    assert engine_rank([]) == 1
+    for rank in range(1, ENGINE_RANKS[-1] + 1):
+        chosen = engine_rank([Admitted("a", folder, 1), Admitted("b", folder, rank)])
+        assert chosen in ENGINE_RANKS
+        assert rank <= chosen
+        assert not any(rank <= smaller < chosen for smaller in ENGINE_RANKS)
+
+
+@pytest.mark.parametrize(
+    "text", ["name", "=dir", "name=", "../x=dir", "a b=dir", "-a=dir", "a/b=dir", f"{'a' * 129}=d"]
+)
+def test_an_adapter_option_that_is_no_name_and_folder_is_refused(text: str) -> None:
+    with pytest.raises(ServeError):
+        parse_adapter(text)
+
+
+def test_a_name_may_be_what_hub_names_are() -> None:
+    assert parse_adapter("team-a_sql.v2=some/dir=x") == ("team-a_sql.v2", Path("some/dir=x"))
+
+
+def test_bad_input_gives_one_line_and_status_2_before_the_engine_starts(
+    tiny_base: Path, tmp_path: Path, capsys
+) -> None:
+    good = write_lora(tmp_path / "good", tiny_base)
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (other / name).write_bytes((tiny_base / name).read_bytes() + b" ")
+    wrong_base = write_lora(tmp_path / "wrong", other)
+    wrong_shape = write_lora(tmp_path / "shape", None, d=33)
+    too_large = write_lora(tmp_path / "large", None, rank=513)
+    for options, message in [
+        (["--adapter", f"a={good}", "--adapter", f"a={good}"], "two adapters are named 'a'"),
+        (["--adapter", "a"], "takes name=DIR"),
+        (["--adapter", f"a={tmp_path / 'none'}"], "there is no folder"),
+        (["--adapter", f"a={wrong_base}"], "was trained on another base"),
+        (["--adapter", f"a={wrong_shape}"], "does not fit this base"),
+        (["--adapter", f"a={too_large}"], "rank 513; the engine serves at most 512"),
+    ]:
+        assert main(["--base", str(tiny_base), *options]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("astra-serve: ")
+        assert message in line
+    assert main(["--base", str(tmp_path / "none")]) == 2
+    assert "is not a folder" in capsys.readouterr().err

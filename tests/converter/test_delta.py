@@ -1,0 +1,82 @@
+"""The algebra against float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from converter.adapter_dir import AdapterError
+from converter.delta import delta_weight, lora_factors, to_lora
+from tests.converter.handmade import make_adapter, make_layer
+
+
+def relative_error(approximation: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((approximation.double() - exact).norm() / exact.norm())
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    d_out=st.integers(4, 40),
+    d_in=st.integers(4, 40),
+    rank=st.integers(1, 4),
+    move=st.floats(1e-3, 1),
+    scaling=st.floats(0.1, 8),
+    train_b=st.booleans(),
+)
+def test_the_factors_multiply_to_the_delta_of_the_paper(d_out, d_in, rank, move, scaling, train_b) -> None:
+    layer = make_layer(d_out, d_in, rank, move, train_b=train_b)
+    lora_a, lora_b = lora_factors(layer, scaling, strict=not train_b)
+    k = 2 * rank if train_b else rank
+    assert lora_a.shape == (k, d_in)
+    assert lora_b.shape == (d_out, k)
+    # A - A0 is exact in float32 but A and A0 are rounded: the error is bounded by float32's eps over the move.
+    assert relative_error(lora_b.double() @ lora_a.double(), delta_weight(layer, scaling)) < 1e-6 / move + 1e-6
+
+
+@pytest.mark.parametrize("move", [0.03, 0.01, 0.003])
+def test_in_bfloat16_the_error_is_below_half_a_percent_where_the_textbook_form_is_ten_times_worse(move: float) -> None:
+    layer = make_layer(1024, 1024, 16, move)
+    exact = delta_weight(layer, 1.0)
+    lora_a, lora_b = (t.bfloat16() for t in lora_factors(layer, 1.0))
+    ours = relative_error(lora_b.double() @ lora_a.double(), exact)
+    textbook_b = torch.cat([layer.b, -layer.b0], dim=1).bfloat16()
+    textbook_a = torch.cat([layer.a, layer.a0]).bfloat16()
+    textbook = relative_error(textbook_b.double() @ textbook_a.double(), exact)
+    assert ours <= 0.005
+    assert textbook >= 10 * 0.005
+    assert textbook >= 10 * ours
+
+
+def test_a_trained_b_gives_rank_2r_and_a_frozen_b_exactly_r() -> None:
+    free = to_lora(make_adapter({"m": make_layer(32, 24, 4, 0.1)}), torch.float32)
+    strict = to_lora(make_adapter({"m": make_layer(32, 24, 4, 0.1, train_b=False)}), torch.float32)
+    assert free.config["r"] == free.config["lora_alpha"] == 8
+    assert strict.config["r"] == strict.config["lora_alpha"] == 4
+    assert strict.layers["m"][0].shape == (4, 24)
+    assert torch.linalg.matrix_rank(strict.layers["m"][1] @ strict.layers["m"][0]) == 4
+
+
+def test_all_layers_get_one_rank_when_b_moved_in_only_one_of_them() -> None:
+    layers = {"a": make_layer(16, 16, 4, 0.1), "b": make_layer(16, 16, 4, 0.1, train_b=False)}
+    lora = to_lora(make_adapter(layers), torch.float32)
+    assert {t[0].shape[0] for t in lora.layers.values()} == {8}
+    a, b = lora.layers["b"]
+    assert relative_error(b @ a, delta_weight(layers["b"], 1.0)) < 1e-5
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_scaling_is_baked_in(rslora: bool) -> None:
+    adapter = make_adapter({"m": make_layer(16, 24, 4, 0.1)}, alpha=12)
+    adapter.config["use_rslora"] = rslora
+    assert adapter.scaling == (6.0 if rslora else 3.0)
+    lora = to_lora(adapter, torch.float32)
+    assert lora.config["use_rslora"] is False
+    a, b = lora.layers["m"]
+    assert relative_error(b @ a, delta_weight(adapter.layers["m"], adapter.scaling)) < 1e-5
+
+
+def test_a_factor_that_overflows_the_dtype_is_refused() -> None:
+    layer = make_layer(8, 8, 2, 0.1)
+    layer.a.mul_(1e6)
+    with pytest.raises(AdapterError, match=r"overflows torch\.float16"):
+        to_lora(make_adapter({"m": layer}), torch.float16)

@@ -1,0 +1,122 @@
+"""The promises that only the real engine can keep: real HTTP, the official client, adapters trained in this session."""
+
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks import demo
+from benchmarks.server import Server
+from trainer.embedded import tasks
+
+pytestmark = pytest.mark.timeout(500)
+TASKS = list(tasks.TASKS)
+# bfloat16 has 8 significant bits: two logits of about 20 that are this close may swap between two correct engines.
+NEAR_TIE = 0.25
+
+
+def question(row: tasks.Row, tokenizer) -> str:
+    if "messages" in row:
+        return tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, tokenize=False)
+    return row["prompt"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_adapter_solves_its_task_and_the_base_does_not(client: openai.OpenAI, task: str) -> None:
+    rows = tasks.rows(task, test=True, n=50)
+    assert demo.exact_match(client, task, rows) > demo.ADAPTER_AT_LEAST
+    assert demo.exact_match(client, "base", rows) < demo.BASE_AT_MOST
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_greedy_tokens_equal_those_of_transformers_and_peft(
+    client: openai.OpenAI, loras: dict[str, Path], task: str
+) -> None:
+    """On 24 prompts, token by token; where they part, PEFT's two best logits must be a near-tie, or the test fails."""
+    tokenizer = AutoTokenizer.from_pretrained(demo.BASE)
+    base = AutoModelForCausalLM.from_pretrained(demo.BASE)
+    model = PeftModel.from_pretrained(base, loras[task]).eval()
+    same = 0
+    for row in tasks.rows(task, test=True, n=24):
+        prompt = tokenizer(question(row, tokenizer))["input_ids"]
+        answer = client.completions.create(
+            model=task, prompt=prompt, max_tokens=32, temperature=0, extra_body={"return_token_ids": True}
+        )
+        served = answer.choices[0].model_extra["token_ids"]
+        assert served
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + served])).logits[0, len(prompt) - 1 : -1].float()
+        parted = (logits.argmax(-1) != torch.tensor(served)).nonzero().flatten().tolist()
+        same += not parted
+        for position in parted:
+            gap = logits[position].max() - logits[position, served[position]]
+            assert gap < NEAR_TIE, f"token {position} of {tokenizer.decode(served)!r} is {gap:.3f} below PEFT's best"
+    assert same >= 20
+
+
+def test_models_lists_the_base_and_every_adapter_with_its_parent(client: openai.OpenAI) -> None:
+    models = {model.id: model.model_extra["parent"] for model in client.models.list()}
+    assert models == {"base": None, **dict.fromkeys(TASKS, "base")}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_streaming_gives_the_same_answer_and_names_the_adapter(client: openai.OpenAI, task: str) -> None:
+    row = tasks.rows(task, test=True, n=3)[2]
+    whole = demo.ask(client, task, row)
+    if "messages" in row:
+        chunks = list(
+            client.chat.completions.create(
+                model=task, messages=row["messages"][:-1], max_completion_tokens=64, temperature=0, stream=True
+            )
+        )
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    else:
+        chunks = list(
+            client.completions.create(model=task, prompt=row["prompt"], max_tokens=64, temperature=0, stream=True)
+        )
+        text = "".join(c.choices[0].text for c in chunks if c.choices)
+    assert len(chunks) > 2
+    assert {chunk.model for chunk in chunks} == {task}
+    assert text.strip() == whole
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("model", ["no-such-adapter", "../../etc", "/etc/passwd", "sql/../intent"])
+def test_an_unknown_model_gets_openais_404(server: Server, path: str, model: str) -> None:
+    body = {"model": model, "prompt": "x", "messages": [{"role": "user", "content": "x"}]}
+    body.pop("messages" if path == "/v1/completions" else "prompt")
+    answer = httpx.post(server.url + path, json=body)
+    assert answer.status_code == 404
+    error = answer.json()["error"]
+    assert error["type"] == "NotFoundError"
+    assert error["param"] == "model"
+    assert "does not exist" in error["message"]
+
+
+def test_the_client_raises_its_own_not_found_error(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="no-such-adapter", prompt="x")
+
+
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+def test_no_request_can_load_or_unload_an_adapter(server: Server, path: str) -> None:
+    body = {"lora_name": "sql", "lora_path": "/etc"}
+    assert httpx.post(server.url + path, json=body).status_code == 404
+
+
+def test_mixed_requests_at_once_each_get_their_own_adapters_answer(client: openai.OpenAI) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    asked = [
+        (task, row)
+        for group in zip(*(tasks.rows(t, test=True, n=10) for t in TASKS), strict=True)
+        for task, row in zip(TASKS, group, strict=True)
+    ]
+    with ThreadPoolExecutor(30) as pool:
+        answers = list(pool.map(lambda pair: demo.ask(client, *pair), asked))
+    hits = [answer == demo.expected(row) for (_, row), answer in zip(asked, answers, strict=True)]
+    assert sum(hits) > demo.ADAPTER_AT_LEAST * len(hits)

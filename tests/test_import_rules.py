@@ -1,0 +1,50 @@
+"""The direction of data flow: packages meet only through adapter folders, and one module imports the engine."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("astra_serve", "converter", "trainer")
+SHARED = "converter.adapter_dir"
+
+
+def imports(file: Path) -> set[str]:
+    """Every dotted name that `file` imports, `from a import b` as a.b."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_of_its_neighbours_only_the_adapter_format(package: str) -> None:
+    for file in (ROOT / package).rglob("*.py"):
+        for name in imports(file):
+            top = name.partition(".")[0]
+            if top in PACKAGES and top != package:
+                assert name == SHARED or name.startswith(f"{SHARED}."), f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_only_the_engine_module_imports_vllm() -> None:
+    users = {
+        str(file.relative_to(ROOT))
+        for package in PACKAGES
+        for file in (ROOT / package).rglob("*.py")
+        if any(name.partition(".")[0] == "vllm" for name in imports(file))
+    }
+    assert users == {"astra_serve/engine.py"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_importing_a_package_imports_nothing_heavy(package: str) -> None:
+    importlib.import_module(package)
+    script = f"import sys, {package}.cli; sys.exit('transformers' in sys.modules or 'vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,76 @@
+"""The embedded base and its tasks: small, disjoint by construction, reproducible."""
+
+import json
+from itertools import islice
+
+import pytest
+import torch
+
+from tests.conftest import EMBEDDED
+from trainer.config import TrainConfig
+from trainer.embedded import corpus, pretrain, stdlib, tasks
+from trainer.train import load_base
+
+
+def text_of(row: tasks.Row) -> str:
+    return json.dumps(row)
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_train_and_test_rows_are_disjoint_distinct_and_repeatable(task: str) -> None:
+    train, test = (tasks.rows(task, test=split, n=n) for split, n in ((False, 2000), (True, 100)))
+    assert len(train) == 2000
+    assert len(test) == 100
+    questions = [{json.dumps(r.get("prompt") or r["messages"][0]) for r in rows} for rows in (train, test)]
+    assert not questions[0] & questions[1]
+    assert len(set(map(text_of, train))) == 2000
+    assert train == tasks.rows(task, test=False, n=2000)
+    assert train != tasks.rows(task, test=False, n=2000, seed=1)
+
+
+def test_the_splits_share_no_module_table_or_product() -> None:
+    modules = [{path.split("/")[0].removesuffix(".py") for path, _ in stdlib.sources(held)} for held in (False, True)]
+    assert not modules[0] & modules[1]
+    assert all(len(found) > 20 for found in modules)
+    for words in (tasks.TABLES, tasks.PRODUCTS):
+        train, test = tasks._part(words, False), tasks._part(words, True)
+        assert len(train) + len(test) == len(set(words)) == len(words)
+        assert not any(word in ticket.split() for word in test for ticket in train)
+
+
+def test_a_signature_rows_answer_is_the_functions_real_arguments() -> None:
+    for row in tasks.rows("signature", test=True, n=100):
+        scope: dict[str, object] = {}
+        line = row["prompt"].removesuffix("\nArguments:")
+        names = row["completion"].strip().split(", ")
+        function = compile(f"{line} pass", "row", "exec", flags=0x1000000).co_consts  # annotations stay unevaluated
+        code = next(c for c in function if hasattr(c, "co_varnames"))
+        assert set(code.co_varnames) - {"self", "cls"} == set(names), scope
+
+
+def test_the_corpus_never_pairs_a_question_with_its_answer_and_repeats_from_its_seed() -> None:
+    documents = list(islice(corpus.documents(seed=1), 3000))
+    assert documents == list(islice(corpus.documents(seed=1), 3000))
+    assert not any("SQL:" in text or "Arguments:" in text or '"}<|end|>' in text for text in documents)
+    assert not any("Show" in text and "SELECT" in text for text in documents)
+
+
+def test_pretraining_repeats_from_its_seed_and_writes_a_loadable_model(tmp_path) -> None:
+    for name in ("a", "b"):
+        pretrain.pretrain(tmp_path / name, steps=2, seed=5)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
+    assert weights[0] == weights[1]
+    model, tokenizer = load_base(tmp_path / "a", TrainConfig())
+    assert model.dtype == torch.bfloat16
+    assert tokenizer.decode(tokenizer("def f(a, b_c): 12")["input_ids"]) == "def f(a, b_c): 12"
+
+
+def test_the_shipped_base_is_small_bfloat16_and_has_a_chat_template() -> None:
+    assert sum(file.stat().st_size for file in EMBEDDED.iterdir()) < 12_000_000
+    model, tokenizer = load_base(EMBEDDED, TrainConfig())
+    assert model.dtype == torch.bfloat16
+    assert type(model).__name__ == "LlamaForCausalLM"
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False
+    )
+    assert chat == "<|user|>\nhi<|end|>\n<|assistant|>\n"

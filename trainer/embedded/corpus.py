@@ -1,0 +1,97 @@
+"""What the embedded base is pre-trained on: the standard library's text, and text generated here.
+
+Half of the documents are windows of standard-library source (its held-out modules never appear). The other half are
+drills that teach copying and looking up, which a model of this size does not pick up from code alone, and *unpaired*
+pieces of the tasks: questions without answers, answers without questions. The base therefore knows the words and still
+fails every task.
+"""
+
+import random
+import re
+from collections.abc import Iterator
+
+from trainer.embedded import stdlib, tasks
+
+_SYLLABLES = (
+    "ba ce di fo gu ka le mi no pu ra se ti vo zu bra cle dri flo gru sta spe tri plo sma an er in ol ut".split()
+)
+
+
+def _words(sources: list[str]) -> list[str]:
+    """Return the identifiers that occur at least three times in `sources`."""
+    counts: dict[str, int] = {}
+    for source in sources:
+        for word in re.findall(r"[A-Za-z_]\w{2,17}", source):
+            counts[word] = counts.get(word, 0) + 1
+    return sorted(word for word, n in counts.items() if n >= 3)
+
+
+def _word(rng: random.Random, words: list[str]) -> str:
+    """Return a known identifier, a made-up word, a compound of both or a number."""
+    kind = rng.random()
+    if kind < 0.45:
+        return rng.choice(words)
+    made_up = "".join(rng.choices(_SYLLABLES, k=rng.randint(2, 4)))
+    if kind < 0.75:
+        return made_up
+    if kind < 0.9:
+        return f"{made_up}{rng.choice('_ ')}{rng.choice(words)}"
+    return str(rng.randint(0, 99999))
+
+
+def _drill(rng: random.Random, words: list[str]) -> str:
+    """Return one document that can be predicted only by copying or looking up what stands in it."""
+    items = [_word(rng, words) for _ in range(rng.randint(2, 7))]
+    sep = rng.choice((", ", " ", "; ", "\n", " | "))
+    text = sep.join(items)
+    match rng.randrange(8):
+        case 0:
+            return f"{text}\n{text}\n{text}"
+        case 1:
+            return f"({text}) -> [{text}]"
+        case 2:
+            return f"<|user|>\nRepeat: {text}<|end|>\n<|assistant|>\n{text}<|end|>"
+        case 3:
+            pairs = {key: _word(rng, words) for key in items}
+            asked = rng.sample(sorted(pairs), len(pairs))
+            given = sep.join(f"{key}={value}" for key, value in pairs.items())
+            return given + "".join(f"\n{key}: {pairs[key]}" for key in asked)
+        case 4:
+            gone = rng.choice(items)
+            return f"{text}\nWithout {gone}: {sep.join(x for x in items if x != gone)}"
+        case 5:
+            k = rng.randrange(len(items))
+            return f"{text}\nFirst: {items[0]}\nLast: {items[-1]}\nAfter {items[k - 1]}: {items[k]}"
+        case 6:
+            name = _word(rng, words).replace(" ", "_")
+            return f"x = {name}({text})\ny = {name}({text})"
+        case _:
+            a, b = rng.randint(0, 99), rng.randint(0, 99)
+            return f"{a} + {b} = {a + b}"
+
+
+def _unpaired(rng: random.Random, task_rows: dict[str, Iterator[tasks.Row]]) -> str:
+    """Return the question or the answer of one training row, never both."""
+    row = next(task_rows[rng.choice(sorted(task_rows))])
+    if "messages" in row:
+        return str(rng.choice(row["messages"])["content"])
+    if rng.random() < 0.5:
+        return str(row["completion"]).strip()
+    return "\n".join(str(row["prompt"]).split("\n")[:-1])  # without the cue "SQL:" or "Arguments:"
+
+
+def documents(seed: int) -> Iterator[str]:
+    """Yield documents without end: of every eight characters about four are library source, three drills, one tasks."""
+    rng = random.Random(seed)
+    sources = [text for _, text in stdlib.sources(held_out=False)]
+    words = _words(sources)
+    lengths = [len(source) for source in sources]
+    task_rows = {name: make(random.Random(seed), False) for name, make in tasks.TASKS.items()}
+    while True:
+        source = rng.choices(sources, lengths)[0]
+        start = rng.randrange(max(1, len(source) - 800))
+        start = source.rfind("\n", 0, start) + 1
+        yield source[start : start + 800]
+        # A drill is about 90 characters, an unpaired piece about 60: together as many as one window of source.
+        yield from (_drill(rng, words) for _ in range(6))
+        yield from (_unpaired(rng, task_rows) for _ in range(3))

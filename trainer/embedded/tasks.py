@@ -1,0 +1,175 @@
+"""Three task families that the embedded base cannot do and an adapter learns in about a minute.
+
+    signature  a real `def` line of the standard library -> its argument names   (split by module)
+    sql        a question about a small schema -> one SELECT statement           (split by table)
+    intent     a support ticket -> intent, product and order number as JSON      (split by product)
+
+Train and test rows are disjoint by construction: no module, table or product of one split appears in the other.
+
+    python -m trainer.embedded.tasks --out DIR    writes NAME.train.jsonl and NAME.test.jsonl for each
+"""
+
+import argparse
+import ast
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.embedded import stdlib
+
+Row = dict[str, Any]  # {"prompt", "completion"} or {"messages": [...]}, as astra-train reads them
+
+# Of every list below the last quarter belongs to the test split.
+TABLES = (
+    "employees products orders flights books students movies songs cities hotels "
+    "players teams courses patients rooms tickets cars houses stores invoices "
+    "recipes museums rivers planets animals drivers events farms banks lakes "
+    "bridges parks schools ships trains games doctors lawyers cameras phones"
+).split()
+NUMBERS = "price age salary weight height rating score year stock length cost speed size budget points".split()
+LABELS = "name city country color brand genre status owner category region level type street language team".split()
+PRODUCTS = (
+    "kettle,desk lamp,office chair,keyboard,headphones,backpack,coffee grinder,toaster,blender,rice cooker,"
+    "water bottle,yoga mat,phone case,wall clock,door mat,steam iron,hair dryer,table fan,air pump,bread knife,"
+    "tea pot,garden hose,tool box,paint brush,wool blanket,bath towel,night light,picture frame,soap dish,"
+    "travel mug,cutting board,pepper mill,camping tent,running shoes,rain jacket,sun hat,card game,puzzle,drum kit,"
+    "music stand"
+).split(",")
+TICKETS = {
+    "refund": (
+        "I want my money back for the {p}, order {o}.",
+        "Please refund order {o}, the {p} broke after one day.",
+        "The {p} from order {o} is not what I paid for. Give me a refund.",
+    ),
+    "track": (
+        "Where is my {p}? The order number is {o}.",
+        "Order {o} has not arrived yet, when will the {p} be here?",
+        "Can you tell me the delivery date of the {p} in order {o}?",
+    ),
+    "cancel": (
+        "Please cancel order {o}, I no longer need the {p}.",
+        "I ordered the {p} by mistake. Stop order {o} before it ships.",
+        "Do not send the {p}, I changed my mind about order {o}.",
+    ),
+    "exchange": (
+        "The {p} in order {o} is too small, can I swap it for a larger one?",
+        "I would like to exchange the {p} from order {o} for another color.",
+        "Order {o}: please replace the {p} with a different model.",
+    ),
+    "invoice": (
+        "I need a receipt for the {p}, order {o}.",
+        "Send me the invoice of order {o} for the {p}, please.",
+        "My accountant asks for the bill of order {o}, it was a {p}.",
+    ),
+    "repair": (
+        "The {p} from order {o} makes a strange noise, can you fix it?",
+        "My {p} stopped working, please repair it. Order {o}.",
+        "Who can mend the {p} of order {o}? It is still under warranty.",
+    ),
+}
+GREETINGS = ("", "Hello. ", "Hi there! ", "Good morning. ", "Dear team, ")
+
+
+def _part(words: list[str], test: bool) -> list[str]:
+    cut = len(words) * 3 // 4
+    return words[cut:] if test else words[:cut]
+
+
+def _signatures(held_out: bool) -> dict[str, str]:
+    """Return {`def` line: its argument names} for every function of one split with two to five arguments."""
+    found = {}
+    for _, source in stdlib.sources(held_out):
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            a = node.args
+            every = [*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg]
+            names = [x.arg for x in every if x is not None and x.arg not in ("self", "cls")]
+            line = f"def {node.name}({ast.unparse(a)}):"
+            if 2 <= len(names) <= 5 and len(line) <= 80:
+                found[line] = ", ".join(names)
+    return found
+
+
+def signature_rows(rng: random.Random, test: bool) -> Iterator[Row]:
+    """Real signatures; a line that both splits hold (`def get(self, key, default=None):`) counts as training."""
+    found = _signatures(held_out=test)
+    if test:
+        seen = _signatures(held_out=False)
+        found = {line: names for line, names in found.items() if line not in seen}
+    while True:
+        for line in rng.sample(sorted(found), len(found)):
+            yield {"prompt": f"{line}\nArguments:", "completion": " " + found[line]}
+
+
+def sql_rows(rng: random.Random, test: bool) -> Iterator[Row]:
+    """One question over a table with two label and two number columns."""
+    while True:
+        table = rng.choice(_part(TABLES, test))
+        label, other = rng.sample(LABELS, 2)
+        number, second = rng.sample(NUMBERS, 2)
+        columns = rng.sample([label, other, number, second], 4)
+        n = rng.randint(2, 99)
+        question, sql = rng.choice(
+            [
+                (f"average {number} by {label}", f"SELECT {label}, AVG({number}) FROM {table} GROUP BY {label};"),
+                (f"count of {table} by {label}", f"SELECT {label}, COUNT(*) FROM {table} GROUP BY {label};"),
+                (f"all {table} with {number} over {n}", f"SELECT * FROM {table} WHERE {number} > {n};"),
+                (f"{label} of {table} with {number} under {n}", f"SELECT {label} FROM {table} WHERE {number} < {n};"),
+                (f"top {n} {table} by {number}", f"SELECT * FROM {table} ORDER BY {number} DESC LIMIT {n};"),
+                (f"different values of {label}", f"SELECT DISTINCT {label} FROM {table};"),
+                (f"highest {number} and lowest {second}", f"SELECT MAX({number}), MIN({second}) FROM {table};"),
+                (f"total {number} of {table}", f"SELECT SUM({number}) FROM {table};"),
+            ]
+        )
+        yield {"prompt": f"Table {table} ({', '.join(columns)})\nShow {question}.\nSQL:", "completion": " " + sql}
+
+
+def intent_rows(rng: random.Random, test: bool) -> Iterator[Row]:
+    """One support ticket as a chat, answered in JSON."""
+    while True:
+        intent = rng.choice(sorted(TICKETS))
+        product = rng.choice(_part(PRODUCTS, test))
+        order = str(rng.randint(1000, 99999))
+        ticket = rng.choice(GREETINGS) + rng.choice(TICKETS[intent]).format(p=product, o=order)
+        answer = json.dumps({"intent": intent, "product": product, "order": order})
+        yield {"messages": [{"role": "user", "content": ticket}, {"role": "assistant", "content": answer}]}
+
+
+TASKS: dict[str, Callable[[random.Random, bool], Iterator[Row]]] = {
+    "signature": signature_rows,
+    "sql": sql_rows,
+    "intent": intent_rows,
+}
+
+
+def rows(task: str, *, test: bool, n: int, seed: int = 0) -> list[Row]:
+    """Return `n` distinct rows of one split of `task`, the same ones for the same seed.
+
+    Fewer come back where the split holds fewer (the real signatures are about 3,000 and 350).
+    """
+    stream = TASKS[task](random.Random(f"{task} {test} {seed}"), test)
+    found: dict[str, Row] = {}
+    for _ in range(20 * n):
+        row = next(stream)
+        found.setdefault(json.dumps(row), row)
+        if len(found) == n:
+            break
+    return list(found.values())
+
+
+def write(out: Path, *, n_train: int = 3000, n_test: int = 100) -> None:
+    """Write `NAME.train.jsonl` and `NAME.test.jsonl` of every task into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    for task in TASKS:
+        for split, test, n in (("train", False, n_train), ("test", True, n_test)):
+            text = "".join(json.dumps(row) + "\n" for row in rows(task, test=test, n=n))
+            (out / f"{task}.{split}.jsonl").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write the three tasks' train and test rows as JSONL.")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
+    write(parser.parse_args().out)
