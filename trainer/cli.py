@@ -20,8 +20,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(args.config, args.set)
         from trainer.train import train  # after the cheap checks: it imports transformers
 
-        with _progress() as progress:
-            curve = train(args.base, args.data, args.out, config, progress)
+        curve = train(args.base, args.data, args.out, config, _progress())
     except (TrainerError, AdapterError) as error:
         print(f"astra-train: {error}", file=sys.stderr)
         return 2

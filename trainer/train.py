@@ -50,14 +50,17 @@ def train(base: str, data: Path, out: Path, config: TrainConfig, progress: Progr
     model, tokenizer = load_base(folder, config)
     examples = read_examples(data, tokenizer, config.max_length)
 
-    sample = random.Random(config.seed).sample(examples, min(config.calibration_rows, len(examples)))
-    calibration = batches(sample, config.batch_size, tokenizer.pad_token_id)
-    bases, spectra = find_subspaces(model, calibration, config, progress)
-    peft_model = attach(model, bases, config)
+    layers = target_layers(model, config)
 
-    order = torch.Generator().manual_seed(config.seed)
-    stream = shuffled_batches(examples, config.batch_size, tokenizer.pad_token_id, order)
-    curve = list(optimise(peft_model, stream, config, progress))
+    with progress:
+        sample = random.Random(config.seed).sample(examples, min(config.calibration_rows, len(examples)))
+        calibration = batches(sample, config.batch_size, tokenizer.pad_token_id)
+        bases, spectra = find_subspaces(model, layers, calibration, config, progress)
+        peft_model = attach(model, bases, config)
+
+        order = torch.Generator().manual_seed(config.seed)
+        stream = shuffled_batches(examples, config.batch_size, tokenizer.pad_token_id, order)
+        curve = list(optimise(peft_model, stream, config, progress))
 
     origin = provenance(base, folder, str(model.dtype), data, len(examples), config, spectra)
     with adapter_dir.new_folder(out) as partial:
@@ -86,10 +89,13 @@ def load_base(folder: Path, config: TrainConfig) -> tuple[PreTrainedModel, PreTr
 
 
 def find_subspaces(
-    model: PreTrainedModel, calibration: list[Batch], config: TrainConfig, progress: Progress
+    model: PreTrainedModel,
+    layers: dict[str, nn.Linear],
+    calibration: list[Batch],
+    config: TrainConfig,
+    progress: Progress,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Spectrum]]:
     """Return Q (d_out, r) and the spectrum of every target layer, holding few Gram matrices at a time."""
-    layers = target_layers(model, config)
     groups = list(layer_groups(layers, int(config.calibration_memory * 2**30)))
     forward = progress.add_task("calibration", total=len(groups) * len(calibration))
     decompose = progress.add_task("eigenvectors", total=len(layers))

@@ -61,14 +61,16 @@ def test_the_layers_bias_is_left_out() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(4, 3)
-            nn.init.constant_(self.layer.bias, 100.0)
+            nn.init.constant_(self.layer.bias, 3.0)
 
         def forward(self, input_ids, attention_mask, use_cache):  # noqa: ARG002
             return self.layer(nn.functional.one_hot(input_ids, 4).float())
 
     model = OneLayer()
-    found = gram_matrices(model, {"layer": model.layer}, batches([Example([0, 1, 2, 3], [])], 1, 0))["layer"]
-    torch.testing.assert_close(found.matrix, (model.layer.weight @ model.layer.weight.T).double() / 4)
+    found = gram_matrices(model, {"layer": model.layer}, batches([Example([0, 1, 2, 3], [0, 1, 2, 3])], 1, 0))["layer"]
+    torch.testing.assert_close(
+        found.matrix, (model.layer.weight @ model.layer.weight.T).double() / 4, rtol=1e-5, atol=1e-6
+    )
     assert found.n_tokens == 4
 
 

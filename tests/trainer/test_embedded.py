@@ -1,6 +1,7 @@
 """The embedded base and its tasks: small, disjoint by construction, reproducible."""
 
 import json
+import platform
 from itertools import islice
 
 import pytest
@@ -63,6 +64,13 @@ def test_pretraining_repeats_from_its_seed_and_writes_a_loadable_model(tmp_path)
     model, tokenizer = load_base(tmp_path / "a", TrainConfig())
     assert model.dtype == torch.bfloat16
     assert tokenizer.decode(tokenizer("def f(a, b_c): 12")["input_ids"]) == "def f(a, b_c): 12"
+
+
+def test_the_shipped_base_was_trained_on_the_corpus_that_the_code_generates_today() -> None:
+    record = json.loads((EMBEDDED / "pretraining.json").read_text())
+    if record["python"] != platform.python_version():
+        pytest.skip(f"the corpus is this Python's standard library, and the base was trained on {record['python']}'s")
+    assert record["corpus"] == pretrain.corpus_digest(record["seed"])
 
 
 def test_the_shipped_base_is_small_bfloat16_and_has_a_chat_template() -> None:

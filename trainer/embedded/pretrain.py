@@ -1,12 +1,13 @@
 """Pre-train the embedded base: a 4.7 M-parameter Llama with a 1,024-token byte-level BPE, once, on two CPU cores.
 
-    python -m trainer.embedded.pretrain --out DIR [--steps 900] [--seed 0]
+    python -m trainer.embedded.pretrain --out DIR [--steps 1000] [--seed 0]
 
 The result is what lies in `trainer/embedded/base/`. The same seed, Python version and machine type give the same
 model: the corpus is the standard library of the running Python, so another Python version gives a slightly other one.
 """
 
 import argparse
+import hashlib
 import json
 import platform
 import random
@@ -72,6 +73,12 @@ def train_tokenizer(seed: int, n_documents: int = 20_000) -> PreTrainedTokenizer
     return tokenizer
 
 
+def corpus_digest(seed: int, n_documents: int = 2000) -> str:
+    """Return the SHA-256 of the corpus's first documents: whether two machines would train on the same text."""
+    text = "\0".join(islice(documents(seed), n_documents))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
 def build_model(seed: int) -> LlamaForCausalLM:
     """Return the untrained model in float32."""
     torch.manual_seed(seed)
@@ -102,8 +109,8 @@ def windows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Ten
         while len(ids) < BATCH * WINDOW:
             chunk = list(islice(stream, 640))
             rng.shuffle(chunk)
-            for encoded in tokenizer(chunk, add_special_tokens=False)["input_ids"]:
-                ids += [*encoded, end]
+            for encoded in tokenizer.backend_tokenizer.encode_batch(chunk, add_special_tokens=False):
+                ids += [*encoded.ids, end]
         yield torch.tensor(ids[: BATCH * WINDOW]).view(BATCH, WINDOW)
         ids = ids[BATCH * WINDOW :]
 
@@ -164,14 +171,20 @@ def pretrain(out: Path, *, steps: int, seed: int) -> float:
         window=WINDOW,
     )
     (out / "README.md").write_text(card, encoding="utf-8")
-    (out / "training_loss.json").write_text(json.dumps([round(x, 4) for x in losses]), encoding="utf-8")
+    record = {
+        "seed": seed,
+        "python": platform.python_version(),
+        "corpus": corpus_digest(seed),
+        "loss": [round(x, 4) for x in losses],
+    }
+    (out / "pretraining.json").write_text(json.dumps(record), encoding="utf-8")
     return final
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Pre-train the embedded base model.")
     parser.add_argument("--out", type=Path, required=True, help="a new folder for model, tokenizer and model card")
-    parser.add_argument("--steps", type=int, default=900, help="optimizer steps of 8,192 tokens (default: 900)")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of 8,192 tokens (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of corpus, weights and order (default: 0)")
     args = parser.parse_args()
     args.out.mkdir(parents=True)

@@ -21,22 +21,35 @@ from trainer.embedded import stdlib
 
 Row = dict[str, Any]  # {"prompt", "completion"} or {"messages": [...]}, as astra-train reads them
 
-# Of every list below the last quarter belongs to the test split.
+# Of every list in this block the last quarter belongs to the test split.
 TABLES = (
-    "employees products orders flights books students movies songs cities hotels "
-    "players teams courses patients rooms tickets cars houses stores invoices "
-    "recipes museums rivers planets animals drivers events farms banks lakes "
-    "bridges parks schools ships trains games doctors lawyers cameras phones"
+    "employees products orders flights books students movies songs cities hotels players teams courses patients "
+    "rooms tickets cars houses stores invoices recipes museums rivers planets animals drivers events farms banks "
+    "lakes pilots authors awards badges bills boats boxes brands buses cakes cameras cards chairs clients clubs "
+    "coins comments contracts cooks crops customers dancers deals desks devices doors dresses drinks engines exams "
+    "factories fields files films fish flowers forests fruits gifts goals guests guides horses islands jobs judges "
+    "kitchens ladders laptops leagues lessons letters loans locks machines mails maps markets meals medals members "
+    "messages mines monitors mountains nurses offices painters papers parcels photos plants poems ports posts "
+    "presents printers prizes bridges parks schools ships trains games doctors lawyers phones shelves speakers "
+    "stamps streets suppliers tables tasks taxis teachers tents theaters tools tours towers toys tractors trees "
+    "trips trucks vendors villages wines"
+).split()
+PRODUCTS = (
+    "kettle lamp chair keyboard backpack grinder toaster blender cooker bottle mat case clock iron dryer fan pump "
+    "knife pot hose box brush blanket towel light frame dish mirror sofa carpet pillow bicycle helmet wallet belt "
+    "scarf gloves printer router monitor speaker microphone tripod drill hammer saw ladder bucket broom vase candle "
+    "bowl plate fork oven fridge freezer dishwasher vacuum stove headphones mug board mill tent shoes jacket hat "
+    "puzzle drum stand guitar violin skateboard surfboard racket rod bag alarm curtain"
+).split()
+KINDS = (
+    "steel wooden red blue large small travel garden kitchen office leather plastic glass copper folding electric "
+    "camping wireless round square winter summer cotton silver"
 ).split()
 NUMBERS = "price age salary weight height rating score year stock length cost speed size budget points".split()
 LABELS = "name city country color brand genre status owner category region level type street language team".split()
-PRODUCTS = (
-    "kettle,desk lamp,office chair,keyboard,headphones,backpack,coffee grinder,toaster,blender,rice cooker,"
-    "water bottle,yoga mat,phone case,wall clock,door mat,steam iron,hair dryer,table fan,air pump,bread knife,"
-    "tea pot,garden hose,tool box,paint brush,wool blanket,bath towel,night light,picture frame,soap dish,"
-    "travel mug,cutting board,pepper mill,camping tent,running shoes,rain jacket,sun hat,card game,puzzle,drum kit,"
-    "music stand"
-).split(",")
+SYLLABLES = (
+    "ba ce di fo gu ka le mi no pu ra se ti vo zu bra cle dri flo gru sta spe tri plo sma an er in ol ut".split()
+)
 TICKETS = {
     "refund": (
         "I want my money back for the {p}, order {o}.",
@@ -108,6 +121,8 @@ def sql_rows(rng: random.Random, test: bool) -> Iterator[Row]:
     """One question over a table with two label and two number columns."""
     while True:
         table = rng.choice(_part(TABLES, test))
+        if rng.random() < 0.5:
+            table = f"{''.join(rng.choices(SYLLABLES, k=2))}_{table}"
         label, other = rng.sample(LABELS, 2)
         number, second = rng.sample(NUMBERS, 2)
         columns = rng.sample([label, other, number, second], 4)
@@ -131,7 +146,9 @@ def intent_rows(rng: random.Random, test: bool) -> Iterator[Row]:
     """One support ticket as a chat, answered in JSON."""
     while True:
         intent = rng.choice(sorted(TICKETS))
-        product = rng.choice(_part(PRODUCTS, test))
+        brand = "".join(rng.choices(SYLLABLES, k=rng.randint(2, 3))).capitalize()
+        kind = f"{rng.choice(_part(KINDS, test))} " if rng.random() < 0.5 else ""
+        product = f"{brand} {kind}{rng.choice(_part(PRODUCTS, test))}"
         order = str(rng.randint(1000, 99999))
         ticket = rng.choice(GREETINGS) + rng.choice(TICKETS[intent]).format(p=product, o=order)
         answer = json.dumps({"intent": intent, "product": product, "order": order})
