@@ -7,19 +7,9 @@ fails every task.
 """
 
 import random
-import re
 from collections.abc import Iterator
 
 from trainer.embedded import stdlib, tasks
-
-
-def _words(sources: list[str]) -> list[str]:
-    """Return the identifiers that occur at least three times in `sources`."""
-    counts: dict[str, int] = {}
-    for source in sources:
-        for word in re.findall(r"[A-Za-z_]\w{2,17}", source):
-            counts[word] = counts.get(word, 0) + 1
-    return sorted(word for word, n in counts.items() if n >= 3)
 
 
 def _word(rng: random.Random, words: list[str]) -> str:
@@ -84,9 +74,9 @@ def documents(seed: int) -> Iterator[str]:
     """Yield documents without end: of every eight characters about four are library source, three drills, one tasks."""
     rng = random.Random(seed)
     sources = [text for _, text in stdlib.sources(held_out=False)]
-    words = _words(sources)
+    words = stdlib.identifiers()
     lengths = [len(source) for source in sources]
-    task_rows = {name: make(random.Random(seed), False) for name, make in tasks.TASKS.items()}
+    task_rows = {name: make(random.Random(seed), False, ()) for name, make in tasks.TASKS.items()}
     while True:
         source = rng.choices(sources, lengths)[0]
         start = rng.randrange(max(1, len(source) - 800))

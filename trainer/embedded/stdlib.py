@@ -5,6 +5,7 @@ pre-training as well as from the adapters' training rows.
 """
 
 import hashlib
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,3 +32,12 @@ def sources(held_out: bool) -> Iterator[tuple[str, str]]:
             yield str(relative), path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue  # a few files declare another encoding
+
+
+def identifiers() -> list[str]:
+    """Return the identifiers that occur at least three times in the training split's sources, sorted."""
+    counts: dict[str, int] = {}
+    for _, source in sources(held_out=False):
+        for word in re.findall(r"[A-Za-z_]\w{2,17}", source):
+            counts[word] = counts.get(word, 0) + 1
+    return sorted(word for word, n in counts.items() if n >= 3)

@@ -13,7 +13,8 @@ import argparse
 import ast
 import json
 import random
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,12 @@ TICKETS = {
 GREETINGS = ("", "Hello. ", "Hi there! ", "Good morning. ", "Dear team, ")
 
 
-def _part(words: list[str], test: bool) -> list[str]:
+def _nouns(words: list[str], test: bool, open_words: Sequence[str]) -> list[str]:
+    """Return the held-out quarter of `words`, or the rest, repeated to be as many as the `open_words` beside it."""
     cut = len(words) * 3 // 4
-    return words[cut:] if test else words[:cut]
+    if test:
+        return words[cut:]
+    return words[:cut] * max(1, len(open_words) // cut) + [word for word in open_words if word not in words[cut:]]
 
 
 def _signatures(held_out: bool) -> dict[str, str]:
@@ -106,7 +110,7 @@ def _signatures(held_out: bool) -> dict[str, str]:
     return found
 
 
-def signature_rows(rng: random.Random, test: bool) -> Iterator[Row]:
+def signature_rows(rng: random.Random, test: bool, _: Sequence[str] = ()) -> Iterator[Row]:
     """Real signatures; a line that both splits hold (`def get(self, key, default=None):`) counts as training."""
     found = _signatures(held_out=test)
     if test:
@@ -117,10 +121,11 @@ def signature_rows(rng: random.Random, test: bool) -> Iterator[Row]:
             yield {"prompt": f"{line}\nArguments:", "completion": " " + found[line]}
 
 
-def sql_rows(rng: random.Random, test: bool) -> Iterator[Row]:
+def sql_rows(rng: random.Random, test: bool, open_words: Sequence[str] = ()) -> Iterator[Row]:
     """One question over a table with two label and two number columns."""
+    tables = _nouns(TABLES, test, open_words)
     while True:
-        table = rng.choice(_part(TABLES, test))
+        table = rng.choice(tables)
         if rng.random() < 0.5:
             table = f"{''.join(rng.choices(SYLLABLES, k=2))}_{table}"
         label, other = rng.sample(LABELS, 2)
@@ -142,20 +147,21 @@ def sql_rows(rng: random.Random, test: bool) -> Iterator[Row]:
         yield {"prompt": f"Table {table} ({', '.join(columns)})\nShow {question}.\nSQL:", "completion": " " + sql}
 
 
-def intent_rows(rng: random.Random, test: bool) -> Iterator[Row]:
+def intent_rows(rng: random.Random, test: bool, open_words: Sequence[str] = ()) -> Iterator[Row]:
     """One support ticket as a chat, answered in JSON."""
+    kinds, products = _nouns(KINDS, False, ()), _nouns(PRODUCTS, test, open_words)
     while True:
         intent = rng.choice(sorted(TICKETS))
         brand = "".join(rng.choices(SYLLABLES, k=rng.randint(2, 3))).capitalize()
-        kind = f"{rng.choice(_part(KINDS, test))} " if rng.random() < 0.5 else ""
-        product = f"{brand} {kind}{rng.choice(_part(PRODUCTS, test))}"
+        kind = f"{rng.choice(kinds)} " if rng.random() < 0.5 else ""
+        product = f"{brand} {kind}{rng.choice(products)}"
         order = str(rng.randint(1000, 99999))
         ticket = rng.choice(GREETINGS) + rng.choice(TICKETS[intent]).format(p=product, o=order)
         answer = json.dumps({"intent": intent, "product": product, "order": order})
         yield {"messages": [{"role": "user", "content": ticket}, {"role": "assistant", "content": answer}]}
 
 
-TASKS: dict[str, Callable[[random.Random, bool], Iterator[Row]]] = {
+TASKS: dict[str, Callable[[random.Random, bool, Sequence[str]], Iterator[Row]]] = {
     "signature": signature_rows,
     "sql": sql_rows,
     "intent": intent_rows,
@@ -165,9 +171,12 @@ TASKS: dict[str, Callable[[random.Random, bool], Iterator[Row]]] = {
 def rows(task: str, *, test: bool, n: int, seed: int = 0) -> list[Row]:
     """Return `n` distinct rows of one split of `task`, the same ones for the same seed.
 
+    In training rows every second noun is a word of the standard library, so that an adapter learns to copy the noun
+    that it is asked about instead of recalling a short list; test rows ask about nouns that are in no training row.
     Fewer come back where the split holds fewer (the real signatures are about 3,000 and 350).
     """
-    stream = TASKS[task](random.Random(f"{task} {test} {seed}"), test)
+    open_words = [] if test else [word for word in stdlib.identifiers() if re.fullmatch("[a-z]{4,10}", word)]
+    stream = TASKS[task](random.Random(f"{task} {test} {seed}"), test, open_words)
     found: dict[str, Row] = {}
     for _ in range(20 * n):
         row = next(stream)
