@@ -8,6 +8,7 @@ questions exactly and the base fewer than 20 %.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -22,8 +23,8 @@ from rich.table import Table
 from benchmarks.server import BIN, astra_serve
 from trainer.embedded import tasks
 
-BASE = Path(tasks.__file__).parent / "base"
-SETTINGS = {"steps": "150", "batch_size": "16", "learning_rate": "4e-3"}
+BASE = Path(os.path.relpath(Path(tasks.__file__).parent / "base"))
+SETTINGS = {"steps": "120", "batch_size": "16", "learning_rate": "4e-3"}
 ADAPTER_AT_LEAST, BASE_AT_MOST = 0.8, 0.2
 CONCURRENCY = 32
 console = Console()
@@ -60,13 +61,13 @@ def expected(row: tasks.Row) -> str:
     return str(row["messages"][-1]["content"] if "messages" in row else row["completion"]).strip()
 
 
-def exact_match(client: openai.OpenAI, model: str, rows: list[tasks.Row]) -> float:
-    """Return the share of `rows` that `model` answers exactly, asking CONCURRENCY at a time."""
+def exact_match(client: openai.OpenAI, model: str, task: str, rows: list[tasks.Row]) -> float:
+    """Return the share of the `task`'s `rows` that `model` answers exactly, asking CONCURRENCY at a time."""
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         answers = pool.map(lambda row: ask(client, model, row), rows)
         hits = [
             answer == expected(row)
-            for row, answer in zip(rows, track(answers, f"{model} asked", len(rows), console=console), strict=True)
+            for row, answer in zip(rows, track(answers, f"{task}: {model:<9}", len(rows), console=console), strict=True)
         ]
     return sum(hits) / len(hits)
 
@@ -87,8 +88,8 @@ def main() -> int:
     with console.status("starting the engine"), astra_serve(options, args.out / "server.log") as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
         for task, rows in questions.items():
-            scores[task] = {task: exact_match(client, task, rows)}
-            scores["base"][task] = exact_match(client, "base", rows)
+            scores[task] = {task: exact_match(client, task, task, rows)}
+            scores["base"][task] = exact_match(client, "base", task, rows)
 
     table = Table("model", *loras, title=f"exact match on {args.questions} held-out questions per task")
     for model, row in scores.items():

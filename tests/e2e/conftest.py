@@ -23,6 +23,8 @@ def server(loras: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     options = ["--base", str(demo.BASE), *(f"--adapter={task}={folder}" for task, folder in loras.items())]
     with astra_serve(options, tmp_path_factory.mktemp("server") / "server.log") as running:
         yield running
+    # The session's end is SIGTERM, after every request that the tests made: a clean server leaves with 0.
+    assert running.process.returncode == 0, f"astra-serve ended with {running.process.returncode} after SIGTERM"
 
 
 @pytest.fixture(scope="session")

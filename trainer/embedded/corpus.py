@@ -7,12 +7,12 @@ fails every task.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from trainer.embedded import stdlib, tasks
 
 
-def _word(rng: random.Random, words: list[str]) -> str:
+def _word(rng: random.Random, words: Sequence[str]) -> str:
     """Return a known identifier, a made-up word, a compound of both or a number."""
     kind = rng.random()
     if kind < 0.45:
@@ -25,7 +25,7 @@ def _word(rng: random.Random, words: list[str]) -> str:
     return str(rng.randint(0, 99999))
 
 
-def _drill(rng: random.Random, words: list[str]) -> str:
+def _drill(rng: random.Random, words: Sequence[str]) -> str:
     """Return one document that can be predicted only by copying or looking up what stands in it."""
     items = [_word(rng, words) for _ in range(rng.randint(2, 7))]
     sep = rng.choice((", ", " ", "; ", "\n", " | "))

@@ -8,6 +8,7 @@ import hashlib
 import re
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 # Tests repeat themselves, idlelib and lib2to3 leave newer Pythons, encodings are tables, the rest is not source.
@@ -34,10 +35,11 @@ def sources(held_out: bool) -> Iterator[tuple[str, str]]:
             continue  # a few files declare another encoding
 
 
-def identifiers() -> list[str]:
+@cache
+def identifiers() -> tuple[str, ...]:
     """Return the identifiers that occur at least three times in the training split's sources, sorted."""
     counts: dict[str, int] = {}
     for _, source in sources(held_out=False):
         for word in re.findall(r"[A-Za-z_]\w{2,17}", source):
             counts[word] = counts.get(word, 0) + 1
-    return sorted(word for word, n in counts.items() if n >= 3)
+    return tuple(sorted(word for word, n in counts.items() if n >= 3))

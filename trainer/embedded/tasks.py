@@ -15,6 +15,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ def _nouns(words: list[str], test: bool, open_words: Sequence[str]) -> list[str]
     return words[:cut] * max(1, len(open_words) // cut) + [word for word in open_words if word not in words[cut:]]
 
 
+@cache
 def _signatures(held_out: bool) -> dict[str, str]:
     """Return {`def` line: its argument names} for every function of one split with two to five arguments."""
     found = {}
