@@ -176,6 +176,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield partial
         partial.chmod(0o755)
         for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors writes files that only their owner can read; servers run as other users
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         refuse_existing(out)

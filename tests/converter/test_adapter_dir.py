@@ -42,6 +42,11 @@ def test_the_header_of_a_lora_is_read_without_its_weights(adapter: AstraAdapter,
     assert header.base_digest == adapter.provenance["base"]["digest"]
 
 
+def test_other_users_can_read_an_adapter(astra_folder: Path) -> None:
+    assert astra_folder.stat().st_mode & 0o777 == 0o755
+    assert {file.stat().st_mode & 0o777 for file in astra_folder.iterdir()} == {0o644}
+
+
 def test_an_output_that_exists_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
