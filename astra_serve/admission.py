@@ -34,14 +34,22 @@ def parse_adapter(text: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
-def admit(base_folder: Path, adapters: Iterable[tuple[str, Path]]) -> list[Admitted]:
-    """Check every (name, folder) against the base in `base_folder`. Raises ServeError and AdapterError."""
+def base_name(base: str) -> str:
+    """Return the `model` by which requests name the base: a local folder's name, or the hub id as it is."""
+    return Path(base).resolve().name if Path(base).is_dir() else base
+
+
+def admit(base: str, adapters: Iterable[tuple[str, Path]]) -> list[Admitted]:
+    """Check every (name, folder) against `base`, a folder or hub id. Raises ServeError and AdapterError."""
+    base_folder = adapter_dir.find_base(base)
     base_digest = adapter_dir.base_digest(base_folder)
     base_shapes = adapter_dir.base_shapes(base_folder)
     admitted: dict[str, Admitted] = {}
     for name, folder in adapters:
         if name in admitted:
             raise ServeError(f"two adapters are named {name!r}: names must differ")
+        if name == base_name(base):
+            raise ServeError(f"adapter {name!r} has the base's name: requests for the base would get the adapter")
         header = adapter_dir.read_lora_header(folder)
         adapter_dir.check_base(folder, header.base_digest, base_digest)
         adapter_dir.check_shapes(folder, header, base_shapes)

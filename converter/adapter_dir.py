@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ class AdapterError(ValueError):
     ├── MalformedAdapter  its files contradict each other or hold unusable numbers
     ├── WrongBase         it was trained on another base model
     ├── BaseNotFound      the base model is not a folder with a model, nor on the hub
-    └── OutputExists      the output folder is already there
+    ├── OutputExists      the output folder is already there
+    └── CannotWrite       the output folder cannot be made
     """
 
 
@@ -68,6 +69,10 @@ class BaseNotFound(AdapterError):
 
 class OutputExists(AdapterError):
     """The output folder is already there."""
+
+
+class CannotWrite(AdapterError):
+    """The output folder cannot be made."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,9 @@ def find_base(base: str) -> Path:
         if path.exists() or base.startswith((".", "/", "~")) or base.count("/") > 1:
             raise BaseNotFound(f"base model {base!r} is not a folder: give a local model folder or a hub id (org/name)")
         try:
-            path = Path(snapshot_download(base, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer*"]))
+            path = Path(
+                snapshot_download(base, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"])
+            )
         except (OSError, ValueError) as error:  # the hub's errors are OSErrors and ValueErrors
             reason = str(error).strip().splitlines()[0]
             raise BaseNotFound(
@@ -149,14 +156,20 @@ def base_digest(folder: Path) -> str:
 
 
 def base_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return (d_out, d_in) of every matrix in the base, by module name, from the files' headers alone."""
+    """Return (d_out, d_in) of every matrix in the base, by module name, from the files' headers alone.
+
+    Raises BaseNotFound.
+    """
     shapes = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (it is not a dict)
-                shape = tensors.get_slice(key).get_shape()
-                if len(shape) == 2:
-                    shapes[key.removesuffix(".weight")] = (shape[0], shape[1])
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (it is not a dict)
+                    shape = tensors.get_slice(key).get_shape()
+                    if len(shape) == 2:
+                        shapes[key.removesuffix(".weight")] = (shape[0], shape[1])
+    except (SafetensorError, OSError) as error:
+        raise BaseNotFound(f"base model file {file} cannot be read: {error}") from error
     return shapes
 
 
@@ -167,11 +180,15 @@ def base_shapes(folder: Path) -> dict[str, tuple[int, int]]:
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `out` when the block succeeds; when it fails nothing is left behind.
 
-    Raises OutputExists.
+    Raises OutputExists and CannotWrite.
     """
     refuse_existing(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    made = [parent for parent in out.parents if not parent.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise CannotWrite(f"output folder {out} cannot be made: {error.strerror}") from error
     try:
         yield partial
         partial.chmod(0o755)
@@ -183,6 +200,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # another run may have put its output beside ours
+            for parent in made:
+                parent.rmdir()
         raise
 
 
@@ -229,8 +249,15 @@ def load_astra(folder: Path) -> AstraAdapter:
     config, provenance = _read_json(folder, CONFIG), _read_json(folder, PROVENANCE)
     if provenance.get("format") != ASTRA_FORMAT:
         raise MalformedAdapter(f"{folder / PROVENANCE} has format {provenance.get('format')!r}, not {ASTRA_FORMAT!r}")
+    match provenance.get("base"):
+        case {"id": str(), "digest": str(), "dtype": str()}:
+            pass
+        case base:
+            raise MalformedAdapter(f"{folder / PROVENANCE} needs base: id, digest and dtype, not {base!r}")
     _check_config(folder, config)
     tensors = _read_tensors(folder, ASTRA_WEIGHTS)
+    if not tensors:
+        raise MalformedAdapter(f"{folder / ASTRA_WEIGHTS} holds no layers")
     layers = {}
     for module in sorted({key.rpartition(".")[0] for key in tensors}):
         try:
@@ -239,7 +266,7 @@ def load_astra(folder: Path) -> AstraAdapter:
             raise MalformedAdapter(f"{folder / ASTRA_WEIGHTS} has no tensor {error}") from error
         if layer.a.shape != layer.a0.shape or layer.b.shape != layer.b0.shape:
             raise MalformedAdapter(f"{folder / ASTRA_WEIGHTS}: {module}: A and A0, or B and B0, differ in shape")
-        _check_pair(folder, module, layer.a, layer.b)
+        _check_pair(folder, module, config["r"], layer.a, layer.b)
         layers[module] = layer
     return AstraAdapter(layers, config, provenance)
 
@@ -250,7 +277,10 @@ def read_lora_header(folder: Path) -> LoraHeader:
         raise NotAnAdapter(f"{folder} is an Astra adapter: convert it first (astra-convert {folder} OUT_DIR)")
     config = _read_json(folder, CONFIG)
     _check_config(folder, config)
-    provenance = _read_json(folder, PROVENANCE) if (folder / PROVENANCE).is_file() else {}
+    for key, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None)):
+        if config.get(key) not in (plain, None):
+            raise MalformedAdapter(f"{folder / CONFIG} has {key}={config[key]!r}: the engine serves plain LoRA only")
+    base = _read_json(folder, PROVENANCE).get("base") if (folder / PROVENANCE).is_file() else None
     file = _file(folder, LORA_WEIGHTS)
     halves: dict[str, dict[str, list[int]]] = {}
     try:
@@ -258,9 +288,10 @@ def read_lora_header(folder: Path) -> LoraHeader:
             for key in tensors.keys():  # noqa: SIM118 (it is not a dict)
                 module, half = key.removeprefix(_PEFT_PREFIX).removesuffix(".weight").rsplit(".", 1)
                 halves.setdefault(module, {})[half] = tensors.get_slice(key).get_shape()
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, OSError) as error:
         raise MalformedAdapter(f"{folder / LORA_WEIGHTS} cannot be read: {error}") from error
-    shapes, rank = {}, 0
+    # The engine sizes its slots by what the config says, whatever the tensors are.
+    shapes, rank = {}, max([config["r"], *(config.get("rank_pattern") or {}).values()])
     for module, half in halves.items():
         a, b = half.get("lora_A", []), half.get("lora_B", [])
         if set(half) != {"lora_A", "lora_B"} or len(a) != 2 or len(b) != 2 or a[0] != b[1]:
@@ -269,7 +300,7 @@ def read_lora_header(folder: Path) -> LoraHeader:
         rank = max(rank, a[0])
     if not shapes:
         raise MalformedAdapter(f"{folder / LORA_WEIGHTS} holds no LoRA")
-    return LoraHeader(rank, shapes, provenance.get("base", {}).get("digest"))
+    return LoraHeader(rank, shapes, base.get("digest") if isinstance(base, dict) else None)
 
 
 def check_base(folder: Path, recorded_digest: str | None, digest: str) -> None:
@@ -299,7 +330,9 @@ def _read_json(folder: Path, name: str) -> Json:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise MalformedAdapter(f"{folder / name} is not JSON: {error}") from error
+        raise MalformedAdapter(f"{file} is not JSON: {error}") from error
+    except OSError as error:
+        raise MalformedAdapter(f"{file} cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
         raise MalformedAdapter(f"{folder / name} is not a JSON object")
     return content
@@ -309,8 +342,8 @@ def _read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
     file = _file(folder, name)
     try:
         return load_file(file)
-    except SafetensorError as error:
-        raise MalformedAdapter(f"{folder / name} cannot be read: {error}") from error
+    except (SafetensorError, OSError) as error:
+        raise MalformedAdapter(f"{file} cannot be read: {error}") from error
 
 
 def _check_config(folder: Path, config: Json) -> None:
@@ -319,10 +352,10 @@ def _check_config(folder: Path, config: Json) -> None:
         raise MalformedAdapter(f"{folder / CONFIG} needs r (a positive integer) and lora_alpha (a number)")
 
 
-def _check_pair(folder: Path, module: str, a: torch.Tensor, b: torch.Tensor) -> None:
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+def _check_pair(folder: Path, module: str, rank: int, a: torch.Tensor, b: torch.Tensor) -> None:
+    if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank:
         raise MalformedAdapter(
-            f"{folder}: {module}: A is {tuple(a.shape)} and B is {tuple(b.shape)}, not (r, d_in), (d_out, r)"
+            f"{folder}: {module}: A is {tuple(a.shape)} and B is {tuple(b.shape)}, not ({rank}, d_in), (d_out, {rank})"
         )
     if not (a.isfinite().all() and b.isfinite().all()):
         raise MalformedAdapter(f"{folder}: {module} holds NaN or infinite values")

@@ -39,7 +39,10 @@ def convert(astra_dir: Path, out_dir: Path, *, base: str | None = None, dtype: s
     trained_on = adapter.provenance["base"]
     if base is not None:
         adapter_dir.check_base(astra_dir, trained_on["digest"], adapter_dir.base_digest(adapter_dir.find_base(base)))
-    lora = to_lora(adapter, DTYPES[trained_on["dtype"] if dtype == "auto" else dtype])
+    chosen = trained_on["dtype"] if dtype == "auto" else dtype
+    if chosen not in DTYPES:
+        raise AdapterError(f"the base is stored in {chosen}: choose --dtype {', '.join(DTYPES)}")
+    lora = to_lora(adapter, DTYPES[chosen])
     rank = lora.config["r"]
     with adapter_dir.new_folder(out_dir) as folder:
         adapter_dir.save_lora(folder, lora)

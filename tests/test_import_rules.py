@@ -20,6 +20,7 @@ def imports(file: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively: the rule below reads absolute names"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 

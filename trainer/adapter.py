@@ -6,7 +6,7 @@ and holds the *moves* dA and dB, both zero at the start. The forward pass adds
     s (B A - B0 A0) x  =  s [dB | B0] [A0 + dA ; dA] x
 
 in two matrix products, the cancellation-free form of the converter. With dA = dB = 0 it adds exact zeros, so the first
-output is the base's bit for bit; and W is never touched, so one base (quantised, too) serves every task.
+output is the base's bit for bit; and W is never touched, so one base serves every task.
 """
 
 from collections.abc import Iterable
@@ -60,8 +60,13 @@ def target_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.L
     if not found:
         raise TargetError(f"no linear layer to adapt was found in {type(model).__name__}")
     for name, layer in found.items():
-        if config.rank > min(layer.weight.shape):
-            raise TargetError(f"rank {config.rank} is larger than layer {name} {tuple(layer.weight.shape)}: lower rank")
+        shape = tuple(layer.weight.shape)
+        if not layer.weight.is_floating_point():
+            raise TargetError(f"layer {name} is quantised ({layer.weight.dtype}): use the unquantised base")
+        if config.rank > min(shape):
+            raise TargetError(
+                f"rank {config.rank} is larger than layer {name} {shape}: lower rank, or set target_modules"
+            )
     return found
 
 

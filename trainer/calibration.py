@@ -52,14 +52,14 @@ def gram_matrices(
 
     def add(name: str, layer: nn.Module, _inputs: object, output: torch.Tensor) -> None:
         bias = getattr(layer, "bias", None)
-        y = (output if bias is None else output - bias)[real].double()  # (n_real, d_out)
+        y = (output if bias is None else output - bias).flatten(0, -2)[real].double()  # (n_real, d_out)
         sums[name] += (y.T @ y).cpu()
 
     handles = [layer.register_forward_hook(partial(add, name)) for name, layer in layers.items()]
     try:
         for batch in batches:
             batch = batch.to(model.device)
-            real = batch.mask.bool()
+            real = batch.mask.bool().flatten()
             n_tokens += int(real.sum())
             model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
             on_batch()

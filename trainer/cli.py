@@ -29,8 +29,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _progress() -> Progress:
-    columns = ("{task.description:<22}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*(TextColumn(c) if isinstance(c, str) else c for c in columns), console=Console(stderr=True))
+    return Progress(
+        TextColumn("{task.description:<22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

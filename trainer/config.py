@@ -15,7 +15,7 @@ Subspace = Literal["tail", "principal", "middle", "random"]
 class TrainConfig(BaseModel):
     """Settings of one run; keys of `--config FILE.yaml` and of `--set key=value`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rank: int = Field(16, ge=1, description="rank r of the adapter; converted with a trained B it serves as 2r")
     alpha: float | None = Field(None, gt=0, description="scaling is alpha / rank; none means alpha = rank, scaling 1")
@@ -41,7 +41,7 @@ class TrainConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the frozen base; auto is the one it is stored in. The adapter is float32"
     )
-    seed: int = Field(0, ge=0, description="two runs with the same seed on the same CPU are equal")
+    seed: int = Field(0, ge=0, lt=2**63, description="two runs with the same seed on the same CPU are equal")
 
 
 def load_config(file: Path | None, overrides: list[str]) -> TrainConfig:

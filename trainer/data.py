@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from trainer.errors import DataError
 
 IGNORED = -100  # the label that cross entropy leaves out
+_ANSWER = "5d2f0c1e"  # stands for the answer while a chat template is rendered
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def data_digest(file: Path) -> str:
 def read_examples(file: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
     """Read every row of `file`. Raises DataError, which names the line."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON strings may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data file {file} cannot be read: {error}") from error
     examples = []
@@ -55,59 +57,60 @@ def read_examples(file: Path, tokenizer: PreTrainedTokenizerBase, max_length: in
         if line.strip():
             try:
                 examples.append(_example(json.loads(line), tokenizer, max_length))
-            except ValueError as error:  # JSONDecodeError is one, too
-                raise DataError(f"{file}, line {number}: {error}") from error
+            except (ValueError, TemplateError) as error:  # JSONDecodeError is a ValueError, too
+                raise DataError(f"{file}, line {number}: {str(error).splitlines()[0]}") from error
+            except TypeError as error:  # what tokenizers raise then
+                raise DataError(f"{file}, line {number}: text with half a surrogate pair is not Unicode") from error
     if not examples:
         raise DataError(f"data file {file} has no rows")
     return examples
 
 
 def _example(row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
-    prompt, completion = _texts(row, tokenizer)
-    ids = tokenizer(prompt)["input_ids"] if prompt else []
+    match row:
+        case {"prompt": str(prompt), "completion": str(completion)} if completion:
+            ids = tokenizer(prompt)["input_ids"]
+        case {"text": str(completion)} if completion:
+            ids = []
+        case {"messages": [_, *_] as messages}:
+            prompt, completion = _chat(messages, tokenizer)
+            # The template has printed every special token itself, and so do servers read it.
+            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        case _:
+            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(
+                'a row is {"prompt", "completion"}, {"messages"} or {"text"}, each with non-empty text; '
+                f"this one has: {found}"
+            )
     n_prompt = len(ids)
-    # A completion that follows a prompt must not get a second beginning-of-sequence token.
-    ids = ids + tokenizer(completion, add_special_tokens=not prompt)["input_ids"]
-    if ids[-1] != tokenizer.eos_token_id:
-        ids.append(tokenizer.eos_token_id)
     if n_prompt >= max_length:
         raise ValueError(f"the prompt alone has {n_prompt} tokens: raise max_length (now {max_length})")
+    # Only a text that stands alone begins with a beginning-of-sequence token.
+    ids = ids + tokenizer(completion, add_special_tokens="text" in row)["input_ids"]
+    if ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)
     return Example(ids[:max_length], ([IGNORED] * n_prompt + ids[n_prompt:])[:max_length])
 
 
-def _texts(row: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Return (prompt, completion); the prompt is empty where the loss is on everything."""
-    match row:
-        case {"prompt": str(prompt), "completion": str(completion)} if completion:
-            return prompt, completion
-        case {"text": str(text)} if text:
-            return "", text
-        case {"messages": [_, *_] as messages}:
-            return _chat(messages, tokenizer)
-    found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-    raise ValueError(
-        'a row is {"prompt", "completion"}, {"messages"} or {"text"}, each with non-empty text; '
-        f"this one has: {found}"
-    )
-
-
 def _chat(messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Return the text that a server would ask with, and the last answer with what the template puts around it."""
     for message in messages:
         match message:
-            case {"role": str(), "content": str()}:
+            case {"role": str(), "content": str(content)} if content.strip():
                 continue
-        raise ValueError('each of "messages" needs "role" and "content"')
-    if messages[-1]["role"] != "assistant":
-        raise ValueError('the last of "messages" must have the role "assistant": it is what the model learns')
+        raise ValueError('each of "messages" needs "role" and a non-empty "content"')
+    if messages[-1]["role"] != "assistant" or len(messages) < 2:
+        raise ValueError(
+            '"messages" need a question, and last an answer of the role "assistant": what the model learns'
+        )
     if not tokenizer.chat_template:
         raise ValueError('"messages" need a chat template, and this base has none: use "prompt" and "completion"')
-    # No tokenize=True: the prompt is tokenized on its own, just as a server does it.
     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    if not whole.startswith(prompt):
+    answered = [*messages[:-1], {**messages[-1], "content": _ANSWER}]  # a template may trim or change a real answer
+    before, found, after = tokenizer.apply_chat_template(answered, tokenize=False).rpartition(_ANSWER)
+    if not found or not before.startswith(prompt):
         raise ValueError("this base's chat template renders earlier turns differently once an answer follows")
-    end = whole.rfind(messages[-1]["content"]) + len(messages[-1]["content"])
-    return prompt, whole[len(prompt) : end]
+    return prompt, before[len(prompt) :] + messages[-1]["content"] + after.rstrip()
 
 
 def collate(examples: list[Example], pad_id: int) -> Batch:

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from converter.adapter_dir import Json, base_digest
 from trainer.config import TrainConfig
 from trainer.data import data_digest
-from trainer.eigenspace import Spectrum
 
 if TYPE_CHECKING:
     from trainer.train import Point
@@ -47,9 +46,8 @@ def provenance(
     data: Path,
     n_rows: int,
     config: TrainConfig,
-    spectra: dict[str, Spectrum],
 ) -> Json:
-    """Return where the adapter came from: base, data, settings, versions and each layer's spectrum."""
+    """Return where the adapter comes from: base, data, settings and versions."""
     packages = ("astra-serve", "torch", "transformers", "peft")
     return {
         "method": "astra",
@@ -58,7 +56,6 @@ def provenance(
         "config": config.model_dump(),
         "seed": config.seed,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "spectra": {name: spectrum.as_json() for name, spectrum in spectra.items()},
     }
 
 

@@ -4,19 +4,14 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.progress import Progress
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    get_cosine_schedule_with_warmup,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from converter import adapter_dir
 from converter.adapter_dir import AstraAdapter, BaseNotFound
@@ -52,23 +47,25 @@ def train(base: str, data: Path, out: Path, config: TrainConfig, progress: Progr
 
     layers = target_layers(model, config)
 
-    with progress:
-        sample = random.Random(config.seed).sample(examples, min(config.calibration_rows, len(examples)))
-        calibration = batches(sample, config.batch_size, tokenizer.pad_token_id)
-        bases, spectra = find_subspaces(model, layers, calibration, config, progress)
-        peft_model = attach(model, bases, config)
+    origin = provenance(base, folder, str(model.dtype), data, len(examples), config)
 
-        order = torch.Generator().manual_seed(config.seed)
-        stream = shuffled_batches(examples, config.batch_size, tokenizer.pad_token_id, order)
-        curve = list(optimise(peft_model, stream, config, progress))
+    with adapter_dir.new_folder(out) as unfinished:
+        with progress:
+            sample = random.Random(config.seed).sample(examples, min(config.calibration_rows, len(examples)))
+            calibration = batches(sample, config.batch_size, tokenizer.pad_token_id)
+            bases, spectra = find_subspaces(model, layers, calibration, config, progress)
+            peft_model = attach(model, bases, config)
 
-    origin = provenance(base, folder, str(model.dtype), data, len(examples), config, spectra)
-    with adapter_dir.new_folder(out) as partial:
-        settings = peft_config(config, base, bases)
-        adapter_dir.save_astra(partial, AstraAdapter(adapter_layers(peft_model), settings.to_dict(), origin))
-        write_loss(partial, curve)
-        plot_loss(partial, curve)
-        write_card(partial, origin, curve)
+            order = torch.Generator().manual_seed(config.seed)
+            stream = shuffled_batches(examples, config.batch_size, tokenizer.pad_token_id, order)
+            curve = list(optimise(peft_model, stream, config, progress))
+
+        origin["spectra"] = {name: spectrum.as_json() for name, spectrum in spectra.items()}
+        settings = peft_config(config, base, bases).to_dict()
+        adapter_dir.save_astra(unfinished, AstraAdapter(adapter_layers(peft_model), settings, origin))
+        write_loss(unfinished, curve)
+        plot_loss(unfinished, curve)
+        write_card(unfinished, origin, curve)
     return curve
 
 
@@ -113,7 +110,7 @@ def optimise(model: nn.Module, stream: Iterator[Batch], config: TrainConfig, pro
     """Train for `config.steps` steps and yield each step's point. Raises TrainerError when the loss is not finite."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(config.warmup * config.steps), config.steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate_factor, config))
     device = parameters[0].device
     bar = progress.add_task("training", total=config.steps)
     for step in range(1, config.steps + 1):
@@ -121,7 +118,7 @@ def optimise(model: nn.Module, stream: Iterator[Batch], config: TrainConfig, pro
         loss = model(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels, use_cache=False).loss
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        point = Point(step, loss.item(), norm.item(), schedule.get_last_lr()[0])
+        point = Point(step, loss.item(), norm.item(), float(schedule.get_last_lr()[0]))
         if not math.isfinite(point.loss):
             raise TrainerError(f"the loss became {point.loss} at step {step}: lower learning_rate")
         optimizer.step()
@@ -129,3 +126,16 @@ def optimise(model: nn.Module, stream: Iterator[Batch], config: TrainConfig, pro
         optimizer.zero_grad()
         progress.update(bar, advance=1, description=f"training  loss {point.loss:.3f}")
         yield point
+    if not all(parameter.isfinite().all() for parameter in parameters):
+        raise TrainerError(f"the adapter is not finite after step {config.steps}: lower learning_rate")
+
+
+def learning_rate_factor(config: TrainConfig, step: int) -> float:
+    """Return the share of the peak learning rate at `step` (from 0): a linear rise, then a half cosine to 0.
+
+    The first step has a rate above 0 already, so no step is wasted.
+    """
+    warmup = math.ceil(config.warmup * config.steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))

@@ -26,7 +26,7 @@ def test_adapters_that_fit_are_admitted_with_absolute_folders(tiny_base: Path, t
     ours = write_lora(tmp_path / "ours", tiny_base)
     plain = write_lora(tmp_path / "plain", None, rank=20)
     (plain / "astra.json").unlink()  # somebody else's LoRA
-    assert admit(tiny_base, [("a", ours), ("b", plain)]) == [Admitted("a", ours, 4), Admitted("b", plain, 20)]
+    assert admit(str(tiny_base), [("a", ours), ("b", plain)]) == [Admitted("a", ours, 4), Admitted("b", plain, 20)]
 
 
 def test_the_engines_rank_is_the_smallest_that_holds_every_adapter() -> None:
@@ -64,6 +64,7 @@ def test_bad_input_gives_one_line_and_status_2_before_the_engine_starts(
     too_large = write_lora(tmp_path / "large", None, rank=513)
     for options, message in [
         (["--adapter", f"a={good}", "--adapter", f"a={good}"], "two adapters are named 'a'"),
+        (["--adapter", f"tiny={good}"], "has the base's name"),
         (["--adapter", "a"], "takes name=DIR"),
         (["--adapter", f"a={tmp_path / 'none'}"], "there is no folder"),
         (["--adapter", f"a={wrong_base}"], "was trained on another base"),
@@ -76,3 +77,24 @@ def test_bad_input_gives_one_line_and_status_2_before_the_engine_starts(
         assert message in line
     assert main(["--base", str(tmp_path / "none")]) == 2
     assert "is not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [["--model", "other"], ["--lora-modules", "b=/any/path"], ["--lora_modules=b=/x"], ["--served-model-name", "x"]],
+    ids=str,
+)
+def test_no_option_for_vllm_serves_what_was_not_admitted(tiny_base: Path, tmp_path: Path, capsys, extra) -> None:
+    good = write_lora(tmp_path / "good", tiny_base)
+    assert main(["--base", str(tiny_base), "--adapter", f"a={good}", *extra]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("is not for vLLM here: use --base and --adapter")
+
+
+def test_the_engine_gets_enough_slots_and_memory_for_every_adapter(tiny_base: Path, tmp_path: Path) -> None:
+    from astra_serve import engine
+
+    adapters = admit(str(tiny_base), [(name, write_lora(tmp_path / name, tiny_base, rank=20)) for name in "abc"])
+    args = engine.parse(str(tiny_base), adapters, 2, ["--max-model-len", "64"])
+    assert (args.max_loras, args.max_cpu_loras, args.max_lora_rank, args.max_model_len) == (2, 3, 32, 64)
+    assert [(module.name, module.path) for module in args.lora_modules] == [(n, str(tmp_path / n)) for n in "abc"]
+    assert engine.parse(str(tiny_base), adapters, 5, []).max_cpu_loras == 5

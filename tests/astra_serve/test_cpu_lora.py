@@ -15,6 +15,7 @@ from astra_serve.cpu_lora import GroupedPunicaWrapper, group_by_slot
 
 SLOTS, MAX_RANK, D_IN = 4, 16, 24
 SLICES = (20, 12, 12)
+STOCK, OURS = "PunicaWrapperCPU", "GroupedPunicaWrapper"
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -153,11 +154,9 @@ def platform(monkeypatch):
     from vllm.platforms import current_platform
 
     kind = type(current_platform)
-    monkeypatch.setattr(kind, "get_punica_wrapper", kind.get_punica_wrapper)
+    stock = f"{PunicaWrapperCPU.__module__}.{STOCK}"  # also when another test has loaded the engine's plugins already
+    monkeypatch.setattr(kind, "get_punica_wrapper", classmethod(lambda _: stock))
     return current_platform
-
-
-STOCK, OURS = "PunicaWrapperCPU", "GroupedPunicaWrapper"
 
 
 def test_it_is_an_entry_point_of_the_engine_and_on_by_default(platform, monkeypatch) -> None:

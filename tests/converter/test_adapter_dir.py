@@ -84,6 +84,11 @@ def damage_weights(folder: Path, name: str, **changes: torch.Tensor | None) -> N
     save_file(tensors, folder / name)
 
 
+def change_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+
+
 ASTRA, LORA = adapter_dir.ASTRA_WEIGHTS, adapter_dir.LORA_WEIGHTS
 
 
@@ -96,6 +101,13 @@ ASTRA, LORA = adapter_dir.ASTRA_WEIGHTS, adapter_dir.LORA_WEIGHTS
         (lambda f: (f / "astra.json").write_text("{"), MalformedAdapter, "is not JSON"),
         (lambda f: (f / "astra.json").write_text("[]"), MalformedAdapter, "is not a JSON object"),
         (lambda f: (f / "astra.json").write_text("{}"), MalformedAdapter, "has format None"),
+        (lambda f: (f / "astra.json").write_text('{"format": "astra-adapter/1"}'), MalformedAdapter, "needs base: id"),
+        (
+            lambda f: (f / "adapter_config.json").write_text('{"r": 8, "lora_alpha": 8}'),
+            MalformedAdapter,
+            "not (8, d_in)",
+        ),
+        (lambda f: save_file({}, f / ASTRA), MalformedAdapter, "holds no layers"),
         (lambda f: (f / "adapter_config.json").write_text('{"r": 0}'), MalformedAdapter, "needs r"),
         (lambda f: (f / ASTRA).write_bytes(b"\xff" * 20), MalformedAdapter, "cannot be read"),
         (lambda f: (f / ASTRA).write_bytes((f / ASTRA).read_bytes()[:-9]), MalformedAdapter, "cannot be read"),
@@ -118,6 +130,12 @@ def test_a_broken_astra_folder_is_refused_with_its_own_reason(astra_folder: Path
         (lambda f: (f / LORA).unlink(), NotAnAdapter, "has no adapter_model.safetensors"),
         (lambda f: (f / LORA).rename(f / ASTRA), NotAnAdapter, "convert it first"),
         (lambda f: (f / LORA).write_bytes(b"garbage"), MalformedAdapter, "cannot be read"),
+        (
+            lambda f: change_config(f, use_dora=True),
+            MalformedAdapter,
+            "use_dora=True: the engine serves plain LoRA only",
+        ),
+        (lambda f: change_config(f, bias="all"), MalformedAdapter, "bias='all'"),
         (lambda f: save_file({}, f / LORA), MalformedAdapter, "holds no LoRA"),
         (lambda f: save_file({"bare": torch.ones(1)}, f / LORA), MalformedAdapter, "cannot be read"),
         (lambda f: damage_weights(f, LORA, __lora_A__weight=None), MalformedAdapter, "not a matching"),
@@ -130,6 +148,17 @@ def test_a_broken_lora_folder_is_refused_with_its_own_reason(lora_folder: Path, 
         adapter_dir.read_lora_header(lora_folder)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_rank_is_the_one_that_the_engine_reads_from_the_config(lora_folder: Path) -> None:
+    change_config(lora_folder, rank_pattern={"q_proj": 64})
+    assert adapter_dir.read_lora_header(lora_folder).rank == 64
+
+
+def test_a_base_that_cannot_be_read_gives_one_line(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(BaseNotFound, match=r"model\.safetensors cannot be read"):
+        adapter_dir.base_shapes(tmp_path)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_bad_input_gives_one_line_and_status_2(trained, tmp_path: Path, capsys) 
     for args, message in [
         ([tmp_path / "none", tmp_path / "out"], "there is no folder"),
         ([trained[True], tmp_path / "there"], "exists already"),
+        ([trained[True], Path("/dev/null/lora")], "cannot be made"),
         ([trained[True], tmp_path / "out", "--base", tmp_path / "none"], "is not a folder"),
     ]:
         assert main([str(arg) for arg in args]) == 2

@@ -101,6 +101,14 @@ def test_a_target_that_does_not_exist_is_refused_with_the_names_there_are(tiny_b
         target_layers(load(tiny_base), TrainConfig(rank=4, target_modules=["query"]))
 
 
+def test_a_quantised_layer_is_refused(tiny_base: Path) -> None:
+    model = load(tiny_base)
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(TargetError, match=r"up_proj is quantised \(torch.int8\)"):
+        target_layers(model, TrainConfig(rank=4))
+
+
 def test_a_rank_larger_than_a_layer_is_refused(tiny_base: Path) -> None:
     with pytest.raises(TargetError, match=r"rank 17 is larger than layer model.layers.0.self_attn.k_proj \(16, 32\)"):
         target_layers(load(tiny_base), TrainConfig(rank=17))

@@ -74,6 +74,26 @@ def test_the_layers_bias_is_left_out() -> None:
     assert found.n_tokens == 4
 
 
+def test_a_layer_that_sees_its_rows_flattened_is_masked_alike() -> None:
+    """Mixture-of-experts models call layers with (rows * length, d); the mask must follow."""
+
+    class Flattening(nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3, bias=False)
+
+        def forward(self, input_ids, attention_mask, use_cache):  # noqa: ARG002
+            return self.layer(nn.functional.one_hot(input_ids, 4).float().flatten(0, 1))
+
+    model = Flattening()
+    rows = [Example([0, 1], [0, 1]), Example([2, 3, 3], [2, 3, 3])]
+    found = gram_matrices(model, {"layer": model.layer}, batches(rows, 2, 0))["layer"]
+    w = model.layer.weight.double().T[[0, 1, 2, 3, 3]]
+    torch.testing.assert_close(found.matrix, w.T @ w / 5, rtol=1e-5, atol=1e-6)
+
+
 def test_no_hook_stays_on_the_model(model: PreTrainedModel) -> None:
     gram(model, examples([3]), 1)
     assert not model.get_submodule(LAYER)._forward_hooks

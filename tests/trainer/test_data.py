@@ -4,6 +4,9 @@ import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from trainer.data import IGNORED, Example, collate, read_examples, shuffled_batches
 from trainer.errors import DataError
@@ -36,6 +39,48 @@ def test_messages_are_learned_in_the_form_that_a_server_asks_in(tokenizer, jsonl
     assert tokenizer.decode(example.ids[n:]) == "hello<|end|>"
 
 
+@pytest.mark.parametrize("answer", ["d", "end", "e", "Yes.\n", "<|", "hello|>"])
+def test_an_answer_is_learned_whole_also_where_the_template_holds_its_letters(tokenizer, jsonl, answer: str) -> None:
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
+    (example,) = read_examples(jsonl([{"messages": messages}]), tokenizer, 64)
+    assert tokenizer.decode([label for label in example.labels if label != IGNORED]) == f"{answer}<|end|>"
+
+
+def test_a_template_that_trims_and_puts_words_before_the_answer_is_learned_with_them(tokenizer, jsonl, monkeypatch):
+    template = (
+        "{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' %}<think></think>{% endif %}"
+        "{{ m['content'] | trim }}<|end|>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    messages = [{"role": "user", "content": " q "}, {"role": "assistant", "content": "a"}]
+    (example,) = read_examples(jsonl([{"messages": messages}]), tokenizer, 64)
+    assert tokenizer.decode(example.ids) == "[user]q<|end|>[assistant]<think></think>a<|end|>"
+    assert tokenizer.decode([i for i in example.labels if i != IGNORED]) == "<think></think>a<|end|>"
+
+
+def test_a_beginning_of_sequence_token_comes_once_and_never_before_a_completion(tokenizer, jsonl) -> None:
+    bos = "<|system|>"
+    with_bos = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        eos_token=tokenizer.eos_token,
+        bos_token=bos,
+    )
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, with_bos.bos_token_id)]
+    )
+    with_bos.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": messages}, {"prompt": "q", "completion": " a"}, {"text": "q"}]
+    decoded = [with_bos.decode(example.ids) for example in read_examples(jsonl(rows), with_bos, 64)]
+    assert decoded == [f"{bos}q<|end|>a<|end|>", f"{bos}q a<|end|>", f"{bos}q<|end|>"]
+
+
+def test_a_row_may_hold_any_unicode_line_separator(tokenizer, tmp_path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert len(read_examples(file, tokenizer, 64)) == 1
+
+
 def test_long_rows_lose_their_end(tokenizer, jsonl) -> None:
     (example,) = read_examples(jsonl([{"text": "word " * 50}]), tokenizer, 10)
     assert len(example.ids) == len(example.labels) == 10
@@ -50,8 +95,11 @@ def test_long_rows_lose_their_end(tokenizer, jsonl) -> None:
         ({"text": 3}, "this one has: text"),
         ([1, 2], "this one has: list"),
         ({"messages": []}, "this one has: messages"),
-        ({"messages": [{"role": "user"}]}, '"role" and "content"'),
-        ({"messages": [{"role": "user", "content": "x"}]}, '"assistant"'),
+        ({"messages": [{"role": "user"}]}, 'needs "role"'),
+        ({"messages": [{"role": "user", "content": "x"}]}, 'of the role "assistant"'),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "need a question"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]}, "non-empty"),
+        ({"text": "\ud83d"}, "half a surrogate pair"),
         ({"prompt": "word " * 99, "completion": "x"}, "raise max_length"),
     ],
 )

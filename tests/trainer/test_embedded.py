@@ -1,7 +1,6 @@
 """The embedded base and its tasks: small, disjoint by construction, reproducible."""
 
 import json
-import platform
 import random
 from functools import partial
 from itertools import islice
@@ -44,12 +43,11 @@ def test_the_splits_share_no_module_table_or_product() -> None:
 
 def test_a_signature_rows_answer_is_the_functions_real_arguments() -> None:
     for row in tasks.rows("signature", test=True, n=100):
-        scope: dict[str, object] = {}
         line = row["prompt"].removesuffix("\nArguments:")
         names = row["completion"].strip().split(", ")
         function = compile(f"{line} pass", "row", "exec", flags=0x1000000).co_consts  # annotations stay unevaluated
         code = next(c for c in function if hasattr(c, "co_varnames"))
-        assert set(code.co_varnames) - {"self", "cls"} == set(names), scope
+        assert set(code.co_varnames) - {"self", "cls"} == set(names)
 
 
 def test_the_corpus_never_pairs_a_question_with_its_answer() -> None:
@@ -82,8 +80,8 @@ def test_pretraining_repeats_from_its_seed_and_writes_a_loadable_model(tmp_path,
 
 def test_the_shipped_base_was_trained_on_the_corpus_that_the_code_generates_today() -> None:
     record = json.loads((EMBEDDED / "pretraining.json").read_text())
-    if record["python"] != platform.python_version():
-        pytest.skip(f"the corpus is this Python's standard library, and the base was trained on {record['python']}'s")
+    if record["stdlib"] != stdlib.digest():
+        pytest.skip(f"the corpus is made of the standard library, and this is not Python {record['python']}'s own")
     assert record["corpus"] == pretrain.corpus_digest(record["seed"])
 
 

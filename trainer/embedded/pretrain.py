@@ -21,6 +21,7 @@ from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from trainer.embedded import stdlib
 from trainer.embedded.corpus import documents
 
 VOCABULARY = 1024
@@ -174,6 +175,7 @@ def pretrain(out: Path, *, steps: int, seed: int) -> float:
     record = {
         "seed": seed,
         "python": platform.python_version(),
+        "stdlib": stdlib.digest(),
         "corpus": corpus_digest(seed),
         "loss": [round(x, 4) for x in losses],
     }

@@ -35,6 +35,14 @@ def sources(held_out: bool) -> Iterator[tuple[str, str]]:
             continue  # a few files declare another encoding
 
 
+def digest() -> str:
+    """Return the SHA-256 of the training split: distributions ship one Python version with differing libraries."""
+    total = hashlib.sha256()
+    for path, source in sources(held_out=False):
+        total.update(f"{path}\0{source}\0".encode())
+    return f"sha256:{total.hexdigest()}"
+
+
 @cache
 def identifiers() -> tuple[str, ...]:
     """Return the identifiers that occur at least three times in the training split's sources, sorted."""
