@@ -22,9 +22,9 @@ check: .venv/.installed
 .venv/.installed: requirements-cpu.lock pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@echo "installing $$(grep -c == requirements-cpu.lock) pinned packages (about a minute) ..."
-	$(PIP) install --no-compile --no-deps $(TORCH) 2>/dev/null || { \
-		echo "$(TORCH) is not where pip looks: asking $(TORCH_CPU_INDEX)"; \
-		$(PIP) install --no-compile --no-deps --index-url $(TORCH_CPU_INDEX) $(TORCH); }
+	@$(PIP) install --no-compile --no-deps $(TORCH) 2>.venv/torch.log || { \
+		echo "pip does not find $(TORCH) by itself: asking $(TORCH_CPU_INDEX)"; \
+		$(PIP) install --no-compile --no-deps --index-url $(TORCH_CPU_INDEX) $(TORCH) || { cat .venv/torch.log; exit 1; }; }
 	$(PIP) install --no-compile --no-deps --requirement requirements-cpu.lock
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || true

@@ -24,7 +24,7 @@ from benchmarks.server import BIN, astra_serve
 from trainer.embedded import tasks
 
 BASE = Path(os.path.relpath(Path(tasks.__file__).parent / "base"))
-SETTINGS = {"steps": "120", "batch_size": "16", "learning_rate": "4e-3"}
+SETTINGS = {"steps": "150", "batch_size": "16", "learning_rate": "4e-3"}
 ADAPTER_AT_LEAST, BASE_AT_MOST = 0.8, 0.2
 CONCURRENCY = 32
 console = Console()

@@ -40,7 +40,7 @@ def assert_greedy(model, prompt: list[int], served: list[int]) -> bool:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_adapter_solves_its_task_and_the_base_does_not(client: openai.OpenAI, task: str) -> None:
-    rows = tasks.rows(task, test=True, n=50)
+    rows = tasks.rows(task, test=True, n=100)
     assert demo.exact_match(client, task, task, rows) > demo.ADAPTER_AT_LEAST
     assert demo.exact_match(client, "base", task, rows) < demo.BASE_AT_MOST
 
