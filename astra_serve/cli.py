@@ -15,6 +15,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run `astra-serve` and return its exit status: 0, or 2 with one line on stderr for bad input."""
     args, extra = _parser().parse_known_args(argv)
     try:
+        if args.max_loras is not None and args.max_loras < 1:
+            raise ServeError(f"--max-loras is {args.max_loras}: at least 1 adapter must fit into a batch")
         adapters = admit(args.base, [parse_adapter(text) for text in args.adapter])
         from astra_serve import engine  # after the checks: it takes seconds to import
 

@@ -86,7 +86,7 @@ def _example(row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> E
     if n_prompt >= max_length:
         raise ValueError(f"the prompt alone has {n_prompt} tokens: raise max_length (now {max_length})")
     # Only a text that stands alone begins with a beginning-of-sequence token.
-    ids = ids + tokenizer(completion, add_special_tokens="text" in row)["input_ids"]
+    ids = ids + tokenizer(completion, add_special_tokens=not ids)["input_ids"]
     if ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
     return Example(ids[:max_length], ([IGNORED] * n_prompt + ids[n_prompt:])[:max_length])

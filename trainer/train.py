@@ -44,9 +44,7 @@ def train(base: str, data: Path, out: Path, config: TrainConfig, progress: Progr
     torch.manual_seed(config.seed)
     model, tokenizer = load_base(folder, config)
     examples = read_examples(data, tokenizer, config.max_length)
-
     layers = target_layers(model, config)
-
     origin = provenance(base, folder, str(model.dtype), data, len(examples), config)
 
     with adapter_dir.new_folder(out) as unfinished:

@@ -66,6 +66,7 @@ def test_bad_input_gives_one_line_and_status_2_before_the_engine_starts(
         (["--adapter", f"a={good}", "--adapter", f"a={good}"], "two adapters are named 'a'"),
         (["--adapter", f"tiny={good}"], "has the base's name"),
         (["--adapter", "a"], "takes name=DIR"),
+        (["--adapter", f"a={good}", "--max-loras", "0"], "--max-loras is 0"),
         (["--adapter", f"a={tmp_path / 'none'}"], "there is no folder"),
         (["--adapter", f"a={wrong_base}"], "was trained on another base"),
         (["--adapter", f"a={wrong_shape}"], "does not fit this base"),

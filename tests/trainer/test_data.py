@@ -70,7 +70,7 @@ def test_a_beginning_of_sequence_token_comes_once_and_never_before_a_completion(
     )
     with_bos.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    rows = [{"messages": messages}, {"prompt": "q", "completion": " a"}, {"text": "q"}]
+    rows = [{"messages": messages}, {"prompt": "q", "completion": " a", "text": "left over"}, {"text": "q"}]
     decoded = [with_bos.decode(example.ids) for example in read_examples(jsonl(rows), with_bos, 64)]
     assert decoded == [f"{bos}q<|end|>a<|end|>", f"{bos}q a<|end|>", f"{bos}q<|end|>"]
 
