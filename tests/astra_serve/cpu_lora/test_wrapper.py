@@ -1,6 +1,5 @@
 """The grouped CPU path against float64 and against vLLM's own path, over everything a step can look like."""
 
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -10,12 +9,11 @@ from hypothesis import strategies as st
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from astra_serve import cpu_lora
-from astra_serve.cpu_lora import GroupedPunicaWrapper, group_by_slot
+from astra_serve.cpu_lora import ops
+from astra_serve.cpu_lora.wrapper import GroupedPunicaWrapper, Groups, _recording_ranks
 
-SLOTS, MAX_RANK, D_IN = 4, 16, 24
-SLICES = (20, 12, 12)
-STOCK, OURS = "PunicaWrapperCPU", "GroupedPunicaWrapper"
+SLOTS, MAX_RANK, D_IN = 4, 16, 96
+SLICES = (80, 16, 32)  # what the AVX-512 operator takes; test_ops has the shapes that it does not
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -35,7 +33,7 @@ def stacked(dtype: torch.dtype, ranks: list[int]) -> tuple[list[torch.Tensor], l
 
 def wrapper(kind: type[PunicaWrapperCPU], slots: list[int], prompts: list[int] | None = None) -> PunicaWrapperCPU:
     """A wrapper whose step has one row per entry of `slots`; -1 is a request for the base."""
-    made = kind(1024, 1024, "cpu")
+    made = kind(1024, 1024, "cpu", lora_config=SimpleNamespace(max_loras=SLOTS))
     ids = [None if slot == 1 else slot + 1 for slot in range(SLOTS)]  # slot 1 is empty
     mapping = LoRAMapping(
         tuple(0 if slot < 0 else slot + 1 for slot in slots),
@@ -60,20 +58,22 @@ SLOT_LISTS = st.lists(st.sampled_from([-1, 0, 2, 3]), min_size=1, max_size=64)
 RANKS = st.lists(st.integers(1, MAX_RANK), min_size=SLOTS, max_size=SLOTS)
 
 
+@pytest.mark.parametrize("linear", [ops.lora_linear, ops.fastest_lora_linear()], ids=["portable", "fastest"])
 @settings(deadline=None, max_examples=60)
 @given(slots=SLOT_LISTS, ranks=RANKS, dtype=st.sampled_from([torch.float32, torch.bfloat16]), known=st.booleans())
-def test_every_row_gets_its_own_adapters_change_and_base_rows_get_none(slots, ranks, dtype, known) -> None:
+def test_every_row_gets_its_own_adapters_change_and_base_rows_get_none(linear, slots, ranks, dtype, known) -> None:
     a, b = stacked(dtype, ranks)
     x, y = normal(len(slots), D_IN, dtype=dtype, seed=3), normal(len(slots), sum(SLICES), dtype=dtype, seed=4)
     grouped = wrapper(GroupedPunicaWrapper, slots)
+    grouped.linear = linear
     if known:
-        grouped.slot_ranks = dict(enumerate(ranks))
+        grouped.slot_ranks[:] = torch.tensor(ranks)
     expected = reference(y, x, a, b, slots, scale=0.5)
     before = y.clone()
     grouped.add_lora_linear(y, x, tuple(a), tuple(b), 0.5, SLICES)
     base_rows = torch.tensor(slots) < 0
     assert torch.equal(y[base_rows], before[base_rows])
-    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.4}
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.8}
     torch.testing.assert_close(y.double(), expected, **tolerance)
 
 
@@ -88,7 +88,7 @@ def test_equal_to_the_stock_path_where_every_request_has_an_adapter(n: int, mix:
         y = normal(n, sum(SLICES), dtype=torch.bfloat16, seed=4)
         wrapper(kind, slots).add_lora_linear(y, x, tuple(a), tuple(b), 1.0, SLICES)
         outputs.append(y.float())
-    torch.testing.assert_close(*outputs, rtol=2e-2, atol=0.3)
+    torch.testing.assert_close(*outputs, rtol=2e-2, atol=0.6)
 
 
 def test_the_stock_path_serves_the_base_with_the_last_slots_adapter_in_a_mixed_batch() -> None:
@@ -140,52 +140,13 @@ def test_logits_follow_the_samplers_mapping_not_the_tokens() -> None:
     assert torch.equal(y[1], before[1])
 
 
-def test_groups_are_slices_where_rows_are_consecutive() -> None:
-    groups = dict(group_by_slot(torch.tensor([2, 2, -1, 0, 3, 0])))
-    assert groups[2] == slice(0, 2)
-    assert groups[3] == slice(4, 5)
-    assert groups[0].tolist() == [3, 5]
-    assert group_by_slot(torch.tensor([-1, -1])) == []
-
-
-@pytest.fixture
-def platform(monkeypatch):
-    """The engine's platform class, put back afterwards."""
-    from vllm.platforms import current_platform
-
-    kind = type(current_platform)
-    stock = f"{PunicaWrapperCPU.__module__}.{STOCK}"  # also when another test has loaded the engine's plugins already
-    monkeypatch.setattr(kind, "get_punica_wrapper", classmethod(lambda _: stock))
-    return current_platform
-
-
-def test_it_is_an_entry_point_of_the_engine_and_on_by_default(platform, monkeypatch) -> None:
-    from importlib.metadata import entry_points
-
-    (entry,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "astra_cpu_lora"]
-    monkeypatch.delenv("ASTRA_CPU_LORA", raising=False)
-    entry.load()()
-    assert platform.get_punica_wrapper().rpartition(".")[2] == OURS
-
-
-def test_the_environment_switches_it_off(platform, monkeypatch) -> None:
-    monkeypatch.setenv("ASTRA_CPU_LORA", "0")
-    cpu_lora.register()
-    assert platform.get_punica_wrapper().rpartition(".")[2] == STOCK
-
-
-def test_nothing_happens_on_another_platform(platform, monkeypatch) -> None:
-    monkeypatch.setattr(type(platform), "is_cpu", lambda _: False)
-    cpu_lora.register()
-    assert platform.get_punica_wrapper().rpartition(".")[2] == STOCK
-
-
-def test_a_changed_engine_gives_one_warning_and_the_stock_path(platform, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(PunicaWrapperCPU, "add_shrink", lambda _self, _y, _weights: None)
-    with caplog.at_level(logging.WARNING, logger="astra_serve.cpu_lora"):
-        cpu_lora.register()
-    assert len(caplog.records) == 1
-    assert platform.get_punica_wrapper().rpartition(".")[2] == STOCK
+def test_rows_are_grouped_by_slot_in_their_order_and_base_rows_belong_to_none() -> None:
+    groups = Groups(8, SLOTS)
+    groups.update(torch.tensor([2, 2, -1, 0, 3, 0]))
+    assert groups.starts.tolist() == [1, 3, 3, 5, 6]
+    assert groups.rows[:6].tolist() == [2, 3, 5, 0, 1, 4]
+    groups.update(torch.tensor([-1, -1]))
+    assert groups.starts.tolist() == [2] * 5
 
 
 def test_an_adapters_true_rank_is_known_once_it_is_in_a_slot() -> None:
@@ -199,5 +160,5 @@ def test_an_adapters_true_rank_is_known_once_it_is_in_a_slot() -> None:
     manager = SimpleNamespace(
         lora_index_to_id=[None, 7], _registered_adapters={7: model}, punica_wrapper_mapping={"model": grouped}
     )
-    assert cpu_lora._recording_ranks(lambda _self, _id: True)(manager, 7) is True
-    assert grouped.slot_ranks == {1: 5}
+    assert _recording_ranks(lambda _self, _id: True)(manager, 7) is True
+    assert grouped.slot_ranks[1] == 5

@@ -1,0 +1,53 @@
+"""The plugin puts itself into the engine where it should, and nowhere else."""
+
+import logging
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from astra_serve import cpu_lora
+
+STOCK, OURS = "PunicaWrapperCPU", "GroupedPunicaWrapper"
+
+
+@pytest.fixture
+def platform(monkeypatch):
+    """The engine's platform class, put back afterwards."""
+    from vllm.platforms import current_platform
+
+    kind = type(current_platform)
+    stock = f"{PunicaWrapperCPU.__module__}.{STOCK}"  # also when another test has loaded the engine's plugins already
+    monkeypatch.setattr(kind, "get_punica_wrapper", classmethod(lambda _: stock))
+    return current_platform
+
+
+def test_it_is_an_entry_point_of_the_engine_and_on_by_default(platform, monkeypatch) -> None:
+    from importlib.metadata import entry_points
+
+    (entry,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "astra_cpu_lora"]
+    monkeypatch.delenv("ASTRA_CPU_LORA", raising=False)
+    entry.load()()
+    assert platform.get_punica_wrapper().rpartition(".")[2] == OURS
+
+
+def test_the_environment_switches_it_off(platform, monkeypatch) -> None:
+    monkeypatch.setenv("ASTRA_CPU_LORA", "0")
+    cpu_lora.register()
+    assert platform.get_punica_wrapper().rpartition(".")[2] == STOCK
+
+
+def test_nothing_happens_on_another_platform(platform, monkeypatch) -> None:
+    monkeypatch.setattr(type(platform), "is_cpu", lambda _: False)
+    cpu_lora.register()
+    assert platform.get_punica_wrapper().rpartition(".")[2] == STOCK
+
+
+def test_a_changed_engine_gives_one_warning_and_the_stock_path(platform, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(PunicaWrapperCPU, "add_shrink", lambda _self, _y, _weights: None)
+    with caplog.at_level(logging.WARNING, logger="astra_serve.cpu_lora"):
+        cpu_lora.register()
+    assert len(caplog.records) == 1
+    assert platform.get_punica_wrapper().rpartition(".")[2] == STOCK
