@@ -148,6 +148,14 @@ void expand_tile(const bf16 *const *inner, const __m512i *b, int rank, bf16 *con
   }
 }
 
+// Fetches the first blocks of this thread's run, which nothing before them prefetches.
+void prefetch_first(const Pass &pass) {
+  const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+  const int first = pass.first_block(thread, threads), last = pass.first_block(thread + 1, threads);
+  for (int i = first; i < std::min(last, first + pass.blocks_ahead()); ++i)
+    Prefetch{(const char *)pass.blocks[i].weights, int(pass.block_bytes / kLine)}.step();
+}
+
 // Calls tile(T, block, first token, prefetch) for every tile of this thread's run of blocks, T being its number of
 // tokens as a constant; begin(block) before the first tile of each. An inner loop takes `steps` steps.
 template <class Begin, class Tile>
@@ -231,6 +239,8 @@ void lora_linear(at::Tensor y, const at::Tensor &x, at::TensorList a, at::Tensor
 
 #pragma omp parallel
   {
+    prefetch_first(shrink);
+    prefetch_first(expand);
     const auto nothing = [](const Block &) {};
     walk(shrink, d_in / kVector, nothing, [&](auto T, const Block &block, int t, Prefetch prefetch) {
       const bf16 *from[T];

@@ -71,7 +71,15 @@ def _compiled() -> Path:
         logger.info("compiling the CPU LoRA kernel with %s (once, about ten seconds)", compiler)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / library.name
-            command = [compiler, *FLAGS, f"-I{include}", f"-I{include}/torch/csrc/api/include", SOURCE, "-o", made]
+            command = [
+                compiler,
+                *FLAGS,
+                f"-I{include}",
+                f"-I{include}/torch/csrc/api/include",
+                str(SOURCE),
+                "-o",
+                str(made),
+            ]
             command += [f"-L{lib}", "-lc10", "-ltorch_cpu"]
             subprocess.run(command, check=True, capture_output=True, text=True)
             made.replace(library)  # whole or not at all, whoever else is compiling
@@ -93,9 +101,7 @@ def _lora_linear(
 
 
 @torch.library.impl(_library, "lora_shrink", "CPU")
-def _lora_shrink(
-    inner: Tensors, x: torch.Tensor, a: Tensors, rows: Any, starts: Any, ranks: Any, scale: float
-) -> None:
+def _lora_shrink(inner: Tensors, x: torch.Tensor, a: Tensors, rows: Any, starts: Any, ranks: Any, scale: float) -> None:
     """Set inner[i] to scale * A_i x."""
     for slot, mine, rank in _groups(rows, starts, ranks):
         for out, a_i in zip(inner, a, strict=True):
@@ -124,11 +130,11 @@ def _lora_expand(
 
 
 def _groups(rows: torch.Tensor, starts: torch.Tensor, ranks: torch.Tensor) -> Iterator[tuple[int, Rows, int]]:
-    """Yield slot, rows and rank of every slot that has rows; consecutive rows as a slice, which indexes without a copy."""
+    """Yield slot, rows and rank of every slot that has both; consecutive rows as a slice, which indexes uncopied."""
     bounds = starts.tolist()
     for slot, rank in enumerate(ranks.tolist()):
         mine = rows[bounds[slot] : bounds[slot + 1]].long()
-        if len(mine):
+        if len(mine) and rank:
             first, last = int(mine[0]), int(mine[-1])
             yield slot, slice(first, last + 1) if last - first + 1 == len(mine) else mine, rank
 
@@ -143,7 +149,7 @@ def _shrink(x: torch.Tensor, a_stacked: torch.Tensor, slot: int, rank: int, scal
 def _expand(
     y: torch.Tensor, rows: Rows, inner: torch.Tensor, b_stacked: torch.Tensor, slot: int, *, add: bool = True
 ) -> None:
-    """Add B inner (n, width) to y[rows], or put it there; columns of y beyond those of B stay (the engine pads some)."""
+    """Add B inner (n, width) to y[rows], or put it there; columns beyond those of B stay (the engine pads some)."""
     b = b_stacked[slot, 0, : y.shape[1], : inner.shape[1]]
     target = y[:, : len(b)]
     before = target[rows].to(b.dtype) if add else torch.zeros((), dtype=b.dtype)

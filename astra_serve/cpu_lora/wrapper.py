@@ -41,7 +41,12 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         super().__init__(max_num_batched_tokens, max_batches, device)
         self.tokens = Groups(max_num_batched_tokens, lora_config.max_loras)
         self.samples = Groups(max_num_batched_tokens, lora_config.max_loras)
-        self.slot_ranks = torch.full((lora_config.max_loras,), UNKNOWN_RANK, dtype=torch.int32)
+        # The largest rank that each slot's adapter has in each kind of layer. The engine wraps embeddings and logits
+        # whether an adapter changes them or not: where it does not, the rank is 0 and nothing is computed.
+        self.ranks = {
+            kind: torch.full((lora_config.max_loras,), UNKNOWN_RANK, dtype=torch.int32)
+            for kind in ("linear", "embedding", "logits")
+        }
         self.linear = ops.fastest_lora_linear()
         _watch_slots()
 
@@ -69,7 +74,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         del output_slices, buffer  # the widths of the Bs; the stock path's scratch space
         groups, y, x = self.tokens, y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         a, b = list(lora_a_stacked), list(lora_b_stacked)
-        self.linear(y, x, a, b, groups.rows, groups.starts, self.slot_ranks, scale)
+        self.linear(y, x, a, b, groups.rows, groups.starts, self.ranks["linear"], scale)
 
     def add_shrink(
         self, y: Any, x: torch.Tensor, lora_a_stacked: Sequence[torch.Tensor], scale: float, **_: Any
@@ -77,7 +82,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         """Set y[i] (n_rows, max_rank) to scale * A_i x on rows that have an adapter."""
         groups, x = self.tokens, x.view(-1, x.shape[-1])
         inner = [out.view(-1, out.shape[-1]) for out in y]
-        ops.lora_shrink(inner, x, list(lora_a_stacked), groups.rows, groups.starts, self.slot_ranks, scale)
+        ops.lora_shrink(inner, x, list(lora_a_stacked), groups.rows, groups.starts, self.ranks["linear"], scale)
 
     def add_expand(
         self,
@@ -90,17 +95,13 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         **_: Any,
     ) -> None:
         """Add B_i x[i] to slice i of y, in place; with `add_inputs` false, put it there."""
-        groups, y, widths = self.tokens, y.view(-1, y.shape[-1]), list(output_slices)
-        inner = [part.view(-1, part.shape[-1]) for part in x]
-        ops.lora_expand(
-            y, inner, list(lora_b_stacked), groups.rows, groups.starts, self.slot_ranks, widths, offset_start, add_inputs
-        )
+        self._expand(y, x, lora_b_stacked, "linear", list(output_slices), offset_start, add_inputs)
 
     def add_lora_embedding(
         self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **_: Any
     ) -> None:
         """Add B x to y (n_rows, d) for x (n_rows, max_rank), the rows of A that the engine looked up."""
-        self.add_expand(y, [x], [lora_b_stacked], [y.shape[-1]], add_inputs=add_inputs)
+        self._expand(y, [x], [lora_b_stacked], "embedding", [y.shape[-1]], 0, add_inputs)
 
     def add_lora_logits(
         self,
@@ -116,11 +117,17 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         """Add scale * B A x to the logits y (n_sampled, vocabulary); rows follow the sampler's mapping."""
         del buffer
         groups, y, x = self.samples, y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
-        self.linear(y, x, [lora_a_stacked], [lora_b_stacked], groups.rows, groups.starts, self.slot_ranks, scale)
+        self.linear(y, x, [lora_a_stacked], [lora_b_stacked], groups.rows, groups.starts, self.ranks["logits"], scale)
+
+    def _expand(
+        self, y: torch.Tensor, x: Any, b: Sequence[torch.Tensor], kind: str, widths: list[int], offset: int, add: bool
+    ) -> None:
+        groups, y, inner = self.tokens, y.view(-1, y.shape[-1]), [part.view(-1, part.shape[-1]) for part in x]
+        ops.lora_expand(y, inner, list(b), groups.rows, groups.starts, self.ranks[kind], widths, offset, add)
 
 
 def _watch_slots() -> None:
-    """Learn the rank of every adapter that the engine writes into a slot; called in the worker process alone."""
+    """Learn the ranks of every adapter that the engine writes into a slot; called in the worker process alone."""
     from vllm.lora.model_manager import LoRAModelManager  # takes seconds, and the other processes never need it
 
     if not getattr(LoRAModelManager.activate_adapter, "records_ranks", False):
@@ -128,19 +135,31 @@ def _watch_slots() -> None:
 
 
 def _recording_ranks(activate: Any) -> Any:
-    """Wrap `LoRAModelManager.activate_adapter`, which writes an adapter into a slot, to tell the wrappers its rank."""
+    """Wrap `LoRAModelManager.activate_adapter`, which writes an adapter into a slot, to tell the wrappers its ranks."""
 
     def activate_adapter(self: Any, lora_id: int) -> bool:
         activated: bool = activate(self, lora_id)
         if activated:
-            slot = self.lora_index_to_id.index(lora_id)
-            halves = [layer.lora_a for layer in self._registered_adapters[lora_id].loras.values()]
-            flat = [a for half in halves for a in (half if isinstance(half, list) else [half]) if a is not None]
-            rank = max((a.shape[-2] for a in flat), default=0)
+            slot, ranks = self.lora_index_to_id.index(lora_id), {"linear": 0, "embedding": 0, "logits": 0}
+            for name, module in self.modules.items():
+                weights = self._get_lora_layer_weights(self._registered_adapters[lora_id], name)
+                if weights:
+                    halves = weights.lora_a if isinstance(weights.lora_a, list) else [weights.lora_a]
+                    rank = max((a.shape[-2] for a in halves if a is not None), default=0)
+                    ranks[_kind(module)] = max(rank, ranks[_kind(module)])
             for wrapper in self.punica_wrapper_mapping.values():
                 if isinstance(wrapper, GroupedPunicaWrapper):
-                    wrapper.slot_ranks[slot] = rank
+                    for kind, rank in ranks.items():
+                        wrapper.ranks[kind][slot] = rank
         return activated
 
     activate_adapter.records_ranks = True  # type: ignore[attr-defined]
     return activate_adapter
+
+
+def _kind(module: Any) -> str:
+    from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
+
+    if isinstance(module, VocabParallelEmbeddingWithLoRA):
+        return "embedding"
+    return "logits" if isinstance(module, LogitsProcessorWithLoRA) else "linear"

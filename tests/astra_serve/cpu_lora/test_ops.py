@@ -1,4 +1,4 @@
-"""The operators by themselves: shapes that the AVX-512 one cannot take, compilation, and machines without a compiler."""
+"""The operators by themselves: shapes that the AVX-512 one cannot take, compilation, machines without a compiler."""
 
 import logging
 
@@ -33,8 +33,8 @@ def expected(y, x, a, b, groups=GROUPS) -> torch.Tensor:
     result = y.double().clone()
     for slot in range(3):
         for row in rows[starts[slot] : starts[slot + 1]]:
-            change = [b_i[slot, 0].double() @ (a_i[slot, 0].double() @ x[row].double()) for a_i, b_i in zip(a, b)]
-            result[row] += 0.5 * torch.cat(change)
+            inner = [a_i[slot, 0].double() @ x[row].double() for a_i in a]
+            result[row] += 0.5 * torch.cat([b_i[slot, 0].double() @ i for b_i, i in zip(b, inner, strict=True)])
     return result
 
 

@@ -21,6 +21,7 @@ def platform(monkeypatch):
     kind = type(current_platform)
     stock = f"{PunicaWrapperCPU.__module__}.{STOCK}"  # also when another test has loaded the engine's plugins already
     monkeypatch.setattr(kind, "get_punica_wrapper", classmethod(lambda _: stock))
+    monkeypatch.setattr(kind, "check_and_update_config", kind.check_and_update_config)
     return current_platform
 
 
@@ -51,3 +52,33 @@ def test_a_changed_engine_gives_one_warning_and_the_stock_path(platform, monkeyp
         cpu_lora.register()
     assert len(caplog.records) == 1
     assert platform.get_punica_wrapper().rpartition(".")[2] == STOCK
+
+
+def test_models_with_adapters_are_compiled_as_the_base_is(platform, monkeypatch) -> None:
+    """The engine turns compilation off where its configuration has LoRA: its check no longer sees that."""
+    seen = []
+    monkeypatch.setattr(type(platform), "check_and_update_config", classmethod(lambda _, c: seen.append(c.lora_config)))
+    cpu_lora.register()
+    cpu_lora.register()  # the engine loads plugins in every process, and more than once
+    config = SimpleNamespace(lora_config="lora")
+    platform.check_and_update_config(config)
+    assert seen == [None]
+    assert config.lora_config == "lora"
+
+
+def test_a_check_that_fails_leaves_the_configuration_as_it_was(platform, monkeypatch) -> None:
+    def check(*_) -> None:
+        raise ValueError
+
+    monkeypatch.setattr(type(platform), "check_and_update_config", classmethod(check))
+    cpu_lora.register()
+    config = SimpleNamespace(lora_config="lora")
+    with pytest.raises(ValueError):  # noqa: PT011
+        platform.check_and_update_config(config)
+    assert config.lora_config == "lora"
+
+
+def test_other_processes_and_platforms_import_none_of_it() -> None:
+    """What the engine calls in every process: nothing heavy, and on a GPU nothing at all."""
+    script = "import sys, astra_serve.cpu_lora; sys.exit('torch' in sys.modules or 'vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm.lora.layers import LoRAMapping
+from vllm.lora.layers import LogitsProcessorWithLoRA, LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from astra_serve.cpu_lora import ops
@@ -67,7 +67,7 @@ def test_every_row_gets_its_own_adapters_change_and_base_rows_get_none(linear, s
     grouped = wrapper(GroupedPunicaWrapper, slots)
     grouped.linear = linear
     if known:
-        grouped.slot_ranks[:] = torch.tensor(ranks)
+        grouped.ranks["linear"][:] = torch.tensor(ranks)
     expected = reference(y, x, a, b, slots, scale=0.5)
     before = y.clone()
     grouped.add_lora_linear(y, x, tuple(a), tuple(b), 0.5, SLICES)
@@ -149,16 +149,36 @@ def test_rows_are_grouped_by_slot_in_their_order_and_base_rows_belong_to_none() 
     assert groups.starts.tolist() == [2] * 5
 
 
-def test_an_adapters_true_rank_is_known_once_it_is_in_a_slot() -> None:
-    class Layer:
-        def __init__(self, lora_a) -> None:
-            self.lora_a = lora_a
+def test_an_adapters_true_ranks_are_known_once_it_is_in_a_slot() -> None:
+    """By kind of layer: without a rank nothing is computed. The real manager needs a model: this is its outside."""
 
-    model = SimpleNamespace(loras={"o": Layer(torch.zeros(3, 8)), "qkv": Layer([torch.zeros(5, 8), None])})
+    def weights(lora_a) -> SimpleNamespace:
+        return SimpleNamespace(lora_a=lora_a)
+
+    layers = {"o": weights(torch.zeros(3, 8)), "qkv": weights([torch.zeros(5, 8), None]), "head": None, "embed": None}
     grouped = wrapper(GroupedPunicaWrapper, [0])
-    # The attributes of LoRAModelManager that the recorder reads; the real one needs a model.
     manager = SimpleNamespace(
-        lora_index_to_id=[None, 7], _registered_adapters={7: model}, punica_wrapper_mapping={"model": grouped}
+        lora_index_to_id=[None, 7],
+        modules={**dict.fromkeys(layers), "head": object.__new__(LogitsProcessorWithLoRA)},
+        _registered_adapters={7: layers},
+        _get_lora_layer_weights=lambda adapter, name: adapter[name],
+        punica_wrapper_mapping={"model": grouped},
     )
-    assert _recording_ranks(lambda _self, _id: True)(manager, 7) is True
-    assert grouped.slot_ranks[1] == 5
+    activate = _recording_ranks(lambda _self, _id: True)
+    assert activate(manager, 7) is True
+    assert {kind: int(ranks[1]) for kind, ranks in grouped.ranks.items()} == {"linear": 5, "embedding": 0, "logits": 0}
+    layers["head"] = weights(torch.zeros(6, 8))
+    activate(manager, 7)
+    assert grouped.ranks["logits"][1] == 6
+
+
+@pytest.mark.parametrize("linear", [ops.lora_linear, ops.fastest_lora_linear()], ids=["portable", "fastest"])
+def test_a_slot_of_rank_0_is_left_out(linear) -> None:
+    a, b = stacked(torch.bfloat16, [16] * 4)
+    x, y = normal(3, D_IN, dtype=torch.bfloat16, seed=3), normal(3, sum(SLICES), dtype=torch.bfloat16, seed=4)
+    grouped, before = wrapper(GroupedPunicaWrapper, [0, 2, 0]), y.clone()
+    grouped.linear = linear
+    grouped.ranks["linear"][:] = torch.tensor([0, 0, 16, 0])
+    grouped.add_lora_linear(y, x, tuple(a), tuple(b), 1.0, SLICES)
+    assert torch.equal(y[::2], before[::2])
+    assert not torch.equal(y[1], before[1])

