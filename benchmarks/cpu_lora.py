@@ -33,7 +33,7 @@ from rich.table import Table
 
 from benchmarks import report
 from benchmarks.offline_engine import Engine, Load, Speed, engine
-from benchmarks.random_models import save_llama, save_random_lora
+from benchmarks.random_models import SHAPES, save_llama, save_random_lora
 
 SEED = 0
 ADAPTERS, RANKS, CONCURRENCIES = (1, 4, 16), (16, 64), (1, 32)
@@ -153,7 +153,7 @@ def run(case: Case, engines: dict[str, Engine], loras: list[Path]) -> dict[str, 
     for repeat in range(-1, case.repeats):
         for kind, found in speeds.items():
             stock = kind == "stock"
-            if stock and not 0 <= repeat < STOCK_REPEATS:
+            if stock and repeat >= STOCK_REPEATS:
                 continue
             speed = engines[kind].run(case.load([] if kind == "base" else loras, stock=stock))
             if repeat >= 0:
@@ -177,13 +177,16 @@ def row(case: Case, speeds: dict[str, list[Speed]], lora_parameters: int, machin
     rates = {kind: [case.rate(speed) for speed in found] for kind, found in speeds.items()}
     ttft = {kind: [speed.ttft for speed in found] for kind, found in speeds.items()}
     result: dict[str, Any] = asdict(case)
+    load, stock_load = case.load([]), case.load([], stock=True)
+    same_prompts = load.prompt_tokens == stock_load.prompt_tokens
     for kind in speeds:
         result[f"{kind}_tok_s"] = round(statistics.median(rates[kind]), 1)
-        result[f"{kind}_ttft_ms"] = round(1e3 * statistics.median(ttft[kind]), 1)
+        if same_prompts or kind != "stock":
+            result[f"{kind}_ttft_ms"] = round(1e3 * statistics.median(ttft[kind]), 1)
     result["vs_stock"] = round(_ratio(rates["ours"], rates["stock"]), 2)
     result["vs_base"] = round(_ratio(rates["ours"], rates["base"]), 3)
     result["ttft_vs_base"] = round(_ratio(ttft["ours"], ttft["base"]), 3)
-    if case.load([]).prompt_tokens == case.load([], stock=True).prompt_tokens:
+    if same_prompts:
         result["ttft_vs_stock"] = round(_ratio(ttft["ours"], ttft["stock"]), 3)
     if "eager" in speeds:
         result["compiled_vs_eager"] = round(_ratio(rates["ours"], rates["eager"]), 3)
@@ -197,6 +200,8 @@ def row(case: Case, speeds: dict[str, list[Speed]], lora_parameters: int, machin
         result["lora_step_ms"] = round(1e3 * case.concurrency / result["ours_tok_s"] - step, 2)
         result["lora_step_floor_ms"] = round(floor, 2)
         result["floor_vs_base"] = round(step / (step + floor), 3)
+    result["tokens"] = {"prompt": load.prompt_tokens, "output": load.output_tokens}
+    result["stock_tokens"] = {"prompt": stock_load.prompt_tokens, "output": stock_load.output_tokens}
     result["repetitions"] = {kind: [round(rate, 1) for rate in found] for kind, found in rates.items()}
     return result
 
@@ -231,7 +236,7 @@ def summarise(rows: list[dict[str, Any]], machine: dict[str, float]) -> dict[str
         matching = [row for row in rows if all(row[key] == value for key, value in chosen.items())]
         return matching[0] if matching else {}
 
-    model = rows[-1]["model"]
+    model = max((row["model"] for row in rows), key=list(SHAPES).index)
     summary = {key: value for key, value in find(model).items() if not isinstance(value, dict)}
     if summary["stock_tok_s"]:
         summary["vs_stock_if_lora_were_free"] = round(summary["base_tok_s"] / summary["stock_tok_s"], 2)
@@ -252,7 +257,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 def plot(result: dict[str, Any], out: Path) -> None:
     """Draw tokens per second of base, ours and stock for the cases with 32 requests at once."""
     models = list(dict.fromkeys(row["model"] for row in result["cases"]))
-    figure, axes = plt.subplots(2, len(models), figsize=(6 * len(models), 7), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(2, len(models), figsize=(7 * len(models), 7), squeeze=False, layout="constrained")
     for (i, kind), (j, model) in itertools.product(enumerate(("decode", "prefill")), enumerate(models)):
         chosen = {"model": model, "kind": kind, "concurrency": 32}
         rows = [row for row in result["cases"] if all(row[key] == value for key, value in chosen.items())]

@@ -1,6 +1,7 @@
 """A vLLM engine in a process of its own, without HTTP: several can be compared in one run, one at a time.
 
-The process has the engine's scheduler, worker and kernels, and nothing of a server: what is measured is the engine.
+The process has the engine's scheduler, worker and kernels, and nothing of a server: what is measured is the engine. All
+of it runs in one process, which vLLM does by itself only outside a server: threads are not bound to cores.
 """
 
 import multiprocessing
@@ -102,20 +103,25 @@ def _serve(pipe: Connection, log: Path, base: Path, options: dict[str, Any], env
 
 
 def _profile(engine: Any, load: Load) -> Speed:
+    """Measure `load`, its decoding steps under the profiler: those after the first, which takes the prompts."""
     from torch.profiler import ProfilerActivity, profile
 
-    steps, step = 0, engine.step
+    trace, steps, step = profile(activities=[ProfilerActivity.CPU]), 0, engine.step
 
-    def counted() -> Any:
+    def traced_step() -> Any:
         nonlocal steps
+        if steps == 1:
+            trace.start()
         steps += 1
         return step()
 
-    engine.step = counted
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
+    engine.step = traced_step
+    try:
         speed = _measure(engine, load)
-    engine.step = step
-    spent = {event.key: event.self_cpu_time_total / 1e3 / steps for event in trace.key_averages()}
+    finally:
+        engine.step = step
+        trace.stop()
+    spent = {event.key: event.self_cpu_time_total / 1e3 / (steps - 1) for event in trace.key_averages()}
     return replace(speed, operators=spent)
 
 

@@ -29,14 +29,13 @@ SHAPES = {
 }
 
 
-def save_llama(folder: Path, size: str) -> int:
-    """Write a bfloat16 Llama of SHAPES[size] into `folder`, without a tokenizer, and return its parameter count."""
+def save_llama(folder: Path, size: str) -> None:
+    """Write a bfloat16 Llama of SHAPES[size] into `folder`, without a tokenizer."""
     logging.disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(head_dim=64, max_position_embeddings=2048, tie_word_embeddings=True, **SHAPES[size])
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def save_random_lora(folder: Path, base: Path, rank: int, seed: int) -> int:

@@ -63,5 +63,5 @@ def _keeping_compilation(check: Any) -> Any:
         finally:
             vllm_config.lora_config = lora
 
-    check_and_update_config.keeps_compilation = True  # type: ignore[attr-defined]
+    check_and_update_config.keeps_compilation = check  # type: ignore[attr-defined]
     return check_and_update_config

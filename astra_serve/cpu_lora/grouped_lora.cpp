@@ -200,6 +200,10 @@ bool fits(const at::Tensor &y, const at::Tensor &x, at::TensorList a, at::Tensor
 // columns side by side in y. Slot s has rows[starts[s]], ..., rows[starts[s + 1] - 1] and the rank ranks[s]; int32.
 void lora_linear(at::Tensor y, const at::Tensor &x, at::TensorList a, at::TensorList b, const at::Tensor &rows_,
                  const at::Tensor &starts_, const at::Tensor &ranks_, double scale) {
+  TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(0) == y.size(0) && a.size() == b.size(), "x and y, a and b differ");
+  for (size_t i = 0; i < a.size(); ++i)
+    TORCH_CHECK(a[i].size(-1) == x.size(1) && a[i].size(0) >= ranks_.numel() && b[i].size(0) >= ranks_.numel(),
+                "A ", a[i].sizes(), " and B ", b[i].sizes(), " are not for ", ranks_.numel(), " slots and x ", x.sizes());
   if (!fits(y, x, a, b)) {
     static const auto any_shape = c10::Dispatcher::singleton()
                                       .findSchemaOrThrow("astra::lora_linear", "")
@@ -208,8 +212,9 @@ void lora_linear(at::Tensor y, const at::Tensor &x, at::TensorList a, at::Tensor
   }
   const int slots = ranks_.numel();
   const int *rows = rows_.const_data_ptr<int>(), *starts = starts_.const_data_ptr<int>();
+  TORCH_CHECK(starts_.numel() == slots + 1 && starts[slots] <= x.size(0) && starts[slots] <= rows_.numel(),
+              "the step has ", starts[slots], " rows, the layer ", x.size(0));
   const int first = starts[0], n = starts[slots] - first;
-  if (n == 0) return;
   const int64_t d_in = x.size(-1), max_rank = a[0].size(-2), inner_width = a.size() * max_rank;
   Pass shrink{kTile * d_in * (int64_t)sizeof(bf16)}, expand{2 * kLanes * max_rank * (int64_t)sizeof(bf16)};
   for (int slot = 0; slot < slots; ++slot) {
@@ -232,6 +237,7 @@ void lora_linear(at::Tensor y, const at::Tensor &x, at::TensorList a, at::Tensor
       column += width;
     }
   }
+  if (shrink.blocks.empty()) return;
   const at::Tensor inner_ = at::empty({n, inner_width}, x.options());
   const bf16 *x_data = x.const_data_ptr<bf16>();
   bf16 *y_data = y.data_ptr<bf16>(), *inner = inner_.data_ptr<bf16>();

@@ -1,14 +1,13 @@
 """LoRA over rows grouped by adapter slot, as PyTorch operators: compiled models call them like any other operator.
 
 Everything that changes from step to step comes in tensors (`Groups` of the wrapper says what `rows`, `starts` and
-`ranks` hold), so one compiled model serves every mix of adapters. Products are taken in the weights' dtype, where the
-CPU kernels accumulate in float32; the change is added to the output before rounding.
+`ranks` hold), so one compiled model serves every mix of adapters. Products are taken in the weights' dtype (with
+B, in the output's where that is wider); the CPU kernels accumulate in float32, and the change is added before rounding.
 """
 
 import hashlib
 import logging
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -50,8 +49,9 @@ def fastest_lora_linear() -> Callable[..., None]:
         return lora_linear
     try:
         torch.ops.load_library(_compiled())
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or error
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = next((line for line in lines if "error" in line), str(error))
         logger.warning("LoRA uses PyTorch's matrix products: the faster kernel cannot be compiled here: %s", reason)
         return lora_linear
     fast: Callable[..., None] = torch.ops.astra.lora_linear_avx512.default
@@ -65,23 +65,14 @@ def _compiled() -> Path:
     library = folder / f"grouped_lora-{key}.so"
     if not library.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "g++"
-        torch_folder = Path(torch.__file__).parent
-        include, lib = torch_folder / "include", torch_folder / "lib"
-        logger.info("compiling the CPU LoRA kernel with %s (once, about ten seconds)", compiler)
+        compiler = os.environ.get("CXX", "").split() or ["g++"]  # another's OpenMP would fight with PyTorch's
+        root = Path(torch.__file__).parent
+        includes = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
+        logger.info("compiling the CPU LoRA kernel with %s (once, about ten seconds)", compiler[0])
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / library.name
-            command = [
-                compiler,
-                *FLAGS,
-                f"-I{include}",
-                f"-I{include}/torch/csrc/api/include",
-                str(SOURCE),
-                "-o",
-                str(made),
-            ]
-            command += [f"-L{lib}", "-lc10", "-ltorch_cpu"]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            command = [*compiler, *FLAGS, *includes, str(SOURCE), f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
+            subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True)
             made.replace(library)  # whole or not at all, whoever else is compiling
     return library
 
@@ -91,7 +82,7 @@ def _lora_linear(
     y: torch.Tensor, x: torch.Tensor, a: Tensors, b: Tensors, rows: Any, starts: Any, ranks: Any, scale: float
 ) -> None:
     """Add scale * B_i A_i x to slice i of y, the slices side by side and as wide as the B_i."""
-    for slot, mine, rank in _groups(rows, starts, ranks):
+    for slot, mine, rank in _groups(rows, starts, ranks, len(x)):
         x_mine, offset = x[mine], 0
         for a_i, b_i in zip(a, b, strict=True):
             inner = _shrink(x_mine, a_i, slot, rank, scale)
@@ -103,7 +94,7 @@ def _lora_linear(
 @torch.library.impl(_library, "lora_shrink", "CPU")
 def _lora_shrink(inner: Tensors, x: torch.Tensor, a: Tensors, rows: Any, starts: Any, ranks: Any, scale: float) -> None:
     """Set inner[i] to scale * A_i x."""
-    for slot, mine, rank in _groups(rows, starts, ranks):
+    for slot, mine, rank in _groups(rows, starts, ranks, len(x)):
         for out, a_i in zip(inner, a, strict=True):
             product = _shrink(x[mine], a_i, slot, rank, scale)
             out[mine, : product.shape[1]] = product.to(out.dtype)
@@ -122,19 +113,23 @@ def _lora_expand(
     add: bool,
 ) -> None:
     """Add B_i inner[i] to slice i of y, or put it there; the slices begin at `offset`."""
-    for slot, mine, rank in _groups(rows, starts, ranks):
+    for slot, mine, rank in _groups(rows, starts, ranks, len(y)):
         at = offset
         for inner_i, b_i, width in zip(inner, b, widths, strict=True):
             _expand(y[:, at : at + width], mine, inner_i[mine, :rank], b_i, slot, add=add)
             at += width
 
 
-def _groups(rows: torch.Tensor, starts: torch.Tensor, ranks: torch.Tensor) -> Iterator[tuple[int, Rows, int]]:
+def _groups(
+    rows: torch.Tensor, starts: torch.Tensor, ranks: torch.Tensor, n_rows: int
+) -> Iterator[tuple[int, Rows, int]]:
     """Yield slot, rows and rank of every slot that has both; consecutive rows as a slice, which indexes uncopied."""
     bounds = starts.tolist()
+    if bounds[-1] > n_rows:
+        raise RuntimeError(f"the step has {bounds[-1]} rows, the layer {n_rows}")
     for slot, rank in enumerate(ranks.tolist()):
-        mine = rows[bounds[slot] : bounds[slot + 1]].long()
-        if len(mine) and rank:
+        if rank and bounds[slot] < bounds[slot + 1]:
+            mine = rows[bounds[slot] : bounds[slot + 1]].long()
             first, last = int(mine[0]), int(mine[-1])
             yield slot, slice(first, last + 1) if last - first + 1 == len(mine) else mine, rank
 
@@ -151,9 +146,9 @@ def _expand(
 ) -> None:
     """Add B inner (n, width) to y[rows], or put it there; columns beyond those of B stay (the engine pads some)."""
     b = b_stacked[slot, 0, : y.shape[1], : inner.shape[1]]
-    target = y[:, : len(b)]
-    before = target[rows].to(b.dtype) if add else torch.zeros((), dtype=b.dtype)
-    target[rows] = torch.addmm(before, inner.to(b.dtype), b.T).to(y.dtype)
+    target, dtype = y[:, : len(b)], torch.promote_types(y.dtype, b.dtype)
+    before = target[rows].to(dtype) if add else torch.zeros((), dtype=dtype)
+    target[rows] = torch.addmm(before, inner.to(dtype), b.T.to(dtype)).to(y.dtype)
 
 
 for _name in ("lora_linear", "lora_linear_avx512", "lora_shrink", "lora_expand"):

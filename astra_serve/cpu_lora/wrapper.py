@@ -32,7 +32,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
     """vLLM's CPU wrapper over `ops`. Mixture-of-experts layers are left to the base class.
 
     Stacked weights are the engine's: A (slots, 1, max_rank, d_in), B (slots, 1, d_out, max_rank). The tensors of a call
-    may have more rows than the step; those are not touched.
+    may have more rows than the step (padding), which are not touched, but not fewer.
     """
 
     def __init__(
@@ -114,9 +114,21 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         buffer: Any = None,
         **_: Any,
     ) -> None:
-        """Add scale * B A x to the logits y (n_sampled, vocabulary); rows follow the sampler's mapping."""
+        """Add scale * B A x to the logits y (n_sampled, vocabulary); rows follow the sampler's mapping.
+
+        For `prompt_logprobs` the engine asks for the logits of one request's prompt instead, without saying whose.
+        Raises RuntimeError when the requests of the step differ in what their adapters do to the logits.
+        """
         del buffer
         groups, y, x = self.samples, y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        slots = self.sampler_indices
+        if len(slots) != len(y):
+            if not any(self.ranks["logits"][slot] for slot in slots.tolist() if slot >= 0):
+                return
+            if len(slots.unique()) > 1:
+                raise RuntimeError("prompt_logprobs beside other requests: whose adapter the logits need is unknown")
+            groups = Groups(len(y), len(groups.starts) - 1)
+            groups.update(slots[:1].expand(len(y)))
         self.linear(y, x, [lora_a_stacked], [lora_b_stacked], groups.rows, groups.starts, self.ranks["logits"], scale)
 
     def _expand(
@@ -138,28 +150,36 @@ def _recording_ranks(activate: Any) -> Any:
     """Wrap `LoRAModelManager.activate_adapter`, which writes an adapter into a slot, to tell the wrappers its ranks."""
 
     def activate_adapter(self: Any, lora_id: int) -> bool:
-        activated: bool = activate(self, lora_id)
+        wrappers = [one for one in self.punica_wrapper_mapping.values() if isinstance(one, GroupedPunicaWrapper)]
+        try:
+            activated: bool = activate(self, lora_id)
+        except BaseException:  # the slot may hold parts of two adapters: what was known of it no longer holds
+            for wrapper in wrappers:
+                for known in wrapper.ranks.values():
+                    known[:] = UNKNOWN_RANK
+            raise
         if activated:
-            slot, ranks = self.lora_index_to_id.index(lora_id), {"linear": 0, "embedding": 0, "logits": 0}
-            for name, module in self.modules.items():
-                weights = self._get_lora_layer_weights(self._registered_adapters[lora_id], name)
-                if weights:
-                    halves = weights.lora_a if isinstance(weights.lora_a, list) else [weights.lora_a]
-                    rank = max((a.shape[-2] for a in halves if a is not None), default=0)
-                    ranks[_kind(module)] = max(rank, ranks[_kind(module)])
-            for wrapper in self.punica_wrapper_mapping.values():
-                if isinstance(wrapper, GroupedPunicaWrapper):
-                    for kind, rank in ranks.items():
-                        wrapper.ranks[kind][slot] = rank
+            slot, adapter = self.lora_index_to_id.index(lora_id), self._registered_adapters[lora_id]
+            weights = {name: self._get_lora_layer_weights(adapter, name) for name in self.modules}
+            for kind, rank in largest_ranks(self.modules, weights).items():
+                for wrapper in wrappers:
+                    wrapper.ranks[kind][slot] = rank
         return activated
 
     activate_adapter.records_ranks = True  # type: ignore[attr-defined]
     return activate_adapter
 
 
-def _kind(module: Any) -> str:
-    from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
+def largest_ranks(modules: dict[str, Any], weights: dict[str, Any]) -> dict[str, int]:
+    """Return the largest rank of an adapter in each kind of layer, 0 where it has none; `weights` by module name."""
+    from vllm.lora.layers import ClassificationHeadWithLoRA, LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
 
-    if isinstance(module, VocabParallelEmbeddingWithLoRA):
-        return "embedding"
-    return "logits" if isinstance(module, LogitsProcessorWithLoRA) else "linear"
+    ranks = {"linear": 0, "embedding": 0, "logits": 0}
+    for name, module in modules.items():
+        if weights[name]:
+            # The kind is the method of the wrapper that the layer calls: both heads call add_lora_logits.
+            kind = "logits" if isinstance(module, LogitsProcessorWithLoRA | ClassificationHeadWithLoRA) else "linear"
+            kind = "embedding" if isinstance(module, VocabParallelEmbeddingWithLoRA) else kind
+            halves = weights[name].lora_a if isinstance(weights[name].lora_a, list) else [weights[name].lora_a]
+            ranks[kind] = max([ranks[kind], *(a.shape[-2] for a in halves if a is not None)])
+    return ranks

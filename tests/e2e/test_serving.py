@@ -65,6 +65,14 @@ def test_greedy_tokens_equal_those_of_transformers_and_peft(
     assert same >= 20
 
 
+def test_the_engine_compiles_the_model_with_its_adapters_and_takes_the_fast_kernel(server: Server) -> None:
+    """Both are silent when they do not happen: every answer would be right, and late."""
+    log = server.log.read_text(errors="replace")
+    assert "Warming up model for the compilation" in log
+    assert "Using GroupedPunicaWrapper" in log
+    assert "LoRA uses PyTorch's matrix products: the faster kernel cannot be compiled" not in log
+
+
 def test_models_lists_the_base_and_every_adapter_with_its_parent(client: openai.OpenAI) -> None:
     models = {model.id: model.model_extra["parent"] for model in client.models.list()}
     assert models == {"base": None, **dict.fromkeys(TASKS, "base")}

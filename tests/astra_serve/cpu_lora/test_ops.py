@@ -1,6 +1,7 @@
 """The operators by themselves: shapes that the AVX-512 one cannot take, compilation, machines without a compiler."""
 
 import logging
+import shutil
 
 import pytest
 import torch
@@ -13,18 +14,29 @@ GROUPS = (
     torch.tensor([8, 8, 3], dtype=torch.int32),
 )
 fastest = ops.fastest_lora_linear()
-AVX512 = pytest.mark.skipif(fastest is ops.lora_linear, reason="this CPU has no AVX-512 BF16, or no compiler is here")
+AVX512 = pytest.mark.skipif(
+    not (torch.cpu.get_capabilities().get("avx512_bf16") and shutil.which("g++")),
+    reason="this CPU has no AVX-512 BF16, or g++ is not installed",
+)
 
 
-def layer(d_in: int, widths: tuple[int, ...], max_rank: int, dtype: torch.dtype = torch.bfloat16):
-    """y, x, A and B of a layer with 3 slots; zero beyond each slot's rank."""
+def layer(
+    d_in: int,
+    widths: tuple[int, ...],
+    max_rank: int,
+    dtype: torch.dtype = torch.bfloat16,
+    rows: int = 4,
+    ranks=GROUPS[2],
+):
+    """y, x, A and B of a layer with 3 slots. A is zero beyond each slot's rank, as in the engine; B is not, here."""
     made = torch.Generator().manual_seed(0)
-    a = [torch.randn(3, 1, max_rank, d_in, generator=made).to(dtype) for _ in widths]
+    a = [(torch.randn(3, 1, max_rank, d_in, generator=made) / d_in**0.5).to(dtype) for _ in widths]
     b = [torch.randn(3, 1, width, max_rank, generator=made).to(dtype) for width in widths]
     for stacked in a:
-        for slot, rank in enumerate(GROUPS[2].tolist()):
+        for slot, rank in enumerate(ranks.tolist()):
             stacked[slot, :, rank:] = 0
-    return torch.randn(4, sum(widths), generator=made).to(dtype), torch.randn(4, d_in, generator=made).to(dtype), a, b
+    x, y = torch.randn(rows, d_in, generator=made), torch.randn(rows, sum(widths), generator=made)
+    return y.to(dtype), x.to(dtype), a, b
 
 
 def expected(y, x, a, b, groups=GROUPS) -> torch.Tensor:
@@ -38,7 +50,12 @@ def expected(y, x, a, b, groups=GROUPS) -> torch.Tensor:
     return result
 
 
-CLOSE = {"rtol": 2e-2, "atol": 0.6}
+CLOSE = {"rtol": 2e-2, "atol": 0.1}
+
+
+@AVX512
+def test_where_the_cpu_and_a_compiler_allow_it_the_fastest_operator_is_the_avx512_one() -> None:
+    assert fastest is torch.ops.astra.lora_linear_avx512.default
 
 
 @pytest.mark.parametrize(
@@ -68,17 +85,19 @@ def test_the_fastest_operator_takes_float32_and_views() -> None:
 
 
 @AVX512
+@pytest.mark.parametrize("ranks", [[8, 16, 13], [64, 1, 40], [512, 512, 257], [2**31 - 1] * 3], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("tokens", [1, 3, 64, 65, 200])
-def test_the_avx512_operator_agrees_with_the_portable_one(tokens: int, threads: int) -> None:
-    """Any number of rows per adapter and of threads; the two round in the same places but sum in another order."""
+def test_the_avx512_operator_agrees_with_the_portable_one(tokens: int, threads: int, ranks: list[int]) -> None:
+    """Any number of rows per adapter, threads and ranks; both round in the same places but sum in another order."""
+    slots = torch.randint(-1, 3, (tokens,), generator=torch.Generator().manual_seed(tokens))
     groups = (
-        torch.randperm(tokens, generator=torch.Generator().manual_seed(1)).sort().values.int(),
-        torch.tensor([0, 0, tokens // 3, tokens], dtype=torch.int32),
-        torch.tensor([8, 16, 13], dtype=torch.int32),
+        torch.argsort(slots, stable=True).int(),
+        torch.bincount(slots + 1, minlength=4).cumsum(0).int(),
+        torch.tensor(ranks, dtype=torch.int32),
     )
-    _, _, a, b = layer(256, (160, 48), 16)
-    x, y = torch.randn(tokens, 256).bfloat16(), torch.randn(tokens, 208).bfloat16()
+    max_rank = 64 if max(ranks) <= 64 else 512
+    y, x, a, b = layer(256, (160, 48), max_rank, rows=tokens, ranks=groups[2])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -87,25 +106,29 @@ def test_the_avx512_operator_agrees_with_the_portable_one(tokens: int, threads: 
             linear(result, x, a, b, *groups, 1.0)
     finally:
         torch.set_num_threads(before)
-    torch.testing.assert_close(*results, rtol=2e-2, atol=1.0)
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-3 * max_rank**0.5 + 0.1)
+    assert torch.equal(results[0][slots < 0], y[slots < 0])
 
 
 @pytest.mark.parametrize("linear", [ops.lora_linear, fastest], ids=["portable", "fastest"])
-def test_one_compiled_model_serves_every_mix_of_adapters(linear) -> None:
-    """What changes from step to step is in tensors: nothing of a step may be frozen into the compiled code."""
+def test_a_float32_output_of_bfloat16_weights_is_not_rounded(linear) -> None:
+    """Heads are float32 where a model asks for it: what LoRA does not change keeps every bit."""
     y, x, a, b = layer(64, (48, 16), 8)
-    groups = [part.clone() for part in GROUPS]
+    y = torch.randn(4, 64, generator=torch.Generator().manual_seed(5))
+    reference = expected(y, x, a, b)
+    linear(y, x, a, b, *GROUPS, 0.5)
+    torch.testing.assert_close(y.double(), reference, rtol=1e-2, atol=2e-2)
+    b[0].zero_(), b[1].zero_()
+    before = y.clone()
+    linear(y, x, a, b, *GROUPS, 0.5)
+    assert torch.equal(y, before)
 
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def model(x: torch.Tensor) -> torch.Tensor:
-        out = y * 1
-        linear(out, x, a, b, *groups, 0.5)
-        return out + 0
 
-    torch.testing.assert_close(model(x).double(), expected(y, x, a, b), **CLOSE)
-    for part, new in zip(groups, ([0, 1, 2, 3], [0, 0, 4, 4], [8, 8, 8]), strict=True):
-        part.copy_(torch.tensor(new))
-    torch.testing.assert_close(model(x).double(), expected(y, x, a, b, groups), **CLOSE)
+@pytest.mark.parametrize("linear", [ops.lora_linear, fastest], ids=["portable", "fastest"])
+def test_a_layer_with_fewer_rows_than_the_step_is_refused_not_read_beyond_its_end(linear) -> None:
+    y, x, a, b = layer(64, (48, 16), 8)
+    with pytest.raises(RuntimeError, match="4 rows, the layer 2"):
+        linear(y[:2], x[:2], a, b, *GROUPS, 0.5)
 
 
 def test_the_operators_declare_what_they_do() -> None:
@@ -132,7 +155,6 @@ def test_without_a_working_compiler_one_warning_and_the_portable_operator(
 
 @AVX512
 def test_a_broken_library_in_the_cache_is_not_fatal(tmp_path, monkeypatch, caplog) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(ops, "_compiled", lambda: tmp_path / "broken.so")
     (tmp_path / "broken.so").write_bytes(b"not a library")
     with caplog.at_level(logging.WARNING, logger=ops.__name__):

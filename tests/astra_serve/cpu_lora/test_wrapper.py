@@ -1,16 +1,25 @@
 """The grouped CPU path against float64 and against vLLM's own path, over everything a step can look like."""
 
+import inspect
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm.lora.layers import LogitsProcessorWithLoRA, LoRAMapping
+from vllm.lora import layers as lora_layers
+from vllm.lora.layers import (
+    BaseLayerWithLoRA,
+    ClassificationHeadWithLoRA,
+    LogitsProcessorWithLoRA,
+    LoRAMapping,
+    VocabParallelEmbeddingWithLoRA,
+)
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from astra_serve.cpu_lora import ops
-from astra_serve.cpu_lora.wrapper import GroupedPunicaWrapper, Groups, _recording_ranks
+from astra_serve.cpu_lora.wrapper import UNKNOWN_RANK, GroupedPunicaWrapper, Groups, _recording_ranks, largest_ranks
 
 SLOTS, MAX_RANK, D_IN = 4, 16, 96
 SLICES = (80, 16, 32)  # what the AVX-512 operator takes; test_ops has the shapes that it does not
@@ -149,27 +158,103 @@ def test_rows_are_grouped_by_slot_in_their_order_and_base_rows_belong_to_none() 
     assert groups.starts.tolist() == [2] * 5
 
 
-def test_an_adapters_true_ranks_are_known_once_it_is_in_a_slot() -> None:
-    """By kind of layer: without a rank nothing is computed. The real manager needs a model: this is its outside."""
-
-    def weights(lora_a) -> SimpleNamespace:
-        return SimpleNamespace(lora_a=lora_a)
-
-    layers = {"o": weights(torch.zeros(3, 8)), "qkv": weights([torch.zeros(5, 8), None]), "head": None, "embed": None}
-    grouped = wrapper(GroupedPunicaWrapper, [0])
-    manager = SimpleNamespace(
+def activation(grouped: PunicaWrapperCPU, layers: dict, modules: dict) -> SimpleNamespace:
+    """What of the engine's adapter manager the recorder reads; the real one needs a model. Adapter 7 is in slot 1."""
+    return SimpleNamespace(
         lora_index_to_id=[None, 7],
-        modules={**dict.fromkeys(layers), "head": object.__new__(LogitsProcessorWithLoRA)},
+        modules=modules,
         _registered_adapters={7: layers},
-        _get_lora_layer_weights=lambda adapter, name: adapter[name],
+        _get_lora_layer_weights=lambda adapter, name: adapter.get(name),
         punica_wrapper_mapping={"model": grouped},
     )
+
+
+def test_an_adapters_true_ranks_are_known_once_it_is_in_a_slot_and_replace_the_last_ones() -> None:
+    """By kind of layer: where an adapter has none, nothing is computed."""
+    modules = {
+        "o": None,
+        "qkv": None,
+        "head": object.__new__(LogitsProcessorWithLoRA),
+        "score": object.__new__(ClassificationHeadWithLoRA),
+        "embed": object.__new__(VocabParallelEmbeddingWithLoRA),
+    }
+    grouped = wrapper(GroupedPunicaWrapper, [0])
     activate = _recording_ranks(lambda _self, _id: True)
-    assert activate(manager, 7) is True
-    assert {kind: int(ranks[1]) for kind, ranks in grouped.ranks.items()} == {"linear": 5, "embedding": 0, "logits": 0}
-    layers["head"] = weights(torch.zeros(6, 8))
-    activate(manager, 7)
-    assert grouped.ranks["logits"][1] == 6
+    for layers, expected in (
+        ({"o": [3], "qkv": [5, None]}, {"linear": 5, "embedding": 0, "logits": 0}),
+        ({"head": [6]}, {"linear": 0, "embedding": 0, "logits": 6}),
+        ({"score": [4], "embed": [2]}, {"linear": 0, "embedding": 2, "logits": 4}),
+    ):
+        made = {
+            name: SimpleNamespace(lora_a=[None if rank is None else torch.zeros(rank, 8) for rank in ranks])
+            for name, ranks in layers.items()
+        }
+        assert activate(activation(grouped, made, modules), 7) is True
+        assert {kind: int(ranks[1]) for kind, ranks in grouped.ranks.items()} == expected
+
+
+def test_an_activation_that_fails_leaves_no_rank_of_the_adapter_before_it() -> None:
+    def fail(*_) -> bool:
+        raise MemoryError
+
+    grouped = wrapper(GroupedPunicaWrapper, [0])
+    grouped.ranks["linear"][:] = 0
+    with pytest.raises(MemoryError):
+        _recording_ranks(fail)(activation(grouped, {}, {}), 7)
+    assert (grouped.ranks["linear"] == UNKNOWN_RANK).all()
+
+
+@pytest.mark.parametrize("module", lora_layers.__all__)
+def test_every_layer_of_the_engine_that_calls_the_logits_or_the_embedding_is_known_as_such(module: str) -> None:
+    """A layer taken for another kind would be left out: this fails when a new engine has a new one."""
+    kind = getattr(lora_layers, module)
+    if not isinstance(kind, type) or not issubclass(kind, BaseLayerWithLoRA):
+        pytest.skip("not a layer")
+    called = set(re.findall(r"\.(add_lora_\w+)\(", inspect.getsource(kind)))
+    weights = {"x": SimpleNamespace(lora_a=torch.zeros(3, 8))}
+    known = [name for name, rank in largest_ranks({"x": object.__new__(kind)}, weights).items() if rank]
+    assert (known == ["logits"]) == ("add_lora_logits" in called)
+    assert (known == ["embedding"]) == ("add_lora_embedding" in called)
+
+
+@pytest.mark.parametrize("linear", [ops.lora_linear, ops.fastest_lora_linear()], ids=["portable", "fastest"])
+def test_one_compiled_model_serves_every_mix_of_adapters(linear) -> None:
+    """What changes from step to step is in tensors: without guards, as the engine compiles, nothing else would."""
+    a, b = stacked(torch.bfloat16, [16, 16, 8, 16])
+    x, y = normal(6, D_IN, dtype=torch.bfloat16, seed=3), normal(6, sum(SLICES), dtype=torch.bfloat16, seed=4)
+    grouped = wrapper(GroupedPunicaWrapper, [0, 0, 2, -1, 2, 3])
+    grouped.linear = linear
+
+    @torch.compile(fullgraph=True, options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe})
+    def model(x: torch.Tensor) -> torch.Tensor:
+        out = y * 1
+        grouped.add_lora_linear(out, x, tuple(a), tuple(b), 1.0, SLICES)
+        return out + 0
+
+    for slots in ([0, 0, 2, -1, 2, 3], [3, -1, -1, 0, 0, 2], [-1] * 6):
+        ids = [None if slot == 1 else slot + 1 for slot in range(SLOTS)]
+        mapping = tuple(0 if slot < 0 else slot + 1 for slot in slots)
+        grouped.update_metadata(LoRAMapping(mapping, mapping, is_prefill=True), ids, SLOTS + 1, 100)
+        torch.testing.assert_close(model(x).double(), reference(y, x, a, b, slots), rtol=2e-2, atol=0.8)
+    grouped.update_metadata(LoRAMapping((1,) * 6, (1,) * 6, is_prefill=True), ids, SLOTS + 1, 100)
+    grouped.ranks["linear"][0] = 0
+    assert torch.equal(model(x), y)
+
+
+def test_prompt_logprobs_take_the_adapter_of_the_only_request_and_refuse_to_guess_among_several() -> None:
+    """Then the engine asks for the logits of one request's prompt while the mapping is that of the sampled rows."""
+    a, b = stacked(torch.float32, [16] * 4)
+    x = normal(5, D_IN, seed=3)
+    y = torch.zeros(5, SLICES[0])
+    wrapper(GroupedPunicaWrapper, [2] * 5, prompts=[2]).add_lora_logits(y, x, a[0], b[0], 1.0)
+    torch.testing.assert_close(y, x @ a[0][2, 0].T @ b[0][2, 0].T)
+    several = wrapper(GroupedPunicaWrapper, [2, 0, 0], prompts=[2, 0, 0])
+    with pytest.raises(RuntimeError, match="prompt_logprobs"):
+        several.add_lora_logits(y, x, a[0], b[0], 1.0)
+    several.ranks["logits"][:] = 0  # the usual case: no adapter of the step changes the logits
+    before = y.clone()
+    several.add_lora_logits(y, x, a[0], b[0], 1.0)
+    assert torch.equal(y, before)
 
 
 @pytest.mark.parametrize("linear", [ops.lora_linear, ops.fastest_lora_linear()], ids=["portable", "fastest"])
