@@ -74,8 +74,8 @@ class Case:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the JSON file to write")
-    parser.add_argument("--models", nargs="+", choices=("20M", "300M"), default=["20M", "300M"])
-    parser.add_argument("--quick", action="store_true", help="a smoke run: the small model, two cases, one repetition")
+    parser.add_argument("--models", nargs="+", choices=tuple(SHAPES), help="default: both; with --quick 20M")
+    parser.add_argument("--quick", action="store_true", help="the headline case and its prompts only")
     parser.add_argument("--redraw", type=Path, metavar="FILE.json", help="draw the plot of an earlier run again")
     args = parser.parse_args()
     if args.redraw:
@@ -83,7 +83,7 @@ def main() -> int:
         return 0
     if not args.out:
         parser.error("--out FILE.json is needed")
-    models = ["20M"] if args.quick else args.models
+    models = args.models or (["20M"] if args.quick else list(SHAPES))
     grid = itertools.product(models, RANKS, ADAPTERS, ("decode", "prefill"), CONCURRENCIES)
     quick = {"rank": 64, "adapters": 4, "concurrency": 32}
     cases = [case for case in itertools.starmap(Case, grid) if not args.quick or quick.items() <= asdict(case).items()]
