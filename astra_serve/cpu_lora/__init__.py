@@ -17,6 +17,7 @@ another platform nothing of it loads.
 import inspect
 import logging
 import os
+import shutil
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -53,10 +54,14 @@ def register() -> None:
 def _keeping_compilation(check: Any) -> Any:
     """Wrap the platform's check of a configuration, which turns compilation off where LoRA is on.
 
-    The stock path cannot be compiled, this one can. `--enforce-eager` turns compilation off as it does everywhere.
+    The stock path cannot be compiled, this one can. `--enforce-eager` turns compilation off as it does everywhere, and
+    so does a machine without the C++ compiler that it takes.
     """
 
     def check_and_update_config(_: type, vllm_config: Any) -> None:
+        if not shutil.which(os.environ.get("CXX", "g++")):
+            check(vllm_config)
+            return
         lora, vllm_config.lora_config = vllm_config.lora_config, None
         try:
             check(vllm_config)

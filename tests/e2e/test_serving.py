@@ -1,5 +1,6 @@
 """The promises that only the real engine can keep: real HTTP, the official client, adapters trained in this session."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def test_greedy_tokens_equal_those_of_transformers_and_peft(
     assert same >= 20
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
 def test_the_engine_compiles_the_model_with_its_adapters_and_takes_the_fast_kernel(server: Server) -> None:
     """Both are silent when they do not happen: every answer would be right, and late."""
     log = server.log.read_text(errors="replace")

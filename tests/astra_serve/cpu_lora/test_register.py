@@ -1,6 +1,7 @@
 """The plugin puts itself into the engine where it should, and nowhere else."""
 
 import logging
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -62,8 +63,10 @@ def test_a_changed_engine_gives_one_warning_and_the_stock_path(platform, monkeyp
     assert_stock(platform)
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
 def test_models_with_adapters_are_compiled_as_the_base_is(platform, monkeypatch) -> None:
     """The engine turns compilation off where its configuration has LoRA: its check no longer sees that."""
+    monkeypatch.delenv("CXX", raising=False)
     seen = []
     monkeypatch.setattr(type(platform), "check_and_update_config", classmethod(lambda _, c: seen.append(c.lora_config)))
     cpu_lora.register()
@@ -74,6 +77,15 @@ def test_models_with_adapters_are_compiled_as_the_base_is(platform, monkeypatch)
     platform.check_and_update_config(config)
     assert seen == [None]
     assert config.lora_config == "lora"
+
+
+def test_without_a_compiler_models_with_adapters_stay_uncompiled_and_start(platform, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(type(platform), "check_and_update_config", classmethod(lambda _, c: seen.append(c.lora_config)))
+    monkeypatch.setenv("CXX", "/nonexistent/g++")
+    cpu_lora.register()
+    platform.check_and_update_config(SimpleNamespace(lora_config="lora"))
+    assert seen == ["lora"]
 
 
 def test_a_check_that_fails_leaves_the_configuration_as_it_was(platform, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -218,6 +219,7 @@ def test_every_layer_of_the_engine_that_calls_the_logits_or_the_embedding_is_kno
 
 
 @pytest.mark.parametrize("linear", [ops.lora_linear, ops.fastest_lora_linear()], ids=["portable", "fastest"])
+@pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
 def test_one_compiled_model_serves_every_mix_of_adapters(linear) -> None:
     """What changes from step to step is in tensors: without guards, as the engine compiles, nothing else would."""
     a, b = stacked(torch.bfloat16, [16, 16, 8, 16])
