@@ -28,7 +28,15 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from benchmarks import report
@@ -93,7 +101,7 @@ def main() -> int:
         task = bar.add_task("engines", total=len(cases))
         rows = []
         for (model, rank), group in itertools.groupby(cases, key=lambda case: (case.model, case.rank)):
-            rows += measure(list(group), Path(scratch), model, rank, machine, (bar, task))
+            rows += measure(list(group), Path(scratch), model, rank, machine, bar, task)
     env = report.environment(SEED) | {"minutes": round((time.monotonic() - started) / 60, 1)}
     result = {"summary": summarise(rows, machine), "cases": rows, "env": env}
     report.write(args.out, **result)
@@ -111,10 +119,9 @@ def progress() -> Progress:
 
 
 def measure(
-    cases: list[Case], scratch: Path, model: str, rank: int, machine: dict[str, float], show: Any
+    cases: list[Case], scratch: Path, model: str, rank: int, machine: dict[str, float], bar: Progress, task: TaskID
 ) -> list[dict[str, Any]]:
     """Start the engines of one model and rank, run `cases` on them in turn and return one row per case."""
-    bar, task = show
     base = scratch / model
     if not base.exists():
         save_llama(base, model)

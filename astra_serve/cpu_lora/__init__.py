@@ -59,7 +59,7 @@ def _keeping_compilation(check: Any) -> Any:
     """
 
     def check_and_update_config(_: type, vllm_config: Any) -> None:
-        if not shutil.which(os.environ.get("CXX", "g++")):
+        if not shutil.which(os.environ.get("CXX", "g++")):  # one name, without options: so PyTorch's compiler reads it
             check(vllm_config)
             return
         lora, vllm_config.lora_config = vllm_config.lora_config, None

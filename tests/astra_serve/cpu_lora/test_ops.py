@@ -135,9 +135,13 @@ def test_the_operators_declare_what_they_do() -> None:
     y, x, a, b = layer(64, (48, 16), 8, torch.float32)
     inner = [torch.zeros(4, 8), torch.zeros(4, 8)]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(ops.lora_linear, (y, x, a, b, *GROUPS, 0.5), test_utils=checks)
-    torch.library.opcheck(ops.lora_shrink, (inner, x, a, *GROUPS, 0.5), test_utils=checks)
-    torch.library.opcheck(ops.lora_expand, (y, inner, b, *GROUPS, [48, 16], 0, True), test_utils=checks)
+    calls = [
+        (ops.lora_linear, (y, x, a, b, *GROUPS, 0.5)),
+        (ops.lora_shrink, (inner, x, a, *GROUPS, 0.5)),
+        (ops.lora_expand, (y, inner, b, *GROUPS, [48, 16], 0, True)),
+    ]
+    for operator, arguments in calls:
+        assert torch.library.opcheck(operator, arguments, test_utils=checks) == dict.fromkeys(checks, "SUCCESS")
 
 
 @AVX512
