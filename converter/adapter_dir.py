@@ -8,7 +8,8 @@ An Astra adapter folder                              A LoRA folder (PEFT's own l
     astra.json                 provenance                astra.json    provenance (optional)
     README.md                  model card                README.md     model card
 
-`M` is the module's name in the base model. Per module A and A0 are (r, d_in), B and B0 are (d_out, r), float32.
+`M` is the module's name in the base model. Per module A and A0 are (r, d_in), B and B0 are (d_out, r), float32; r may
+differ between modules. A classifier's head is trained whole: its parameters are stored under their own names.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ class AstraAdapter:
     layers: dict[str, AstraLayer]
     config: Json
     provenance: Json
+    head: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def scaling(self) -> float:
@@ -107,6 +109,7 @@ class LoraAdapter:
     layers: dict[str, tuple[torch.Tensor, torch.Tensor]]
     config: Json
     provenance: Json
+    head: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -218,9 +221,10 @@ def save_astra(folder: Path, adapter: AstraAdapter) -> None:
     for module, layer in adapter.layers.items():
         for suffix, tensor in (("A", layer.a), ("B", layer.b), ("A0", layer.a0), ("B0", layer.b0)):
             tensors[f"{module}.{suffix}"] = tensor.detach().float().cpu().contiguous()
+    tensors |= {name: tensor.detach().float().cpu().contiguous() for name, tensor in adapter.head.items()}
     save_file(tensors, folder / ASTRA_WEIGHTS, metadata={"format": "pt"})
-    _write_json(folder / CONFIG, adapter.config)
-    _write_json(folder / PROVENANCE, {"format": ASTRA_FORMAT, **adapter.provenance})
+    write_json(folder / CONFIG, adapter.config)
+    write_json(folder / PROVENANCE, {"format": ASTRA_FORMAT, **adapter.provenance})
 
 
 def save_lora(folder: Path, adapter: LoraAdapter) -> None:
@@ -229,12 +233,14 @@ def save_lora(folder: Path, adapter: LoraAdapter) -> None:
     for module, (lora_a, lora_b) in adapter.layers.items():
         tensors[f"{_PEFT_PREFIX}{module}.lora_A.weight"] = lora_a.detach().cpu().contiguous()
         tensors[f"{_PEFT_PREFIX}{module}.lora_B.weight"] = lora_b.detach().cpu().contiguous()
+    tensors |= {f"{_PEFT_PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in adapter.head.items()}
     save_file(tensors, folder / LORA_WEIGHTS, metadata={"format": "pt"})
-    _write_json(folder / CONFIG, adapter.config)
-    _write_json(folder / PROVENANCE, {"format": LORA_FORMAT, **adapter.provenance})
+    write_json(folder / CONFIG, adapter.config)
+    write_json(folder / PROVENANCE, {"format": LORA_FORMAT, **adapter.provenance})
 
 
-def _write_json(path: Path, content: Json) -> None:
+def write_json(path: Path, content: Json) -> None:
+    """Write `content` so that the same content gives the same bytes."""
     # PEFT's configs hold sets: they become sorted lists, so that the same adapter gives the same bytes.
     path.write_text(json.dumps(content, indent=2, sort_keys=True, default=sorted) + "\n", encoding="utf-8")
 
@@ -259,16 +265,18 @@ def load_astra(folder: Path) -> AstraAdapter:
     if not tensors:
         raise MalformedAdapter(f"{folder / ASTRA_WEIGHTS} holds no layers")
     layers = {}
-    for module in sorted({key.rpartition(".")[0] for key in tensors}):
+    head = {key: tensor for key, tensor in tensors.items() if key.rpartition(".")[2] not in ("A", "B", "A0", "B0")}
+    for module in sorted({key.rpartition(".")[0] for key in tensors if key not in head}):
         try:
             layer = AstraLayer(*(tensors[f"{module}.{suffix}"] for suffix in ("A", "B", "A0", "B0")))
         except KeyError as error:
             raise MalformedAdapter(f"{folder / ASTRA_WEIGHTS} has no tensor {error}") from error
         if layer.a.shape != layer.a0.shape or layer.b.shape != layer.b0.shape:
             raise MalformedAdapter(f"{folder / ASTRA_WEIGHTS}: {module}: A and A0, or B and B0, differ in shape")
-        _check_pair(folder, module, config["r"], layer.a, layer.b)
+        patterns: Json = config.get("rank_pattern") or {}
+        _check_pair(folder, module, patterns.get(module, config["r"]), layer.a, layer.b)
         layers[module] = layer
-    return AstraAdapter(layers, config, provenance)
+    return AstraAdapter(layers, config, provenance, head)
 
 
 def read_lora_header(folder: Path) -> LoraHeader:
@@ -352,7 +360,7 @@ def _check_config(folder: Path, config: Json) -> None:
         raise MalformedAdapter(f"{folder / CONFIG} needs r (a positive integer) and lora_alpha (a number)")
 
 
-def _check_pair(folder: Path, module: str, rank: int, a: torch.Tensor, b: torch.Tensor) -> None:
+def _check_pair(folder: Path, module: str, rank: Any, a: torch.Tensor, b: torch.Tensor) -> None:
     if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank:
         raise MalformedAdapter(
             f"{folder}: {module}: A is {tuple(a.shape)} and B is {tuple(b.shape)}, not ({rank}, d_in), (d_out, {rank})"

@@ -50,7 +50,8 @@ def convert(astra_dir: Path, out_dir: Path, *, base: str | None = None, dtype: s
             base=trained_on["id"], digest=trained_on["digest"], rank=rank, version=version("astra-serve")
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
-    how = "B was frozen" if lora.provenance["strict"] else f"twice the trained rank {adapter.config['r']}"
+    trained = max(len(layer.a) for layer in adapter.layers.values())
+    how = "the trained rank" if rank == trained else f"twice the trained rank {trained}"
     print(f"{out_dir}: LoRA of rank {rank} ({how}), {len(lora.layers)} layers, {lora.provenance['dtype']}")
 
 

@@ -8,6 +8,7 @@ change itself, and the error is bfloat16's own rounding, 0.2 %.
 """
 
 import torch
+from torch.nn import functional as F
 
 from converter.adapter_dir import AdapterError, AstraAdapter, AstraLayer, Json, LoraAdapter
 
@@ -20,32 +21,40 @@ def delta_weight(layer: AstraLayer, scaling: float) -> torch.Tensor:
     return scaling * (b @ a - b0 @ a0)
 
 
-def lora_factors(layer: AstraLayer, scaling: float, *, strict: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def lora_factors(layer: AstraLayer, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return lora_A (k, d_in) and lora_B (d_out, k) in float32 with lora_B @ lora_A = delta W.
 
-    k is 2r. With `strict`, for an adapter whose B was frozen (delta W = s B0 dA), k is r.
+    k is 2r; it is r where B did not move (delta W = s B0 dA) or started at zero (delta W = s B A).
     """
-    d_a = layer.a - layer.a0
-    if strict:
+    d_a, d_b = layer.a - layer.a0, layer.b - layer.b0
+    if not d_b.any():
         return d_a, scaling * layer.b0
-    d_b = layer.b - layer.b0
+    if not layer.b0.any():
+        return layer.a, scaling * d_b
     return torch.cat([layer.a, d_a]), scaling * torch.cat([d_b, layer.b0], dim=1)
 
 
 def to_lora(adapter: AstraAdapter, dtype: torch.dtype) -> LoraAdapter:
     """Return the standard LoRA of `adapter`, its factors rounded to `dtype`, the scaling baked into lora_B.
 
-    Engines read r and lora_alpha once per adapter, so lora_alpha = r. Where no layer's B moved (`train_b: false`, the
-    strict tail subspace) the rank stays r; otherwise it is 2r. Raises AdapterError when a factor overflows `dtype`.
+    Engines read r and lora_alpha once per adapter, so lora_alpha = r, and layers of a smaller rank than the largest are
+    padded with zeros. Raises AdapterError when a factor overflows `dtype`.
     """
-    strict = all(torch.equal(layer.b, layer.b0) for layer in adapter.layers.values())
-    rank = adapter.config["r"] * (1 if strict else 2)
+    factors = {module: lora_factors(layer, adapter.scaling) for module, layer in adapter.layers.items()}
+    rank = max(len(lora_a) for lora_a, _ in factors.values())
     layers = {}
-    for module, layer in adapter.layers.items():
-        lora_a, lora_b = (t.to(dtype) for t in lora_factors(layer, adapter.scaling, strict=strict))
-        if not (lora_a.isfinite().all() and lora_b.isfinite().all()):
+    for module, (lora_a, lora_b) in factors.items():
+        missing = rank - len(lora_a)
+        padded = F.pad(lora_a, (0, 0, 0, missing)).to(dtype), F.pad(lora_b, (0, missing)).to(dtype)
+        if not all(factor.isfinite().all() for factor in padded):
             raise AdapterError(f"{module} overflows {dtype}: convert with --dtype float32 or bfloat16")
-        layers[module] = (lora_a, lora_b)
-    config: Json = adapter.config | {"r": rank, "lora_alpha": rank, "use_rslora": False, "inference_mode": True}
+        layers[module] = padded
+    patterns: Json = {"rank_pattern": {}, "alpha_pattern": {}}
+    config: Json = {**adapter.config, **patterns, "r": rank, "lora_alpha": rank, "use_rslora": False}
+    config["inference_mode"] = True
+    head = {name: tensor.to(dtype) for name, tensor in adapter.head.items()}
+    if head:
+        config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in head})
     source: Json = {key: adapter.provenance[key] for key in ("base", "method") if key in adapter.provenance}
-    return LoraAdapter(layers, config, {**source, "strict": strict, "dtype": str(dtype).removeprefix("torch.")})
+    provenance: Json = {**source, "dtype": str(dtype).removeprefix("torch.")}
+    return LoraAdapter(layers, config, provenance, head)

@@ -1,22 +1,25 @@
 """The trainable adapter on a PEFT model: A0 and B0 beside the base, and a start that changes nothing at all.
 
-Two PEFT adapters lie on each target layer. `initial` is frozen and holds A0 = Q^T W and B0 = Q. `default` is trained
-and holds the *moves* dA and dB, both zero at the start. The forward pass adds
+PEFT's `lora_A` and `lora_B` of each target layer hold the trained *moves* dA and dB, both zero at the start; the frozen
+pair A0, B0 lies in PEFT's hook into the layer's forward pass. It adds
 
-    s (B A - B0 A0) x  =  s [dB | B0] [A0 + dA ; dA] x
+    s (B A - B0 A0) x  =  s (dB A x + B0 dA x)       with A = A0 + dA, B = B0 + dB
 
-in two matrix products, the cancellation-free form of the converter. With dA = dB = 0 it adds exact zeros, so the first
-output is the base's bit for bit; and W is never touched, so one base serves every task.
+the cancellation-free form of the converter. With dA = dB = 0 it adds exact zeros, so the first output is the base's bit
+for bit; and W is never touched, so one base serves every task, quantised ones too.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -24,21 +27,72 @@ from converter.adapter_dir import AstraLayer
 from trainer.config import TrainConfig
 from trainer.errors import TargetError
 
-INITIAL, TRAINED = "initial", "default"
+ADAPTER = "default"
+_TASK_TYPES = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
+_HEADS = ("score", "classifier", "pre_classifier")  # of transformers' classifiers: trained whole
 
 
-class ExactStart(LoraVariant):
-    """PEFT's hook into a LoRA layer's forward pass."""
+@dataclass(frozen=True)
+class Start:
+    """Where one layer's adapter starts, float32."""
+
+    a0: torch.Tensor  # (r, d_in)
+    b0: torch.Tensor  # (d_out, r)
+
+
+class _Change(torch.autograd.Function):
+    """s (dB A x + B0 dA x) with as many passes over x and over the gradient as plain LoRA makes.
+
+    By itself autograd would keep a float32 copy of x and pass over x twice.
+    """
 
     @staticmethod
     def forward(
-        module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
+        ctx: Any,
+        x: torch.Tensor,
+        d_a: torch.Tensor,
+        d_b: torch.Tensor,
+        a0: torch.Tensor,
+        b0: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Return (..., d_out) for x (..., d_in), in the dtype of the adapter."""
+        a0_x, d_a_x = F.linear(x.to(d_a.dtype), torch.cat([a0, d_a])).chunk(2, dim=-1)
+        inner = torch.cat([a0_x + d_a_x, d_a_x], dim=-1)  # A x and dA x, (..., 2r)
+        ctx.save_for_backward(x, inner, d_a, d_b, a0, b0)
+        ctx.scaling = scaling
+        return F.linear(inner, scaling * torch.cat([d_b, b0], dim=1))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of x, dA and dB from that of the change, (..., d_out)."""
+        (gradient,) = gradients
+        x, inner, d_a, d_b, a0, b0 = ctx.saved_tensors
+        rank = len(d_a)
+        through_b, through_b0 = F.linear(gradient, ctx.scaling * torch.cat([d_b, b0], dim=1).T).chunk(2, dim=-1)
+        of_d_a_x = through_b + through_b0
+        of_x = of_d_a = of_d_b = None
+        if ctx.needs_input_grad[0]:
+            of_x = (torch.cat([through_b, of_d_a_x], dim=-1) @ torch.cat([a0, d_a])).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            of_d_a = of_d_a_x.flatten(0, -2).T @ x.to(d_a.dtype).flatten(0, -2)
+        if ctx.needs_input_grad[2]:
+            of_d_b = ctx.scaling * gradient.flatten(0, -2).T @ inner[..., :rank].flatten(0, -2)
+        return of_x, of_d_a, of_d_b, None, None, None
+
+
+class ExactStart(LoraVariant):
+    """PEFT's hook into a LoRA layer's forward pass; it holds A0 (r, d_in) and B0 (d_out, r) of that layer."""
+
+    def __init__(self, start: Start, device: torch.device) -> None:
+        self.a0, self.b0 = start.a0.to(device), start.b0.to(device)
+
+    def forward(
+        self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
     ) -> torch.Tensor:
         """Return result (..., d_out) + s (B A - B0 A0) x for x (..., d_in)."""
         d_a, d_b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
-        a0, b0 = module.lora_A[INITIAL].weight, module.lora_B[INITIAL].weight
-        inner = F.linear(x.to(d_a.dtype), torch.cat([a0 + d_a, d_a]))
-        change: torch.Tensor = module.scaling[active_adapter] * F.linear(inner, torch.cat([d_b, b0], dim=1))
+        change: torch.Tensor = _Change.apply(x, d_a, d_b, self.a0, self.b0, module.scaling[active_adapter])
         return result + change
 
 
@@ -46,7 +100,9 @@ def target_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.L
     """Return the linear layers to adapt, by name. Raises TargetError."""
     head = model.get_output_embeddings()
     linear = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and name.partition(".")[0] not in _HEADS
     }
     wanted = config.target_modules
     if wanted == "all-linear":
@@ -59,47 +115,51 @@ def target_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.L
                 raise TargetError(f"target_modules: no linear layer is named {name!r}; there are: {there}")
     if not found:
         raise TargetError(f"no linear layer to adapt was found in {type(model).__name__}")
-    for name, layer in found.items():
-        shape = tuple(layer.weight.shape)
-        if not layer.weight.is_floating_point():
-            raise TargetError(f"layer {name} is quantised ({layer.weight.dtype}): use the unquantised base")
-        if config.rank > min(shape):
-            raise TargetError(
-                f"rank {config.rank} is larger than layer {name} {shape}: lower rank, or set target_modules"
-            )
     return found
 
 
-def peft_config(config: TrainConfig, base: str, layers: Iterable[str]) -> LoraConfig:
-    """Return PEFT's description of an adapter on `layers`, which `target_layers` chose."""
+@torch.no_grad()
+def whole_weight(layer: nn.Linear) -> torch.Tensor:
+    """Return W (d_out, d_in) of a layer in a floating-point dtype, gathered from shards or dequantised."""
+    weight = layer.weight
+    if isinstance(weight, DTensor):
+        gathered: torch.Tensor = weight.full_tensor()
+        return gathered
+    if weight.is_floating_point() and not hasattr(layer, "W_q"):
+        return weight.detach()
+    whole: torch.Tensor = dequantize_module_weight(layer).detach()
+    return whole
+
+
+def peft_config(config: TrainConfig, base: str, ranks: Mapping[str, int]) -> LoraConfig:
+    """Return PEFT's description of an adapter with `ranks` by layer; its scaling is one for all layers."""
     wanted = config.target_modules
+    odd = {name: rank for name, rank in ranks.items() if rank != config.rank}
     return LoraConfig(
         r=config.rank,
-        lora_alpha=config.rank if config.alpha is None else config.alpha,
-        target_modules=sorted({name.rpartition(".")[2] for name in layers}) if wanted == "all-linear" else wanted,
+        lora_alpha=config.scaling * config.rank,
+        rank_pattern=odd,
+        alpha_pattern={name: config.scaling * rank for name, rank in odd.items()},
+        target_modules=sorted({name.rpartition(".")[2] for name in ranks}) if wanted == "all-linear" else wanted,
         init_lora_weights=False,
-        task_type="CAUSAL_LM",
+        task_type=_TASK_TYPES[config.task],
         base_model_name_or_path=base,
     )
 
 
-def attach(model: PreTrainedModel, bases: dict[str, torch.Tensor], config: TrainConfig) -> PeftModel:
-    """Put the adapter on the layers named in `bases`, which maps each to its Q (d_out, r); B0 = Q and A0 = Q^T W."""
-    settings = peft_config(config, model.name_or_path, bases)
-    peft_model = get_peft_model(model, settings, adapter_name=TRAINED)
-    peft_model.add_adapter(INITIAL, settings)
-    peft_model.set_adapter(TRAINED)
-    for name, q in bases.items():
+def attach(model: PreTrainedModel, starts: Mapping[str, Start], config: TrainConfig) -> PeftModel:
+    """Put the adapter on the layers named in `starts`, each with its A0 and B0."""
+    ranks = {name: len(start.a0) for name, start in starts.items()}
+    peft_model = get_peft_model(model, peft_config(config, model.name_or_path, ranks), adapter_name=ADAPTER)
+    for name, start in starts.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, LoraLayer)
-        layer.lora_variant[TRAINED] = ExactStart()
-        with torch.no_grad():
-            weight = layer.get_base_layer().weight
-            layer.lora_A[INITIAL].weight.copy_(q.T.to(weight.device) @ weight.float())
-            layer.lora_B[INITIAL].weight.copy_(q)
-            layer.lora_A[TRAINED].weight.zero_()
-            layer.lora_B[TRAINED].weight.zero_()
-        layer.lora_B[TRAINED].weight.requires_grad_(config.train_b)
+        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        layer.lora_variant[ADAPTER] = ExactStart(start, a.device)
+        layer.cast_input_dtype_enabled = False  # PEFT would keep a float32 copy of every input for the backward pass
+        nn.init.zeros_(a)
+        nn.init.zeros_(b)
+        b.requires_grad_(config.train_b and config.method != "mica")  # MiCA trains A alone
     return peft_model
 
 
@@ -107,9 +167,22 @@ def attach(model: PreTrainedModel, bases: dict[str, torch.Tensor], config: Train
 def adapter_layers(model: PeftModel) -> dict[str, AstraLayer]:
     """Return A, B, A0 and B0 of every adapted layer, by the layer's name in the base."""
     layers = {}
-    for name, layer in model.get_base_model().named_modules():
-        if isinstance(layer, LoraLayer):
-            a0, b0 = layer.lora_A[INITIAL].weight, layer.lora_B[INITIAL].weight
-            d_a, d_b = layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight
-            layers[name] = AstraLayer(a=a0 + d_a, b=b0 + d_b, a0=a0.clone(), b0=b0.clone())
+    for name, layer in adapted_modules(model).items():
+        exact = layer.lora_variant[ADAPTER]
+        d_a, d_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        layers[name] = AstraLayer(a=exact.a0 + d_a, b=exact.b0 + d_b, a0=exact.a0.clone(), b0=exact.b0.clone())
     return layers
+
+
+def adapted_modules(model: PeftModel) -> dict[str, LoraLayer]:
+    """Return the adapted layers by their names in the base."""
+    return {name: layer for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)}
+
+
+def trained_head(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return the parameters of a classifier's head, which is trained whole, by their names in the base."""
+    return {
+        name.replace(f"modules_to_save.{ADAPTER}.", ""): parameter.detach()
+        for name, parameter in model.get_base_model().named_parameters()
+        if f"modules_to_save.{ADAPTER}" in name
+    }

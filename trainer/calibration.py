@@ -1,34 +1,52 @@
-"""Gram matrices of the target layers' output activations over real tokens (paper section 3.1: C = Y^T Y / n)."""
+"""Gram matrices of the target layers' output activations over real tokens (paper section 3.1: C = Y^T Y / n).
 
-from collections.abc import Callable, Iterable, Iterator
+Processes share the batches and add their sums up; every process ends with the same matrices.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from accelerate import PartialState
+from torch import distributed, nn
 
-from trainer.data import Batch
+from trainer.data import IGNORED, Batch
 
 
 @dataclass(frozen=True)
 class Gram:
-    """The uncentred second moment C = Y^T Y / n_tokens (d_out, d_out), float64, of one layer's outputs before bias."""
+    """A layer's uncentred second moment, float64, taken on the smaller side of its weight (d_out, d_in).
+
+    C = Y^T Y / n_tokens (d_out, d_out) of the outputs before bias where d_out <= d_in. Otherwise C's rank is d_in at
+    most, and the matrix is Cx = X^T X / n_tokens (d_in, d_in) of the inputs, with C = W Cx W^T.
+    """
 
     matrix: torch.Tensor
     n_tokens: int
+    energy: float  # trace of C: the mean squared norm of an output
+    of_inputs: bool = False
 
 
-def layer_groups(layers: dict[str, nn.Linear], memory: int) -> Iterator[dict[str, nn.Linear]]:
-    """Split `layers` so that one group's Gram matrices fit into `memory` bytes; a group has at least one layer."""
-    group: dict[str, nn.Linear] = {}
+def is_tall(weight: torch.Tensor) -> bool:
+    """Whether a layer has more outputs than inputs, so that its outputs span only a part of their space."""
+    return weight.shape[0] > weight.shape[1]
+
+
+def layer_groups(shapes: Mapping[str, tuple[int, int]], memory: int) -> Iterator[list[str]]:
+    """Split the layers (name: (d_out, d_in)) so that one group's Gram matrices fit into `memory` bytes.
+
+    A group has at least one layer.
+    """
+    group: list[str] = []
     used = 0
-    for name, layer in layers.items():
-        size = 8 * layer.weight.shape[0] ** 2
+    for name, shape in shapes.items():
+        size = 8 * min(shape) ** 2
         if group and used + size > memory:
             yield group
-            group, used = {}, 0
-        group[name] = layer
+            group, used = [], 0
+        group.append(name)
         used += size
     if group:
         yield group
@@ -36,34 +54,76 @@ def layer_groups(layers: dict[str, nn.Linear], memory: int) -> Iterator[dict[str
 
 @torch.no_grad()
 def gram_matrices(
-    model: PreTrainedModel,
-    layers: dict[str, nn.Linear],
-    batches: Iterable[Batch],
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    *,
+    answers_only: bool = False,
     on_batch: Callable[[], None] = lambda: None,
+    is_enough: Callable[[Iterator[tuple[str, Gram]]], bool] = lambda _: False,
 ) -> dict[str, Gram]:
-    """Run `batches` through `model` and return the Gram matrix of each layer's output.
+    """Run `batches` through `model` and return the Gram matrix of each of `layers` (linear, plain or adapted).
 
-    Padding is masked out. Products are taken in float64: eigenvalues span many orders of magnitude, and below 1e-7 of
-    the largest one a float32 product would leave nothing of the tail but its own round-off.
+    Padding is masked out; with `answers_only` also every token that the loss does not look at. After 1, 2, 4, ...
+    rounds of batches, once there are as many tokens as the widest matrix has rows, `is_enough` is asked whether to
+    stop. Products are taken in float64: eigenvalues span many orders of magnitude, and below 1e-7 of the largest one a
+    float32 product would leave nothing of the tail but its own round-off.
     """
-    sums = {name: torch.zeros(2 * [layer.weight.shape[0]], dtype=torch.float64) for name, layer in layers.items()}
-    n_tokens = 0
-    real = torch.empty(0)  # which positions of the running batch are no padding
+    state = PartialState()
+    of_inputs = {name: is_tall(_linear(layer).weight) for name, layer in layers.items()}
+    device = batches[0]["input_ids"].device
+    sums = {
+        name: torch.zeros(2 * [min(_linear(layer).weight.shape)], dtype=torch.float64, device=state.device)
+        for name, layer in layers.items()
+    }
+    norms = {name: torch.zeros((), dtype=torch.float64, device=state.device) for name in layers}
+    n_tokens = torch.zeros((), dtype=torch.int64, device=state.device)
+    real = torch.empty(0, device=device)  # which positions of the running batch count
 
-    def add(name: str, layer: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-        bias = getattr(layer, "bias", None)
-        y = (output if bias is None else output - bias).flatten(0, -2)[real].double()  # (n_real, d_out)
-        sums[name] += (y.T @ y).cpu()
+    def add(name: str, layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        bias = _linear(layer).bias
+        y = (output if bias is None else output - bias).flatten(0, -2)[real]  # (n_real, d_out)
+        z = inputs[0].flatten(0, -2)[real].double() if of_inputs[name] else y.double()
+        sums[name] += z.T @ z
+        norms[name] += y.float().square().sum(dtype=torch.float64)
 
     handles = [layer.register_forward_hook(partial(add, name)) for name, layer in layers.items()]
+    rounds = -(-len(batches) // state.num_processes)
     try:
-        for batch in batches:
-            batch = batch.to(model.device)
-            real = batch.mask.bool().flatten()
-            n_tokens += int(real.sum())
-            model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        for number in range(rounds):
+            index = number * state.num_processes + state.process_index
+            batch = {key: value.to(state.device) for key, value in batches[index % len(batches)].items()}
+            real = (batch["labels"] != IGNORED if answers_only else batch["attention_mask"].bool()).flatten()
+            real &= index < len(batches)  # every process runs every round: a sharded base needs all of them
+            n_tokens += real.sum()
+            model(**{key: value for key, value in batch.items() if key != "labels"})
             on_batch()
+            seen = int(_over_all_processes(n_tokens))
+            widest = max(len(matrix) for matrix in sums.values())
+            asked = (number + 1).bit_count() == 1 and number + 1 < rounds and seen >= widest
+            if asked and is_enough((name, _gram(sums[name], norms[name], seen, of_inputs[name])) for name in layers):
+                break
     finally:
         for handle in handles:
             handle.remove()
-    return {name: Gram(total / n_tokens, n_tokens) for name, total in sums.items()}
+    return {name: _gram(sums.pop(name), norms[name], seen, of_inputs[name]) for name in layers}
+
+
+def _gram(total: torch.Tensor, norms: torch.Tensor, n_tokens: int, of_inputs: bool) -> Gram:
+    matrix = _over_all_processes(total) / n_tokens
+    return Gram(matrix, n_tokens, float(_over_all_processes(norms) / n_tokens), of_inputs)
+
+
+def _over_all_processes(tensor: torch.Tensor) -> torch.Tensor:
+    if PartialState().num_processes == 1:
+        return tensor
+    total = tensor.clone()
+    distributed.all_reduce(total)
+    return total
+
+
+def _linear(layer: nn.Module) -> nn.Linear:
+    """Return the linear layer inside an adapted one."""
+    found = getattr(layer, "base_layer", layer)
+    assert isinstance(found, nn.Module)
+    return cast(nn.Linear, found)  # or a quantised layer, which looks like one

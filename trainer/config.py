@@ -1,47 +1,179 @@
 """Every setting of a training run: one definition with its default and its documentation."""
 
 import difflib
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from trainer.errors import ConfigError
 
+Method = Literal[
+    "astra", "lora", "rslora", "pissa", "olora", "corda", "eva", "lora_ga", "milora", "mica", "full"
+]  # fmt: skip
 Subspace = Literal["tail", "principal", "middle", "random"]
 
 
 class TrainConfig(BaseModel):
-    """Settings of one run; keys of `--config FILE.yaml` and of `--set key=value`."""
+    """Settings of one run; keys of `--config FILE.yaml` and of `--set key=value`, and flags of the command line."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    # the adapter
+    method: Method = Field(
+        "astra",
+        description="how the adapter starts: astra, or one of PEFT's to compare with; full trains the base itself",
+    )
     rank: int = Field(16, ge=1, description="rank r of the adapter; converted with a trained B it serves as 2r")
     alpha: float | None = Field(None, gt=0, description="scaling is alpha / rank; none means alpha = rank, scaling 1")
+    use_rslora: bool = Field(False, description="scaling is alpha / sqrt(rank) (rank-stabilised LoRA)")
     subspace: Subspace = Field("tail", description="which eigenvectors of a layer's output activations start B")
     train_b: bool = Field(True, description="false freezes B = Q: the strict subspace, and the LoRA keeps rank r")
     target_modules: list[str] | Literal["all-linear"] = Field(
         "all-linear",
         description="names (or ends of names) of the layers to adapt; all-linear is every one but the head",
     )
+    rank_pattern: dict[str, int] = Field(
+        {}, description="ranks of the layers whose names match a regular expression, as {'q_proj|k_proj': 4}"
+    )
+    rank_allocation: Literal["none", "effective_rank", "tail_energy"] = Field(
+        "none",
+        description="share rank x layers among the layers: by the effective rank of their outputs, or so that the "
+        "subspaces hold the least energy; at most 4 x rank each",
+    )
+
+    # the data
+    task: Literal["causal_lm", "classification"] = Field("causal_lm", description="what is learned")
+    columns: dict[str, str] = Field({}, description="the data's names of our columns, as {prompt: question}")
+    split: str = Field("train", description="split of a data set from the hub")
+    max_length: int = Field(512, ge=2, description="tokens per row; longer rows lose their end")
+    packing: bool = Field(False, description="fill each row of max_length with several short ones (TRL's packing)")
+    eval_data: str | None = Field(None, description="held-out rows: a file or hub data set like --data")
+    eval_share: float = Field(0.0, ge=0, lt=1, description="instead: hold this share of --data out")
+    eval_steps: int | None = Field(None, ge=1, description="evaluate after so many steps; none means ten times a run")
+    eval_metric: Literal["loss", "exact_match", "accuracy"] = Field(
+        "loss", description="which checkpoint is best; exact_match is of greedy answers, accuracy of a classifier's"
+    )
+    patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a better one")
+    forgetting_data: str | None = Field(
+        None, description="text on which forgetting is measured; none means text that the base itself writes"
+    )
+    forgetting_rows: int = Field(32, ge=0, description="rows of it, 128 tokens each; 0 measures no forgetting")
+
+    # the optimisation
     learning_rate: float = Field(4e-3, gt=0, description="peak learning rate of AdamW")
     weight_decay: float = Field(0.0, ge=0, description="decoupled decay of A and B towards where they started")
     warmup: float = Field(
         0.05, ge=0, le=1, description="share of the steps with a rising learning rate, then cosine to 0"
     )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
-    batch_size: int = Field(16, ge=1, description="rows per step")
+    batch_size: int = Field(16, ge=1, description="rows per step, over all processes")
+    gradient_accumulation: int = Field(1, ge=1, description="parts that a step's rows are computed in: less memory")
     steps: int = Field(200, ge=1, description="optimizer steps; the rows are shuffled anew each time they run out")
-    max_length: int = Field(512, ge=2, description="tokens per row; longer rows lose their end")
+
+    # the calibration
     calibration_rows: int = Field(128, ge=1, description="training rows whose activations are measured before training")
-    calibration_memory: float = Field(
-        2.0, gt=0, description="GiB that Gram matrices may hold at once; less means more passes"
+    calibration_answers_only: bool = Field(False, description="measure only at tokens that the loss looks at")
+    calibration_memory: ByteSize = Field(
+        ByteSize(2**31), description="what Gram matrices may hold at once, as 2GiB; less means more passes"
     )
+    calibration_overlap: float = Field(
+        0.99,
+        gt=0,
+        le=1,
+        description="stop early when, with twice the tokens, the mean squared cosine of the principal angles to the "
+        "last subspace is above this in every layer that has more than a null space; 1 reads all rows",
+    )
+    calibration_cache: str | None = Field(
+        None, description="folder for Gram matrices: another rank or subspace then costs no forward pass"
+    )
+    spectra: bool = Field(True, description="record all eigenvalues before and after training (for analyze)")
+
+    # the machine
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the frozen base; auto is the one it is stored in. The adapter is float32"
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="two runs with the same seed on the same CPU are equal")
+    quantization: Literal["none", "int8", "nf4"] = Field(
+        "none", description="load the base in 8 or 4 bits (needs bitsandbytes)"
+    )
+    gradient_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
+    shard_base: bool = Field(
+        False, description="with several processes: each holds a part of the base (FSDP2); the adapter is whole"
+    )
+    save_steps: int = Field(50, ge=1, description="a checkpoint to go on from after so many steps")
+    report_to: list[str] = Field([], description="trackers by name: tensorboard, wandb, trackio, ...")
+    push_to_hub: str | None = Field(None, description="hub repository (org/name) for the finished folder")
+    seed: int = Field(0, ge=0, lt=2**32, description="two runs with the same seed on the same CPU are equal")
+
+    @model_validator(mode="after")
+    def _combinable(self) -> "TrainConfig":
+        """Refuse settings that exclude each other, with the reason."""
+        lm, adapter = self.task == "causal_lm", self.method != "full"
+        only_astra = self.subspace != "tail" or not self.train_b or self.rank_allocation != "none"
+        evaluated = self.eval_data is not None or self.eval_share > 0
+        rules = [
+            (self.method == "astra" or not only_astra, "subspace, train_b and rank_allocation belong to method=astra"),
+            (adapter or not self.rank_pattern, "method=full has no ranks: drop rank_pattern"),
+            (
+                not (self.rank_pattern and self.rank_allocation != "none"),
+                "rank_pattern and rank_allocation both set ranks",
+            ),
+            (adapter or self.quantization == "none", "quantised weights cannot be trained: method=full needs none"),
+            (
+                self.quantization == "none" or self.method not in ("corda", "lora_ga"),
+                f"{self.method} needs the base's full-precision weights: quantization=none",
+            ),
+            (
+                not self.shard_base or self.method in ("astra", "lora", "rslora"),
+                f"PEFT starts {self.method} from whole weights: it cannot be combined with shard_base",
+            ),
+            (
+                not self.shard_base or self.quantization == "none",
+                "quantised weights cannot be sharded: shard_base or quantization",
+            ),
+            (not self.shard_base or lm, "a classifier's head is trained whole: shard_base is for task=causal_lm"),
+            (
+                lm or not (self.packing or self.calibration_answers_only),
+                "packing and calibration_answers_only are for task=causal_lm",
+            ),
+            (
+                lm or self.method not in ("eva", "lora_ga"),
+                f"PEFT's {self.method} is for language models: task=causal_lm",
+            ),
+            (self.eval_metric != "exact_match" or lm, "exact_match is for task=causal_lm: choose loss or accuracy"),
+            (
+                self.eval_metric != "accuracy" or not lm,
+                "accuracy is for task=classification: choose loss or exact_match",
+            ),
+            (self.eval_data is None or not self.eval_share, "give eval_data or eval_share, not both"),
+            (
+                evaluated or (self.patience is None and self.eval_metric == "loss"),
+                "patience and eval_metric need held-out rows: set eval_data or eval_share",
+            ),
+            (
+                self.batch_size % self.gradient_accumulation == 0,
+                "batch_size must be a multiple of gradient_accumulation",
+            ),
+        ]
+        for holds, reason in rules:
+            if not holds:
+                raise ValueError(reason)
+        for pattern, rank in self.rank_pattern.items():
+            if rank < 1:
+                raise ValueError(f"rank_pattern {pattern!r}: a rank is at least 1")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"rank_pattern {pattern!r} is no regular expression: {error}") from error
+        return self
+
+    @property
+    def scaling(self) -> float:
+        """Return s of delta W = s (B A - B0 A0): alpha / rank, or alpha / sqrt(rank); alpha is the rank by default."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (self.rank**0.5 if self.use_rslora or self.method == "rslora" else self.rank)
 
 
 def load_config(file: Path | None, overrides: list[str]) -> TrainConfig:
@@ -59,24 +191,32 @@ def load_config(file: Path | None, overrides: list[str]) -> TrainConfig:
         if not equals:
             raise ConfigError(f"--set takes key=value, not {override!r}")
         settings[key.strip()] = _value(value)
-    for key in settings:
+    for key, value in settings.items():
         if key not in TrainConfig.model_fields:
             near = difflib.get_close_matches(str(key), TrainConfig.model_fields, n=1, cutoff=0)[0]
             raise ConfigError(f"unknown setting {key!r}: the nearest one is {near!r}")
+        if value == "none" and TrainConfig.model_fields[key].default is None:
+            settings[key] = None
     try:
         return TrainConfig(**settings)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"setting {first['loc'][0]}={first['input']!r}: {first['msg'].lower()}") from error
+        reason = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:
+            raise ConfigError(reason) from error
+        raise ConfigError(f"setting {first['loc'][0]}={first['input']!r}: {reason[0].lower()}{reason[1:]}") from error
 
 
-def describe() -> str:
-    """Return one line per setting, for `--help`."""
-    lines = []
+def describe() -> dict[str, tuple[str, list[str] | None]]:
+    """Return for each setting its description with the default, and its choices where it is one of a few words."""
+    described = {}
     for key, field in TrainConfig.model_fields.items():
-        default = "none" if field.default is None else str(field.default).lower()
-        lines.append(f"  {key:<20} {field.description} (default: {default})")
-    return "\n".join(lines)
+        choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
+        default = "none" if field.default in (None, [], {}) else str(field.default).lower()
+        if isinstance(field.default, ByteSize):
+            default = field.default.human_readable(separator="")
+        described[key] = (f"{field.description} (default: {default})", choices or None)
+    return described
 
 
 def _value(text: str) -> Any:

@@ -1,13 +1,16 @@
-"""Rows of a JSONL file as token ids and labels.
+"""Rows of a data set as token ids and labels.
 
-A row is `{"prompt", "completion"}` (loss on the completion), `{"messages": [...]}` (loss on the last assistant turn)
-or `{"text"}` (loss on everything), the forms that TRL and the OpenAI fine-tuning API read.
+A causal LM's row is `{"prompt", "completion"}` (loss on the completion), `{"messages": [...]}` (loss on the last
+assistant turn), the same two turns as lists of messages, or `{"text"}` (loss on everything): the forms that TRL and the
+OpenAI fine-tuning API read. A classifier's is `{"text", "label"}`, with `"text_pair"` where there are two texts.
+
+TRL could tokenise, too. It does so with prompt and completion as one text, where a token may reach across the boundary,
+and then trains on another context than a server sees. Here the prompt is always tokenised by itself, as a server does.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,67 +23,132 @@ from trainer.errors import DataError
 IGNORED = -100  # the label that cross entropy leaves out
 _ANSWER = "5d2f0c1e"  # stands for the answer while a chat template is rendered
 
-
-@dataclass(frozen=True)
-class Example:
-    """One row: token ids and, of the same length, labels (IGNORED where the loss does not look)."""
-
-    ids: list[int]
-    labels: list[int]
+Row = dict[str, Any]
+Example = dict[str, Any]  # input_ids and labels of one length (causal LM), or what the tokenizer gives and one label
+Batch = dict[str, torch.Tensor]  # (rows, length) int64, padded on the right; attention_mask is 1 on real tokens
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rows padded on the right to one length; all are (rows, length) int64, the mask is 1 on real tokens."""
+def read_rows(source: str, split: str = "train", columns: Mapping[str, str] | None = None) -> list[Row]:
+    """Return the rows of a local json, jsonl, parquet or csv file, or of a hub data set's `split`.
 
-    ids: torch.Tensor
-    mask: torch.Tensor
-    labels: torch.Tensor
+    `columns` maps the names above to the source's own. Raises DataError.
+    """
+    path = Path(source)
+    if path.suffix in (".jsonl", ".json") and (path.exists() or source.count("/") != 1):
+        rows = list(_json_rows(path))
+    else:
+        rows = _library_rows(source, split)
+    for ours, theirs in (columns or {}).items():
+        for row in rows:
+            if theirs not in row:
+                raise DataError(f"{source} has no column {theirs!r} for {ours!r}; there are: {', '.join(row)}")
+            row[ours] = row.pop(theirs)
+    if not rows:
+        raise DataError(f"data file {source} has no rows")
+    return rows
 
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(self.ids.to(device), self.mask.to(device), self.labels.to(device))
 
-
-def data_digest(file: Path) -> str:
-    """Return the SHA-256 of the data file as `sha256:...`."""
-    return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
-
-
-def read_examples(file: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
-    """Read every row of `file`. Raises DataError, which names the line."""
+def _json_rows(path: Path) -> Iterator[Row]:
+    """Read JSON as it is: the `datasets` library would give every row the columns of all, and one type per column."""
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON strings may hold U+2028
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data file {file} cannot be read: {error}") from error
-    examples = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
+        raise DataError(f"data file {path} cannot be read: {error}") from error
+    documents = [text] if path.suffix == ".json" else text.split("\n")  # JSON strings may hold U+2028: no splitlines()
+    for number, document in enumerate(documents, 1):
+        if document.strip():
             try:
-                examples.append(_example(json.loads(line), tokenizer, max_length))
-            except (ValueError, TemplateError) as error:  # JSONDecodeError is a ValueError, too
-                raise DataError(f"{file}, line {number}: {str(error).splitlines()[0]}") from error
-            except TypeError as error:  # what tokenizers raise then
-                raise DataError(f"{file}, line {number}: text with half a surrogate pair is not Unicode") from error
-    if not examples:
-        raise DataError(f"data file {file} has no rows")
+                found = json.loads(document)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}: {str(error).splitlines()[0]}") from error
+            for row in found if path.suffix == ".json" and isinstance(found, list) else [found]:
+                if not isinstance(row, dict):
+                    raise DataError(f"{path}, line {number}: a row is a JSON object, not {type(row).__name__}")
+                yield row
+
+
+def _library_rows(source: str, split: str) -> list[Row]:
+    from datasets import load_dataset  # a second of imports that JSON does not need
+    from datasets.exceptions import DatasetsError
+
+    kind = Path(source).suffix.removeprefix(".")
+    try:
+        if kind in ("parquet", "csv") and Path(source).exists():
+            found = load_dataset(kind, data_files=source, split="train")
+        else:
+            found = load_dataset(source, split=split)
+        return [{key: value for key, value in row.items() if value is not None} for row in found]
+    except (DatasetsError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"{source} is no readable json, jsonl, parquet or csv file, nor a hub data set: {reason}"
+        ) from error
+
+
+def digest(rows: Iterable[Any]) -> str:
+    """Return the SHA-256 of rows (anything JSON), in their order, as `sha256:...`."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(
+            json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
+        )
+    return f"sha256:{found.hexdigest()}"
+
+
+def language_examples(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, source: str
+) -> list[Example]:
+    """Return input_ids and labels (IGNORED on the prompt) of every row. Raises DataError, which names the row."""
+    examples = []
+    for number, row in enumerate(rows, 1):
+        try:
+            examples.append(_language_example(row, tokenizer, max_length))
+        except (ValueError, TemplateError) as error:
+            raise DataError(f"{source}, row {number}: {str(error).splitlines()[0]}") from error
+        except TypeError as error:  # what tokenizers raise then
+            raise DataError(f"{source}, row {number}: text with half a surrogate pair is not Unicode") from error
     return examples
 
 
-def _example(row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
+def classification_examples(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, source: str, names: Sequence[str]
+) -> list[Example]:
+    """Return the tokens of every row and its label's place in `names`. Raises DataError, which names the row."""
+    examples = []
+    for number, row in enumerate(rows, 1):
+        match row:
+            case {"text": str(text), "label": str() | int() as label} if text and str(label) in names:
+                pair = row.get("text_pair")
+                tokens = tokenizer(text, pair, truncation=True, max_length=max_length)
+                examples.append({**tokens, "labels": names.index(str(label))})
+            case _:
+                raise DataError(
+                    f'{source}, row {number}: a row is {{"text", "label"}} with a label out of {", ".join(names)}; '
+                    f"this one has: {', '.join(row)}, label {row.get('label')!r}"
+                )
+    return examples
+
+
+def label_names(rows: Iterable[Row]) -> list[str]:
+    """Return the labels that occur, as text: numbers in their order, words alphabetically."""
+    found = {row.get("label") for row in rows} - {None}
+    return [str(label) for label in sorted(found, key=lambda label: (isinstance(label, str), label))]
+
+
+def _language_example(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
     match row:
         case {"prompt": str(prompt), "completion": str(completion)} if completion:
             ids = tokenizer(prompt)["input_ids"]
         case {"text": str(completion)} if completion:
             ids = []
-        case {"messages": [_, *_] as messages}:
-            prompt, completion = _chat(messages, tokenizer)
+        case {"messages": [_, *_] as messages} | {"prompt": [_, *_] as messages, "completion": list()}:
+            prompt, completion = _chat([*messages, *row.get("completion", [])], tokenizer)
             # The template has printed every special token itself, and so do servers read it.
             ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         case _:
-            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             raise ValueError(
                 'a row is {"prompt", "completion"}, {"messages"} or {"text"}, each with non-empty text; '
-                f"this one has: {found}"
+                f"this one has: {', '.join(row)}"
             )
     n_prompt = len(ids)
     if n_prompt >= max_length:
@@ -89,7 +157,7 @@ def _example(row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> E
     ids = ids + tokenizer(completion, add_special_tokens=not ids)["input_ids"]
     if ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
-    return Example(ids[:max_length], ([IGNORED] * n_prompt + ids[n_prompt:])[:max_length])
+    return {"input_ids": ids[:max_length], "labels": ([IGNORED] * n_prompt + ids[n_prompt:])[:max_length]}
 
 
 def _chat(messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
@@ -113,30 +181,16 @@ def _chat(messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str,
     return prompt, before[len(prompt) :] + messages[-1]["content"] + after.rstrip()
 
 
-def collate(examples: list[Example], pad_id: int) -> Batch:
-    """Pad `examples` on the right to the longest of them."""
-    length = max(len(example.ids) for example in examples)
-    ids = torch.full((len(examples), length), pad_id)
-    labels = torch.full((len(examples), length), IGNORED)
-    mask = torch.zeros((len(examples), length), dtype=torch.int64)
-    for row, example in enumerate(examples):
-        n = len(example.ids)
-        ids[row, :n] = torch.tensor(example.ids)
-        labels[row, :n] = torch.tensor(example.labels)
-        mask[row, :n] = 1
-    return Batch(ids, mask, labels)
+def batches(examples: Sequence[Example], size: int, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
+    """Return `examples` in their order, `size` at a time, padded on the right to the longest of each batch."""
+    return [_collate(examples[i : i + size], tokenizer) for i in range(0, len(examples), size)]
 
 
-def batches(examples: list[Example], size: int, pad_id: int) -> list[Batch]:
-    """Return `examples` in their order, `size` at a time."""
-    return [collate(examples[i : i + size], pad_id) for i in range(0, len(examples), size)]
-
-
-def shuffled_batches(examples: list[Example], size: int, pad_id: int, generator: torch.Generator) -> Iterator[Batch]:
-    """Yield batches without end, the rows in a new random order each time they have all been seen."""
-    queue: list[int] = []
-    while True:
-        while len(queue) < size:
-            queue += torch.randperm(len(examples), generator=generator).tolist()
-        yield collate([examples[i] for i in queue[:size]], pad_id)
-        queue = queue[size:]
+def _collate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Batch:
+    tokens = [{key: value for key, value in example.items() if key != "labels"} for example in examples]
+    batch: Batch = dict(tokenizer.pad(tokens, padding_side="right", return_tensors="pt"))
+    labels = [example["labels"] for example in examples]
+    if isinstance(labels[0], int):
+        return {**batch, "labels": torch.tensor(labels)}
+    length = batch["input_ids"].shape[1]
+    return {**batch, "labels": torch.tensor([row + [IGNORED] * (length - len(row)) for row in labels])}

@@ -1,70 +1,127 @@
-"""What a run leaves beside its weights: provenance, loss curve (JSONL and PNG) and model card."""
+"""What a run leaves beside its weights: provenance, loss curve (JSONL and PNG), spectra and model card."""
 
 import json
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from matplotlib.figure import Figure
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from converter.adapter_dir import Json, base_digest
+from converter.adapter_dir import PROVENANCE, Json, base_digest, write_json
 from trainer.config import TrainConfig
-from trainer.data import data_digest
+from trainer.data import Example, digest
+from trainer.eigenspace import Spectrum
+from trainer.evaluate import Forgetting
+from trainer.initialise import Initialisation
+from trainer.loop import Point, Result
 
-if TYPE_CHECKING:
-    from trainer.train import Point
-
+SPECTRA = "spectra.safetensors"
 CARD = """---
 base_model: {base}
 library_name: astra
 tags: [astra, peft]
 ---
-# Astra adapter for {base}
+# {title} for {base}
 
 | | |
 |---|---|
-| method | Astra, {subspace} subspace ({b}), arXiv 2602.19111 |
-| rank | {rank}, scaling {scaling:g}, on {layers} layers |
-| data | {rows} rows, {data_digest} |
-| base | {base}, {base_digest} |
-| steps | {steps} of {batch} rows, learning rate {lr:g}, seed {seed} |
-| loss | {first:.3f} at the first step, {last:.3f} over the last tenth |
+{rows}
 
 ![loss](loss.png)
 
-Make a standard LoRA of it with `astra-convert THIS_FOLDER OUT_DIR`; every setting is in `astra.json`.
+{use}{layers}"""
+
+
+LAYERS = """
+## Where the layers start
+
+| layer | outputs | rank | tokens | norm of A0 / norm of W | |
+|---|---|---|---|---|---|
+{rows}
 """
 
 
+@dataclass(frozen=True)
+class Run:
+    """A finished run: where it comes from, how it started, what happened, and what it did to the base."""
+
+    origin: Json
+    config: TrainConfig
+    start: Initialisation
+    result: Result
+    forgetting: Forgetting | None
+    eigenvalues_after: Mapping[str, torch.Tensor]
+
+    def provenance(self) -> Json:
+        """Return what `astra.json` holds."""
+        return {
+            **self.origin,
+            "spectra": {name: found.as_json() for name, found in self.start.spectra.items()},
+            "convergence": [asdict(estimate) for estimate in self.start.convergence],
+            "evaluations": self.result.evaluations,
+            "best_step": self.result.best_step,
+            "forgetting": self.forgetting and {**asdict(self.forgetting), "change": self.forgetting.change},
+        }
+
+    def warnings(self) -> list[str]:
+        """Return what the user should know about the subspaces, one line each."""
+        found = self.start.spectra.values()
+        tall = [s for s in found if s.null_directions >= s.rank and s.n_tokens >= s.dimension]
+        few = [s for s in found if s.n_tokens < s.dimension]
+        lines = []
+        if few and self.config.subspace != "random":
+            lines.append(
+                f"{len(few)} of {len(found)} layers saw fewer tokens ({min(s.n_tokens for s in few)}) than they have "
+                f"outputs ({max(s.dimension for s in few)}): raise calibration_rows, or their tail is arbitrary"
+            )
+        if tall and self.config.subspace == "tail":
+            lines.append(
+                f"{len(tall)} of {len(found)} layers have more outputs than inputs: their tail is a null space of W, "
+                "and A0 = 0 there (see the table in README.md)"
+            )
+        return lines
+
+
 def provenance(
-    base: str,
-    base_folder: Path,
-    base_dtype: str,
-    data: Path,
-    n_rows: int,
-    config: TrainConfig,
+    base: str, base_folder: Path, base_dtype: str, data: str, examples: Sequence[Example], config: TrainConfig
 ) -> Json:
     """Return where the adapter comes from: base, data, settings and versions."""
-    packages = ("astra-serve", "torch", "transformers", "peft")
+    packages = ("astra-serve", "torch", "transformers", "peft", "trl")
     return {
-        "method": "astra",
+        "method": config.method,
         "base": {"id": base, "digest": base_digest(base_folder), "dtype": base_dtype.removeprefix("torch.")},
-        "data": {"file": data.name, "digest": data_digest(data), "rows": n_rows},
-        "config": config.model_dump(),
+        "data": {"file": Path(data).name, "digest": digest(examples), "rows": len(examples)},
+        "config": config.model_dump(mode="json"),
         "seed": config.seed,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
     }
 
 
-def write_loss(folder: Path, curve: Sequence["Point"]) -> None:
-    """Write one JSON line per step: step, loss, gradient norm before clipping, learning rate."""
+def write(folder: Path, run: Run) -> None:
+    """Write everything but the weights and their config into `folder`."""
+    curve = run.result.curve
     (folder / "loss.jsonl").write_text("".join(json.dumps(asdict(p)) + "\n" for p in curve), encoding="utf-8")
+    _plot_loss(folder / "loss.png", curve)
+    spectra = {f"{name}.before": values for name, values in run.start.eigenvalues.items()}
+    spectra |= {f"{name}.after": values for name, values in run.eigenvalues_after.items()}
+    if spectra:
+        save_file(spectra, folder / SPECTRA)
+    (folder / "README.md").write_text(_card(run), encoding="utf-8")
 
 
-def plot_loss(folder: Path, curve: Sequence["Point"]) -> None:
+def save_whole_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
+    """Write a model that was trained itself, as transformers does, with its provenance."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_json(folder / PROVENANCE, {"format": "astra-full/1", **run.provenance()})
+
+
+def _plot_loss(file: Path, curve: Sequence[Point]) -> None:
     """Draw the loss and the gradient norm over the steps."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -76,28 +133,51 @@ def plot_loss(folder: Path, curve: Sequence["Point"]) -> None:
     norms.plot(steps, [p.grad_norm for p in curve], color="C1", linewidth=0.8, alpha=0.6)
     norms.set(ylabel="gradient norm before clipping", yscale="log")
     norms.yaxis.label.set_color("C1")
-    figure.savefig(folder / "loss.png", dpi=120, metadata={"Software": None})
+    figure.savefig(file, dpi=120, metadata={"Software": None})
 
 
-def write_card(folder: Path, origin: Json, curve: Sequence["Point"]) -> None:
-    """Write the model card."""
-    config = TrainConfig(**origin["config"])
-    tail = curve[-max(1, len(curve) // 10) :]
-    text = CARD.format(
+def _card(run: Run) -> str:
+    config, origin, curve = run.config, run.origin, run.result.curve
+    tail = [point.loss for point in curve[-max(1, len(curve) // 10) :]]
+    method: str = config.method
+    if method == "astra":
+        b = "A and B trained" if config.train_b else "B frozen"
+        method = f"Astra, {config.subspace} subspace ({b}), arXiv 2602.19111"
+    facts = {
+        "method": method,
+        "rank": f"{config.rank}, scaling {config.scaling:g}, on {len(run.start.starts)} layers",
+        "data": f"{origin['data']['rows']} rows, {origin['data']['digest']}",
+        "base": f"{origin['base']['id']}, {origin['base']['digest']}",
+        "steps": f"{curve[-1].step} of {config.batch_size} rows, rate {config.learning_rate:g}, seed {config.seed}",
+        "loss": f"{curve[0].loss:.3f} at the first step, {sum(tail) / len(tail):.3f} over the last tenth",
+    }
+    if run.result.evaluations:
+        best = next(e for e in run.result.evaluations if e["step"] == run.result.best_step)
+        facts["held out"] = ", ".join(f"{key.removeprefix('eval_')} {value:.4g}" for key, value in best.items())
+    if run.forgetting:
+        f = run.forgetting
+        facts["forgetting"] = f"{f.change:+.3f} nats per token ({f.before:.3f} -> {f.after:.3f}) on text {f.text}"
+    if config.method == "full":
+        del facts["rank"]
+        use = "A whole model: transformers and vLLM load it as it is.\n"
+    else:
+        use = "Make a standard LoRA of it with `astra-convert THIS_FOLDER OUT_DIR`; every setting is in `astra.json`.\n"
+    return CARD.format(
         base=origin["base"]["id"],
-        subspace=config.subspace,
-        b="A and B trained" if config.train_b else "B frozen",
-        rank=config.rank,
-        scaling=1.0 if config.alpha is None else config.alpha / config.rank,
-        layers=len(origin["spectra"]),
-        rows=origin["data"]["rows"],
-        data_digest=origin["data"]["digest"],
-        base_digest=origin["base"]["digest"],
-        steps=config.steps,
-        batch=config.batch_size,
-        lr=config.learning_rate,
-        seed=config.seed,
-        first=curve[0].loss,
-        last=sum(p.loss for p in tail) / len(tail),
+        title="Fine-tuned model" if config.method == "full" else "Adapter",
+        rows="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
+        use=use,
+        layers=_layer_table(run.start.spectra),
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _layer_table(spectra: Mapping[str, Spectrum]) -> str:
+    if not spectra:
+        return ""
+    lines = []
+    for name, s in spectra.items():
+        remark = "fewer tokens than outputs" if s.n_tokens < s.dimension else ""
+        if s.start_norm < 1e-4:
+            remark = "the tail is a null space of W: A0 = 0"
+        lines.append(f"| {name} | {s.dimension} | {s.rank} | {s.n_tokens} | {s.start_norm:.2g} | {remark} |")
+    return LAYERS.format(rows="\n".join(lines))

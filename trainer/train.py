@@ -1,139 +1,145 @@
-"""The way through: base and data in, a trained Astra adapter folder out."""
+"""The way through: base and data in, a trained adapter folder out."""
 
-import math
-import random
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from huggingface_hub import HfApi
+from peft import PeftModel
 from rich.progress import Progress
-from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from converter import adapter_dir
-from converter.adapter_dir import AstraAdapter, BaseNotFound
-from trainer.adapter import adapter_layers, attach, peft_config, target_layers
-from trainer.calibration import gram_matrices, layer_groups
+from converter.adapter_dir import AstraAdapter
+from trainer import report, unfinished
+from trainer.adapter import adapted_modules, adapter_layers, attach, target_layers, trained_head, whole_weight
+from trainer.base import load_base, load_tokenizer
 from trainer.config import TrainConfig
-from trainer.data import Batch, batches, read_examples, shuffled_batches
-from trainer.eigenspace import Spectrum, subspace
-from trainer.errors import TrainerError
-from trainer.report import plot_loss, provenance, write_card, write_loss
+from trainer.data import Batch, Example, classification_examples, label_names, language_examples, read_rows
+from trainer.errors import ConfigError, DataError, TrainerError, TrainingError
+from trainer.evaluate import Forgetting, forgetting_batches, language_loss
+from trainer.initialise import Initialisation, calibration_batches, initialise, spectra_of
+from trainer.loop import optimise
+from trainer.report import Run
 
 
 @dataclass(frozen=True)
-class Point:
-    """One step of the loss curve; the loss is in nats per target token."""
+class Data:
+    """The rows of a run as tokens, and a classifier's labels."""
 
-    step: int
-    loss: float
-    grad_norm: float
-    learning_rate: float
+    train: list[Example]
+    held_out: list[Example]
+    labels: list[str]
 
 
-def train(base: str, data: Path, out: Path, config: TrainConfig, progress: Progress) -> list[Point]:
-    """Train an adapter for `base` on `data`, write it to `out` and return its loss curve.
+def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progress, *, resume: bool = False) -> Run:
+    """Train an adapter for `base` on `data` and write it to `out`; with `resume`, go on where a run was stopped.
 
-    Raises TrainerError, and AdapterError for the base and the output folder; then nothing is written.
+    Under `accelerate launch` all processes call this together. Raises TrainerError, and AdapterError for the base and
+    the output folder; then nothing is written, or after Interrupted what `resume` goes on from.
     """
+    state = PartialState(cpu=not torch.cuda.is_available())  # joins the processes of accelerate launch
     adapter_dir.refuse_existing(out)
+    if config.batch_size % (state.num_processes * config.gradient_accumulation):
+        raise ConfigError(f"batch_size must be a multiple of processes ({state.num_processes}) x gradient_accumulation")
     folder = adapter_dir.find_base(base)
+    tokenizer = load_tokenizer(folder, config)
+    rows = read_data(data, tokenizer, config)
     torch.manual_seed(config.seed)
-    model, tokenizer = load_base(folder, config)
-    examples = read_examples(data, tokenizer, config.max_length)
-    layers = target_layers(model, config)
-    origin = provenance(base, folder, str(model.dtype), data, len(examples), config)
+    model = load_base(folder, config, tokenizer.pad_token_id, rows.labels)
+    layers = {} if config.method == "full" else target_layers(model, config)
+    origin = report.provenance(base, folder, str(model.dtype), data, rows.train + rows.held_out, config)
+    identity = {"base": origin["base"]["digest"], "data": origin["data"]["digest"], **config.model_dump(mode="json")}
+    going_on = unfinished.check(out, identity, resume=resume)
 
-    with adapter_dir.new_folder(out) as unfinished:
-        with progress:
-            sample = random.Random(config.seed).sample(examples, min(config.calibration_rows, len(examples)))
-            calibration = batches(sample, config.batch_size, tokenizer.pad_token_id)
-            bases, spectra = find_subspaces(model, layers, calibration, config, progress)
-            peft_model = attach(model, bases, config)
+    with progress:
+        calibration = calibration_batches(rows.train, tokenizer, config)
+        own_text = [] if config.task != "causal_lm" or not config.forgetting_rows else forgetting_batches(
+            model, tokenizer, config
+        )  # fmt: skip
+        loss_before = language_loss(model, own_text)
+        if going_on:
+            start = unfinished.load(out)
+        elif config.method == "full":
+            start = Initialisation({})
+        else:
+            start = initialise(model, layers, calibration, config, origin["base"]["digest"], progress)
+        made = unfinished.begin(out, identity, start) if state.is_main_process and not going_on else []
+        state.wait_for_everyone()
 
-            order = torch.Generator().manual_seed(config.seed)
-            stream = shuffled_batches(examples, config.batch_size, tokenizer.pad_token_id, order)
-            curve = list(optimise(peft_model, stream, config, progress))
+        trained = attach(model, start.starts, config) if layers else model.requires_grad_(True)
+        try:
+            result = optimise(
+                trained, tokenizer, rows.train, rows.held_out, config,
+                unfinished.folder_of(out), unfinished.last_checkpoint(out), progress,
+            )  # fmt: skip
+        except TrainingError:
+            state.wait_for_everyone()
+            unfinished.remove(out, made)
+            raise
 
-        origin["spectra"] = {name: spectrum.as_json() for name, spectrum in spectra.items()}
-        settings = peft_config(config, base, bases).to_dict()
-        adapter_dir.save_astra(unfinished, AstraAdapter(adapter_layers(peft_model), settings, origin))
-        write_loss(unfinished, curve)
-        plot_loss(unfinished, curve)
-        write_card(unfinished, origin, curve)
-    return curve
+        own = config.forgetting_data or "written by the base"
+        forgetting = Forgetting(own, loss_before, language_loss(trained, own_text)) if own_text else None
+        after = _spectra_after(trained, calibration, config, progress) if start.eigenvalues else {}
+    run = Run(origin, config, start, result, forgetting, after)
+    if state.is_main_process:
+        with adapter_dir.new_folder(out) as finished:
+            if isinstance(trained, PeftModel):
+                settings = {**trained.peft_config["default"].to_dict(), "base_model_name_or_path": base}
+                adapter = AstraAdapter(adapter_layers(trained), settings, run.provenance(), trained_head(trained))
+                adapter_dir.save_astra(finished, adapter)
+            else:
+                report.save_whole_model(finished, trained, tokenizer, run)
+            report.write(finished, run)
+        unfinished.remove(out)
+        if config.push_to_hub:
+            _push(out, config.push_to_hub)
+    state.wait_for_everyone()
+    return run
 
 
-def load_base(folder: Path, config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the frozen base in eval mode, on the accelerator when there is one, and its tokenizer."""
+def read_data(data: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> Data:
+    """Return the tokenised rows for training and, where asked for, held-out ones. Raises DataError."""
+    rows = read_rows(data, config.split, config.columns)
+    held_out = read_rows(config.eval_data, config.split, config.columns) if config.eval_data else []
+    labels = label_names(rows) if config.task == "classification" else []
+    if config.task == "classification" and len(labels) < 2:
+        raise DataError(f"{data} needs at least two different values of label; it has: {', '.join(labels) or 'none'}")
+    make = partial(classification_examples, names=labels) if labels else language_examples
+    train = make(rows, tokenizer, config.max_length, data)
+    test = make(held_out, tokenizer, config.max_length, config.eval_data or "")
+    if config.eval_share:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        n = max(1, round(config.eval_share * len(train)))
+        if n >= len(train):
+            raise DataError(f"{data} has {len(train)} rows: too few to hold {config.eval_share:.0%} of them out")
+        train, test = [train[i] for i in order[n:]], [train[i] for i in order[:n]]
+    return Data(train, test, labels)
+
+
+def _spectra_after(
+    model: PeftModel, calibration: list[Batch], config: TrainConfig, progress: Progress
+) -> Mapping[str, torch.Tensor]:
+    modules = adapted_modules(model)
+    moved = adapter_layers(model)
+    model.eval()
+
+    def weight_of(name: str) -> torch.Tensor:
+        layer = moved[name]
+        delta = config.scaling * (layer.b @ layer.a - layer.b0 @ layer.a0)
+        return whole_weight(modules[name].get_base_layer()).float() + delta
+
+    return spectra_of(model, modules, weight_of, calibration, config, progress)
+
+
+def _push(out: Path, repository: str) -> None:
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, SafetensorError) as error:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=out)
+    except (OSError, ValueError) as error:  # the hub's errors are OSErrors and ValueErrors
         reason = str(error).strip().splitlines()[0]
-        raise BaseNotFound(f"base model in {folder} cannot be loaded: {reason}") from error
-    if tokenizer.eos_token_id is None:
-        raise BaseNotFound(f"the tokenizer in {folder} has no end-of-sequence token: set eos_token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.requires_grad_(False).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
-
-
-def find_subspaces(
-    model: PreTrainedModel,
-    layers: dict[str, nn.Linear],
-    calibration: list[Batch],
-    config: TrainConfig,
-    progress: Progress,
-) -> tuple[dict[str, torch.Tensor], dict[str, Spectrum]]:
-    """Return Q (d_out, r) and the spectrum of every target layer, holding few Gram matrices at a time."""
-    groups = list(layer_groups(layers, int(config.calibration_memory * 2**30)))
-    forward = progress.add_task("calibration", total=len(groups) * len(calibration))
-    decompose = progress.add_task("eigenvectors", total=len(layers))
-    generator = torch.Generator().manual_seed(config.seed)
-    bases, spectra = {}, {}
-    for group in groups:
-        grams = gram_matrices(model, group, calibration, on_batch=lambda: progress.advance(forward))
-        for name in group:
-            bases[name], spectra[name] = subspace(grams.pop(name), config.rank, config.subspace, generator)
-            progress.advance(decompose)
-    return bases, spectra
-
-
-def optimise(model: nn.Module, stream: Iterator[Batch], config: TrainConfig, progress: Progress) -> Iterator[Point]:
-    """Train for `config.steps` steps and yield each step's point. Raises TrainerError when the loss is not finite."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate_factor, config))
-    device = parameters[0].device
-    bar = progress.add_task("training", total=config.steps)
-    for step in range(1, config.steps + 1):
-        batch = next(stream).to(device)
-        loss = model(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels, use_cache=False).loss
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        point = Point(step, loss.item(), norm.item(), float(schedule.get_last_lr()[0]))
-        if not math.isfinite(point.loss):
-            raise TrainerError(f"the loss became {point.loss} at step {step}: lower learning_rate")
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        progress.update(bar, advance=1, description=f"training  loss {point.loss:.3f}")
-        yield point
-    if not all(parameter.isfinite().all() for parameter in parameters):
-        raise TrainerError(f"the adapter is not finite after step {config.steps}: lower learning_rate")
-
-
-def learning_rate_factor(config: TrainConfig, step: int) -> float:
-    """Return the share of the peak learning rate at `step` (from 0): a linear rise, then a half cosine to 0.
-
-    The first step has a rate above 0 already, so no step is wasted.
-    """
-    warmup = math.ceil(config.warmup * config.steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+        raise TrainerError(f"{out} is complete, but {repository} could not be pushed: {reason}") from error

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from converter.adapter_dir import read_lora_header
 from converter.cli import main
-from trainer.adapter import TRAINED
 from trainer.config import TrainConfig
 from trainer.train import train
 
@@ -34,9 +33,9 @@ def trained(tiny_base: Path, rows, tmp_path_factory) -> dict[bool, Path]:
         config = TrainConfig(rank=4, alpha=6, steps=30, batch_size=4, learning_rate=1e-2, train_b=train_b)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("trainer.train.optimise", capture)
-            train(str(tiny_base), folder / "data.jsonl", folder / str(train_b), config, Progress(disable=True))
+            train(str(tiny_base), str(folder / "data.jsonl"), folder / str(train_b), config, Progress(disable=True))
         model = captured["model"]
-        model.set_adapter(TRAINED)
+        model.eval()
         with torch.no_grad():
             torch.save(model(input_ids=IDS).logits, folder / f"{train_b}.logits")
     return {train_b: folder / str(train_b) for train_b in (True, False)}

@@ -1,11 +1,13 @@
 """The algebra against float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converter.adapter_dir import AdapterError
+from converter.adapter_dir import AdapterError, AstraLayer
 from converter.delta import delta_weight, lora_factors, to_lora
 from tests.converter.handmade import make_adapter, make_layer
 
@@ -25,7 +27,7 @@ def relative_error(approximation: torch.Tensor, exact: torch.Tensor) -> float:
 )
 def test_the_factors_multiply_to_the_delta_of_the_paper(d_out, d_in, rank, move, scaling, train_b) -> None:
     layer = make_layer(d_out, d_in, rank, move, train_b=train_b)
-    lora_a, lora_b = lora_factors(layer, scaling, strict=not train_b)
+    lora_a, lora_b = lora_factors(layer, scaling)
     k = 2 * rank if train_b else rank
     assert lora_a.shape == (k, d_in)
     assert lora_b.shape == (d_out, k)
@@ -56,12 +58,21 @@ def test_a_trained_b_gives_rank_2r_and_a_frozen_b_exactly_r() -> None:
     assert torch.linalg.matrix_rank(strict.layers["m"][1] @ strict.layers["m"][0]) == 4
 
 
-def test_all_layers_get_one_rank_when_b_moved_in_only_one_of_them() -> None:
-    layers = {"a": make_layer(16, 16, 4, 0.1), "b": make_layer(16, 16, 4, 0.1, train_b=False)}
-    lora = to_lora(make_adapter(layers), torch.float32)
-    assert {t[0].shape[0] for t in lora.layers.values()} == {8}
+def test_an_adapter_that_started_at_zero_keeps_its_rank() -> None:
+    layer = make_layer(16, 24, 4, 0.1)
+    lora = to_lora(make_adapter({"m": replace(layer, b0=torch.zeros_like(layer.b0))}), torch.float32)
+    assert lora.config["r"] == 4
+    a, b = lora.layers["m"]
+    assert relative_error(b @ a, delta_weight(replace(layer, b0=torch.zeros_like(layer.b0)), 1.0)) < 1e-6
+
+
+@pytest.mark.parametrize("small", [make_layer(16, 16, 4, 0.1, train_b=False), make_layer(16, 16, 2, 0.1)])
+def test_all_layers_get_the_largest_rank_padded_with_zeros(small: AstraLayer) -> None:
+    lora = to_lora(make_adapter({"a": make_layer(16, 16, 4, 0.1), "b": small}), torch.float32)
+    assert {t[0].shape[0] for t in lora.layers.values()} == {t[1].shape[1] for t in lora.layers.values()} == {8}
+    assert lora.config["r"] == 8
     a, b = lora.layers["b"]
-    assert relative_error(b @ a, delta_weight(layers["b"], 1.0)) < 1e-5
+    assert relative_error(b @ a, delta_weight(small, 1.0)) < 1e-5
 
 
 @pytest.mark.parametrize("rslora", [False, True])

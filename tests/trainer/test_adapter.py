@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from converter.delta import delta_weight
-from trainer.adapter import adapter_layers, attach, target_layers
+from trainer.adapter import Start, _Change, adapter_layers, attach, peft_config, target_layers, whole_weight
 from trainer.config import TrainConfig
 from trainer.errors import TargetError
+from trainer.methods import astra_start
 
 IDS = torch.arange(5, 45).view(2, 20)
 
@@ -19,12 +21,11 @@ def load(tiny_base: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     return AutoModelForCausalLM.from_pretrained(tiny_base, dtype=dtype).requires_grad_(False).eval()
 
 
-def random_bases(model: PreTrainedModel, config: TrainConfig) -> dict[str, torch.Tensor]:
+def random_starts(model: PreTrainedModel, config: TrainConfig) -> dict[str, Start]:
     torch.manual_seed(1)
-    return {
-        name: torch.linalg.qr(torch.randn(layer.weight.shape[0], config.rank)).Q
-        for name, layer in target_layers(model, config).items()
-    }
+    layers = target_layers(model, config)
+    bases = {name: torch.linalg.qr(torch.randn(layer.weight.shape[0], config.rank)).Q for name, layer in layers.items()}
+    return {name: astra_start(layers[name], q) for name, q in bases.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -35,7 +36,7 @@ def test_output_before_the_first_step_equals_the_bases_bit_for_bit(
     config = TrainConfig(rank=4, alpha=12, train_b=train_b)
     model = load(tiny_base, dtype)
     before = model(input_ids=IDS).logits
-    adapted = attach(model, random_bases(model, config), config)
+    adapted = attach(model, random_starts(model, config), config)
     assert torch.equal(adapted(input_ids=IDS).logits, before)
     assert adapted(input_ids=IDS).logits.dtype == dtype
 
@@ -44,10 +45,10 @@ def test_the_start_is_b0_equals_q_and_a0_equals_q_transposed_times_w(tiny_base: 
     config = TrainConfig(rank=4)
     model = load(tiny_base)
     weights = {name: layer.weight.clone() for name, layer in target_layers(model, config).items()}
-    bases = random_bases(model, config)
-    for name, layer in adapter_layers(attach(model, bases, config)).items():
-        torch.testing.assert_close(layer.b0, bases[name])
-        torch.testing.assert_close(layer.a0, bases[name].T @ weights[name])
+    starts = random_starts(model, config)
+    for name, layer in adapter_layers(attach(model, starts, config)).items():
+        assert torch.equal(layer.b0, starts[name].b0)
+        torch.testing.assert_close(layer.a0, starts[name].b0.T @ weights[name])
         assert torch.equal(layer.a, layer.a0)
         assert torch.equal(layer.b, layer.b0)
 
@@ -55,7 +56,7 @@ def test_the_start_is_b0_equals_q_and_a0_equals_q_transposed_times_w(tiny_base: 
 def test_the_forward_pass_adds_the_delta_of_the_paper(tiny_base: Path) -> None:
     config = TrainConfig(rank=4, alpha=6)
     model = load(tiny_base)
-    adapted = attach(model, random_bases(model, config), config)
+    adapted = attach(model, random_starts(model, config), config)
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
@@ -75,7 +76,7 @@ def test_only_the_moves_are_trained_and_the_base_and_the_start_stay(
 ) -> None:
     config = TrainConfig(rank=4, train_b=train_b)
     model = load(tiny_base)
-    adapted = attach(model, random_bases(model, config), config)
+    adapted = attach(model, random_starts(model, config), config)
     found = {name.split(".")[-3:-1][0] for name, p in adapted.named_parameters() if p.requires_grad}
     assert found == trained
     assert not any("initial" in name for name, p in adapted.named_parameters() if p.requires_grad)
@@ -101,14 +102,78 @@ def test_a_target_that_does_not_exist_is_refused_with_the_names_there_are(tiny_b
         target_layers(load(tiny_base), TrainConfig(rank=4, target_modules=["query"]))
 
 
-def test_a_quantised_layer_is_refused(tiny_base: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("train_b", [True, False])
+def test_the_gradients_are_those_of_the_formula_written_out(train_b: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 12, dtype=dtype, requires_grad=True)
+    d_a, d_b = torch.randn(3, 12, requires_grad=True), torch.randn(7, 3, requires_grad=train_b)
+    a0, b0 = torch.randn(3, 12), torch.randn(7, 3)
+    upstream = torch.randn(2, 5, 7)
+
+    def gradients(change: torch.Tensor) -> list[torch.Tensor]:
+        wanted = [x, d_a, d_b] if train_b else [x, d_a]
+        return [change.detach(), *torch.autograd.grad(change, wanted, upstream)]
+
+    tolerance = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    written_out = 1.5 * (x.float() @ (a0 + d_a).T @ (b0 + d_b).T - x.float() @ a0.T @ b0.T)
+    for ours, expected in zip(gradients(_Change.apply(x, d_a, d_b, a0, b0, 1.5)), gradients(written_out), strict=True):
+        assert ours.dtype == expected.dtype
+        torch.testing.assert_close(ours, expected, **tolerance)
+
+
+def test_the_change_passes_autograds_own_numeric_check_in_float64() -> None:
+    torch.manual_seed(0)
+    x, d_a, d_b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 6), (2, 6), (5, 2)))
+    a0, b0 = torch.randn(2, 6, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *moves: _Change.apply(*moves, a0, b0, 0.7), (x, d_a, d_b))
+
+
+class QuantisedLinear(nn.Linear):
+    """A layer whose weight is int8 with one scale per output, as quantisers leave them; PEFT knows it by `W_q`."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        self.scale = layer.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((layer.weight / self.scale).round().to(torch.int8), requires_grad=False)
+        self.W_q = self.weight
+
+    def dequantize(self) -> torch.Tensor:
+        return self.weight.float() * self.scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.dequantize())
+
+
+def test_on_quantised_weights_the_start_is_exact_and_the_gradients_flow(tiny_base: Path) -> None:
+    config = TrainConfig(rank=4, target_modules=["down_proj"])
     model = load(tiny_base)
-    layer = model.get_submodule("model.layers.0.mlp.up_proj")
-    layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(TargetError, match=r"up_proj is quantised \(torch.int8\)"):
-        target_layers(model, TrainConfig(rank=4))
+    for block in model.model.layers:
+        block.mlp.down_proj = QuantisedLinear(block.mlp.down_proj)
+    before = model(input_ids=IDS).logits
+    starts = random_starts(model, config)
+    name = "model.layers.1.mlp.down_proj"
+    dequantised = model.get_submodule(name).dequantize()
+    torch.testing.assert_close(starts[name].a0, starts[name].b0.T @ dequantised)
+    adapted = attach(model, starts, config)
+    assert torch.equal(adapted(input_ids=IDS).logits, before)
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+    assert {n.split(".")[-3] for n in trained} == {"lora_A", "lora_B"}
+    assert all(p.grad is not None for p in trained.values())
+    assert torch.equal(whole_weight(model.get_submodule(name).base_layer), dequantised)
 
 
-def test_a_rank_larger_than_a_layer_is_refused(tiny_base: Path) -> None:
-    with pytest.raises(TargetError, match=r"rank 17 is larger than layer model.layers.0.self_attn.k_proj \(16, 32\)"):
-        target_layers(load(tiny_base), TrainConfig(rank=17))
+def test_layers_may_have_ranks_of_their_own_and_share_one_scaling(tiny_base: Path) -> None:
+    config = TrainConfig(rank=4, alpha=8)
+    model = load(tiny_base)
+    starts = random_starts(model, config)
+    name = "model.layers.0.self_attn.q_proj"
+    starts[name] = Start(starts[name].a0[:2], starts[name].b0[:, :2])
+    adapted = attach(model, starts, config)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    assert {layer.scaling["default"] for layer in layers.values()} == {2.0}
+    assert layers[name].r["default"] == 2
+    assert adapter_layers(adapted)[name].a.shape == (2, 32)
+    settings = peft_config(config, "base", {n: len(s.a0) for n, s in starts.items()})
+    assert settings.rank_pattern == {name: 2}

@@ -1,5 +1,6 @@
 """Gram matrices: what is measured, and what must not change it."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from trainer.calibration import gram_matrices, layer_groups
-from trainer.data import Example, batches
+from trainer.calibration import Gram, gram_matrices, layer_groups
+from trainer.data import IGNORED, Batch, Example, batches
 
-LAYER = "model.layers.1.mlp.up_proj"
+LAYER = "model.layers.1.mlp.down_proj"  # 32 outputs of 48 inputs
+TALL = "model.layers.1.mlp.up_proj"  # 48 outputs of 32 inputs
 
 
 @pytest.fixture(scope="module")
@@ -23,38 +25,88 @@ def model(tiny_base: Path) -> PreTrainedModel:
 def examples(lengths: list[int], seed: int = 0) -> list[Example]:
     generator = torch.Generator().manual_seed(seed)
     ids = [torch.randint(5, 200, (n,), generator=generator).tolist() for n in lengths]
-    return [Example(row, row) for row in ids]
+    return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def gram(model: PreTrainedModel, rows: list[Example], batch_size: int) -> torch.Tensor:
-    layer = {LAYER: model.get_submodule(LAYER)}
-    return gram_matrices(model, layer, batches(rows, batch_size, pad_id=0))[LAYER].matrix
+@pytest.fixture(scope="module")
+def pad(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[Example], int], list[Batch]]:
+    return lambda rows, size: batches(rows, size, tokenizer)
 
 
-def test_gram_matrix_is_the_second_moment_of_the_outputs_of_real_tokens(model: PreTrainedModel) -> None:
-    rows = examples([7, 3, 12])
-    outputs = []
-    handle = model.get_submodule(LAYER).register_forward_hook(lambda _m, _i, y: outputs.append(y[0].double()))
+def gram(model: PreTrainedModel, rows: list[Batch], name: str = LAYER) -> torch.Tensor:
+    return gram_matrices(model, {name: model.get_submodule(name)}, rows)[name].matrix
+
+
+def seen(model: PreTrainedModel, rows: list[Example], name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and outputs of a layer for all rows, one at a time: no padding at all."""
+    inputs, outputs = [], []
+
+    def hook(_module: nn.Module, x: tuple[torch.Tensor], y: torch.Tensor) -> None:
+        inputs.append(x[0][0].double())
+        outputs.append(y[0].double())
+
+    handle = model.get_submodule(name).register_forward_hook(hook)
     with torch.no_grad():
-        for row in rows:  # one at a time: no padding at all
-            model(input_ids=torch.tensor([row.ids]))
+        for row in rows:
+            model(input_ids=torch.tensor([row["input_ids"]]))
     handle.remove()
-    y = torch.cat(outputs)
-    torch.testing.assert_close(gram(model, rows, batch_size=3), y.T @ y / 22, rtol=1e-5, atol=1e-9)
+    return torch.cat(inputs), torch.cat(outputs)
+
+
+def test_gram_matrix_is_the_second_moment_of_the_outputs_of_real_tokens(model, pad) -> None:
+    rows = examples([7, 3, 12])
+    _, y = seen(model, rows, LAYER)
+    torch.testing.assert_close(gram(model, pad(rows, 3)), y.T @ y / 22, rtol=1e-5, atol=1e-9)
+
+
+def test_of_a_tall_layer_the_inputs_are_measured_and_give_the_outputs_second_moment(model, pad) -> None:
+    rows = examples([7, 3, 12])
+    layer = model.get_submodule(TALL)
+    found = gram_matrices(model, {TALL: layer}, pad(rows, 2))[TALL]
+    x, y = seen(model, rows, TALL)
+    assert found.of_inputs
+    torch.testing.assert_close(found.matrix, x.T @ x / 22, rtol=1e-4, atol=1e-6)
+    w = layer.weight.double()
+    torch.testing.assert_close(w @ found.matrix @ w.T, y.T @ y / 22, rtol=1e-4, atol=1e-6)
+    assert found.energy == pytest.approx(float(y.square().sum() / 22), rel=1e-5)
+
+
+def test_answer_tokens_alone_are_measured_where_that_is_asked_for(model, pad) -> None:
+    rows = examples([7, 3])
+    for row in rows:
+        row["labels"] = [IGNORED, IGNORED, *row["input_ids"][2:]]
+    _, y = seen(model, rows, LAYER)
+    answers = torch.cat([y[2:7], y[9:10]])
+    found = gram_matrices(model, {LAYER: model.get_submodule(LAYER)}, pad(rows, 2), answers_only=True)[LAYER]
+    assert found.n_tokens == 6
+    torch.testing.assert_close(found.matrix, answers.T @ answers / 6, rtol=1e-5, atol=1e-9)
+
+
+def test_calibration_may_stop_after_1_2_4_rounds_once_there_are_as_many_tokens_as_dimensions(model, pad) -> None:
+    asked: list[int] = []
+
+    def enough(grams: Iterator[tuple[str, Gram]]) -> bool:
+        asked.append({name: gram.n_tokens for name, gram in grams}[LAYER])
+        return len(asked) == 2
+
+    layer = {LAYER: model.get_submodule(LAYER)}
+    found = gram_matrices(model, layer, pad(examples([20] * 16), 1), is_enough=enough)[LAYER]
+    assert asked == [40, 80]  # not after 20 tokens: the matrix has 32 rows
+    assert found.n_tokens == 80
 
 
 @settings(deadline=None, max_examples=15)
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=9), size=st.integers(1, 9), shuffle=st.randoms())
 def test_padding_batch_size_and_order_do_not_change_the_gram_matrix(
-    model: PreTrainedModel, lengths: list[int], size: int, shuffle
+    model: PreTrainedModel, pad, lengths: list[int], size: int, shuffle
 ) -> None:
     rows = examples(lengths)
-    reference = gram(model, rows, batch_size=1)
+    reference = gram(model, pad(rows, 1))
     shuffle.shuffle(rows)
-    torch.testing.assert_close(gram(model, rows, batch_size=size), reference, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(gram(model, pad(rows, size)), reference, rtol=1e-4, atol=1e-8)
 
 
-def test_the_layers_bias_is_left_out() -> None:
+def test_the_layers_bias_is_left_out(pad) -> None:
     class OneLayer(nn.Module):
         device = torch.device("cpu")
 
@@ -63,18 +115,19 @@ def test_the_layers_bias_is_left_out() -> None:
             self.layer = nn.Linear(4, 3)
             nn.init.constant_(self.layer.bias, 3.0)
 
-        def forward(self, input_ids, attention_mask, use_cache):  # noqa: ARG002
+        def forward(self, input_ids, attention_mask):  # noqa: ARG002
             return self.layer(nn.functional.one_hot(input_ids, 4).float())
 
     model = OneLayer()
-    found = gram_matrices(model, {"layer": model.layer}, batches([Example([0, 1, 2, 3], [0, 1, 2, 3])], 1, 0))["layer"]
+    rows = [{"input_ids": [0, 1, 2, 3], "labels": [0, 1, 2, 3]}]
+    found = gram_matrices(model, {"layer": model.layer}, pad(rows, 1))["layer"]
     torch.testing.assert_close(
         found.matrix, (model.layer.weight @ model.layer.weight.T).double() / 4, rtol=1e-5, atol=1e-6
     )
     assert found.n_tokens == 4
 
 
-def test_a_layer_that_sees_its_rows_flattened_is_masked_alike() -> None:
+def test_a_layer_that_sees_its_rows_flattened_is_masked_alike(pad) -> None:
     """Mixture-of-experts models call layers with (rows * length, d); the mask must follow."""
 
     class Flattening(nn.Module):
@@ -84,22 +137,23 @@ def test_a_layer_that_sees_its_rows_flattened_is_masked_alike() -> None:
             super().__init__()
             self.layer = nn.Linear(4, 3, bias=False)
 
-        def forward(self, input_ids, attention_mask, use_cache):  # noqa: ARG002
-            return self.layer(nn.functional.one_hot(input_ids, 4).float().flatten(0, 1))
+        def forward(self, input_ids, attention_mask):  # noqa: ARG002
+            return self.layer(nn.functional.one_hot(input_ids.clamp(max=3), 4).float().flatten(0, 1))
 
     model = Flattening()
-    rows = [Example([0, 1], [0, 1]), Example([2, 3, 3], [2, 3, 3])]
-    found = gram_matrices(model, {"layer": model.layer}, batches(rows, 2, 0))["layer"]
+    rows = [{"input_ids": [0, 1], "labels": [0, 1]}, {"input_ids": [2, 3, 3], "labels": [2, 3, 3]}]
+    found = gram_matrices(model, {"layer": model.layer}, pad(rows, 2))["layer"]
     w = model.layer.weight.double().T[[0, 1, 2, 3, 3]]
     torch.testing.assert_close(found.matrix, w.T @ w / 5, rtol=1e-5, atol=1e-6)
 
 
-def test_no_hook_stays_on_the_model(model: PreTrainedModel) -> None:
-    gram(model, examples([3]), 1)
+def test_no_hook_stays_on_the_model(model, pad) -> None:
+    gram(model, pad(examples([3]), 1))
     assert not model.get_submodule(LAYER)._forward_hooks
 
 
 def test_groups_hold_no_more_than_the_memory_allows_and_every_layer_once() -> None:
-    layers = {str(i): nn.Linear(2, 10) for i in range(5)}  # 800 bytes each
-    assert [list(group) for group in layer_groups(layers, 1600)] == [["0", "1"], ["2", "3"], ["4"]]
-    assert [len(group) for group in layer_groups(layers, 1)] == [1] * 5
+    shapes = {str(i): (10, 12) for i in range(5)}  # 800 bytes each
+    assert list(layer_groups(shapes, 1600)) == [["0", "1"], ["2", "3"], ["4"]]
+    assert [len(group) for group in layer_groups(shapes, 1)] == [1] * 5
+    assert len(list(layer_groups({"tall": (1000, 10), "wide": (10, 1000)}, 1600))) == 1

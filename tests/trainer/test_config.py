@@ -2,6 +2,7 @@
 
 import pytest
 
+from trainer.cli import main
 from trainer.config import TrainConfig, describe, load_config
 from trainer.errors import ConfigError
 
@@ -40,6 +41,64 @@ def test_a_missing_or_unreadable_config_file_is_refused(tmp_path) -> None:
         load_config(tmp_path / "list.yaml", [])
 
 
-def test_help_documents_every_setting_once() -> None:
-    text = describe()
-    assert all(text.count(f"\n  {key} ") + text.startswith(f"  {key} ") == 1 for key in TrainConfig.model_fields)
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (["method=lora", "subspace=principal"], "belong to method=astra"),
+        (["method=pissa", "train_b=false"], "belong to method=astra"),
+        (["method=full", "rank_pattern={q: 2}"], "method=full has no ranks"),
+        (["rank_pattern={q: 2}", "rank_allocation=tail_energy"], "both set ranks"),
+        (["rank_pattern={q: 0}"], "a rank is at least 1"),
+        (["rank_pattern={'q(': 2}"], "is no regular expression"),
+        (["method=full", "quantization=nf4"], "quantised weights cannot be trained"),
+        (["method=corda", "quantization=int8"], "full-precision weights"),
+        (["method=pissa", "shard_base=true"], "cannot be combined with shard_base"),
+        (["quantization=int8", "shard_base=true"], "cannot be sharded"),
+        (["task=classification", "packing=true"], "are for task=causal_lm"),
+        (["task=classification", "method=eva"], "is for language models"),
+        (["task=classification", "eval_share=0.1", "eval_metric=exact_match"], "choose loss or accuracy"),
+        (["eval_share=0.1", "eval_metric=accuracy"], "choose loss or exact_match"),
+        (["eval_share=0.1", "eval_data=x.jsonl"], "not both"),
+        (["patience=2"], "need held-out rows"),
+        (["batch_size=6", "gradient_accumulation=4"], "multiple of gradient_accumulation"),
+    ],
+    ids=" ".join,
+)
+def test_settings_that_exclude_each_other_are_refused_with_the_reason(settings: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, settings)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_memory_is_written_with_its_unit() -> None:
+    assert load_config(None, ["calibration_memory=512MiB"]).calibration_memory == 2**29
+
+
+def test_none_is_a_value_of_the_settings_that_may_be_left_open_and_a_word_elsewhere() -> None:
+    config = load_config(None, ["alpha=none", "quantization=none", "rank_allocation=none", "patience=none"])
+    assert (config.alpha, config.quantization, config.rank_allocation, config.patience) == (None, "none", "none", None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scaling"),
+    [([], 1), (["alpha=32"], 2), (["use_rslora=true"], 4), (["method=rslora", "alpha=8"], 2), (["method=lora"], 1)],
+    ids=str,
+)
+def test_scaling_is_alpha_over_rank_or_over_its_root(settings: list[str], scaling: float) -> None:
+    assert load_config(None, settings).scaling == scaling
+
+
+def test_help_documents_every_setting_once_with_its_default(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for key, (description, _) in describe().items():
+        assert text.count(f" --{key.replace('_', '-')} VALUE ") == 1
+        assert description[:60] in text.replace("- ", "-") or description[:40] in text
+    assert set(describe()) == set(TrainConfig.model_fields)
+
+
+def test_an_unknown_flag_is_refused_with_the_nearest_one(capsys) -> None:
+    assert main(["--base", "b", "--data", "d", "--out", "o", "--leraning-rate", "1"]) == 2
+    assert "unknown option '--leraning-rate': the nearest one is '--learning-rate'" in capsys.readouterr().err

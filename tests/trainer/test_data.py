@@ -2,28 +2,41 @@
 
 import json
 
+import pandas
 import pytest
-import torch
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from trainer.data import IGNORED, Example, collate, read_examples, shuffled_batches
+from trainer.data import (
+    IGNORED,
+    Example,
+    batches,
+    classification_examples,
+    digest,
+    label_names,
+    language_examples,
+    read_rows,
+)
 from trainer.errors import DataError
+
+
+def read_examples(file, tokenizer, max_length: int) -> list[Example]:
+    return language_examples(read_rows(str(file)), tokenizer, max_length, str(file))
 
 
 def test_the_loss_is_on_the_completion_alone(tokenizer, jsonl) -> None:
     (example,) = read_examples(jsonl([{"prompt": "a b", "completion": " c d"}]), tokenizer, 64)
     n = len(tokenizer("a b")["input_ids"])
-    assert example.labels[:n] == [IGNORED] * n
-    assert tokenizer.decode(example.labels[n:]) == " c d<|end|>"
-    assert tokenizer.decode(example.ids) == "a b c d<|end|>"
+    assert example["labels"][:n] == [IGNORED] * n
+    assert tokenizer.decode(example["labels"][n:]) == " c d<|end|>"
+    assert tokenizer.decode(example["input_ids"]) == "a b c d<|end|>"
 
 
 def test_a_text_row_is_learned_whole_and_ends(tokenizer, jsonl) -> None:
     (example,) = read_examples(jsonl([{"text": "import os"}]), tokenizer, 64)
-    assert example.labels == example.ids
-    assert tokenizer.decode(example.ids) == "import os<|end|>"
+    assert example["labels"] == example["input_ids"]
+    assert tokenizer.decode(example["input_ids"]) == "import os<|end|>"
 
 
 def test_messages_are_learned_in_the_form_that_a_server_asks_in(tokenizer, jsonl) -> None:
@@ -33,17 +46,17 @@ def test_messages_are_learned_in_the_form_that_a_server_asks_in(tokenizer, jsonl
         {"role": "assistant", "content": "hello"},
     ]
     (example,) = read_examples(jsonl([{"messages": messages}]), tokenizer, 64)
-    n = sum(label == IGNORED for label in example.labels)
+    n = sum(label == IGNORED for label in example["labels"])
     asked = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
-    assert tokenizer.decode(example.ids[:n]) == asked
-    assert tokenizer.decode(example.ids[n:]) == "hello<|end|>"
+    assert tokenizer.decode(example["input_ids"][:n]) == asked
+    assert tokenizer.decode(example["input_ids"][n:]) == "hello<|end|>"
 
 
 @pytest.mark.parametrize("answer", ["d", "end", "e", "Yes.\n", "<|", "hello|>"])
 def test_an_answer_is_learned_whole_also_where_the_template_holds_its_letters(tokenizer, jsonl, answer: str) -> None:
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
     (example,) = read_examples(jsonl([{"messages": messages}]), tokenizer, 64)
-    assert tokenizer.decode([label for label in example.labels if label != IGNORED]) == f"{answer}<|end|>"
+    assert tokenizer.decode([label for label in example["labels"] if label != IGNORED]) == f"{answer}<|end|>"
 
 
 def test_a_template_that_trims_and_puts_words_before_the_answer_is_learned_with_them(tokenizer, jsonl, monkeypatch):
@@ -54,8 +67,8 @@ def test_a_template_that_trims_and_puts_words_before_the_answer_is_learned_with_
     monkeypatch.setattr(tokenizer, "chat_template", template)
     messages = [{"role": "user", "content": " q "}, {"role": "assistant", "content": "a"}]
     (example,) = read_examples(jsonl([{"messages": messages}]), tokenizer, 64)
-    assert tokenizer.decode(example.ids) == "[user]q<|end|>[assistant]<think></think>a<|end|>"
-    assert tokenizer.decode([i for i in example.labels if i != IGNORED]) == "<think></think>a<|end|>"
+    assert tokenizer.decode(example["input_ids"]) == "[user]q<|end|>[assistant]<think></think>a<|end|>"
+    assert tokenizer.decode([i for i in example["labels"] if i != IGNORED]) == "<think></think>a<|end|>"
 
 
 def test_a_beginning_of_sequence_token_comes_once_and_never_before_a_completion(tokenizer, jsonl) -> None:
@@ -71,7 +84,7 @@ def test_a_beginning_of_sequence_token_comes_once_and_never_before_a_completion(
     with_bos.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows = [{"messages": messages}, {"prompt": "q", "completion": " a", "text": "left over"}, {"text": "q"}]
-    decoded = [with_bos.decode(example.ids) for example in read_examples(jsonl(rows), with_bos, 64)]
+    decoded = [with_bos.decode(example["input_ids"]) for example in read_examples(jsonl(rows), with_bos, 64)]
     assert decoded == [f"{bos}q<|end|>a<|end|>", f"{bos}q a<|end|>", f"{bos}q<|end|>"]
 
 
@@ -83,7 +96,7 @@ def test_a_row_may_hold_any_unicode_line_separator(tokenizer, tmp_path) -> None:
 
 def test_long_rows_lose_their_end(tokenizer, jsonl) -> None:
     (example,) = read_examples(jsonl([{"text": "word " * 50}]), tokenizer, 10)
-    assert len(example.ids) == len(example.labels) == 10
+    assert len(example["input_ids"]) == len(example["labels"]) == 10
 
 
 @pytest.mark.parametrize(
@@ -93,7 +106,6 @@ def test_long_rows_lose_their_end(tokenizer, jsonl) -> None:
         ({"prompt": "a"}, "this one has: prompt"),
         ({"prompt": "a", "completion": ""}, "non-empty"),
         ({"text": 3}, "this one has: text"),
-        ([1, 2], "this one has: list"),
         ({"messages": []}, "this one has: messages"),
         ({"messages": [{"role": "user"}]}, 'needs "role"'),
         ({"messages": [{"role": "user", "content": "x"}]}, 'of the role "assistant"'),
@@ -103,9 +115,9 @@ def test_long_rows_lose_their_end(tokenizer, jsonl) -> None:
         ({"prompt": "word " * 99, "completion": "x"}, "raise max_length"),
     ],
 )
-def test_a_row_of_neither_form_is_refused_with_its_line_number(tokenizer, jsonl, row, reason) -> None:
+def test_a_row_of_neither_form_is_refused_with_its_number(tokenizer, jsonl, row, reason) -> None:
     file = jsonl([{"text": "good"}, row])
-    with pytest.raises(DataError, match="line 2: ") as caught:
+    with pytest.raises(DataError, match="row 2: ") as caught:
         read_examples(file, tokenizer, 64)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -133,15 +145,65 @@ def test_a_chat_row_needs_a_chat_template(tokenizer, jsonl, monkeypatch) -> None
         read_examples(jsonl([{"messages": messages}]), tokenizer, 64)
 
 
-def test_padding_is_masked_and_has_no_label() -> None:
-    batch = collate([Example([1, 2, 3], [IGNORED, 2, 3]), Example([4], [4])], pad_id=0)
-    assert batch.ids.tolist() == [[1, 2, 3], [4, 0, 0]]
-    assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch.labels.tolist() == [[IGNORED, 2, 3], [4, IGNORED, IGNORED]]
+def test_padding_is_masked_and_has_no_label(tokenizer) -> None:
+    rows = [{"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3]}, {"input_ids": [4], "labels": [4]}]
+    (batch,) = batches(rows, 2, tokenizer)
+    pad = tokenizer.pad_token_id
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, pad, pad]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 2, 3], [4, IGNORED, IGNORED]]
 
 
-def test_shuffled_batches_show_every_row_once_per_epoch() -> None:
-    stream = shuffled_batches([Example([i], [i]) for i in range(10)], 4, 0, torch.Generator().manual_seed(0))
-    seen = torch.cat([next(stream).ids.flatten() for _ in range(5)]).tolist()
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
-    assert seen[:10] != seen[10:]
+def test_a_conversation_split_into_prompt_and_completion_is_the_same_example(tokenizer) -> None:
+    question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    whole, split = language_examples(
+        [{"messages": [question, answer]}, {"prompt": [question], "completion": [answer]}], tokenizer, 64, "rows"
+    )
+    assert whole == split
+
+
+ROWS = [{"question": "a", "answer": " b"}, {"question": "c", "answer": " d"}]
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "csv"])
+def test_every_file_format_gives_the_same_rows_and_columns_are_renamed(tmp_path, jsonl, kind: str) -> None:
+    file = tmp_path / f"data.{kind}"
+    if kind == "json":
+        file.write_text(json.dumps(ROWS))
+    elif kind == "jsonl":
+        jsonl(ROWS, file.name)
+    else:
+        getattr(pandas.DataFrame(ROWS), f"to_{kind}")(file, index=False)
+    rows = read_rows(str(file), columns={"prompt": "question", "completion": "answer"})
+    assert rows == [{"prompt": "a", "completion": " b"}, {"prompt": "c", "completion": " d"}]
+
+
+def test_a_column_that_is_not_there_is_refused_with_those_that_are(jsonl) -> None:
+    with pytest.raises(DataError, match="no column 'qestion' for 'prompt'; there are: question, answer"):
+        read_rows(str(jsonl(ROWS)), columns={"prompt": "qestion"})
+
+
+@pytest.mark.parametrize("source", ["no_such.parquet", "no_such_data_set", "/no/such/folder", "org/name.xyz"])
+def test_a_source_that_is_neither_a_file_nor_a_data_set_is_refused(source: str, monkeypatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="is no readable json, jsonl, parquet or csv file, nor a hub data set"):
+        read_rows(source)
+
+
+def test_labels_are_words_or_numbers_in_a_fixed_order(tokenizer) -> None:
+    assert label_names([{"label": 10}, {"label": 9}, {"label": 10}]) == ["9", "10"]
+    rows = [{"text": "x", "label": "no"}, {"text": "y", "text_pair": "z", "label": "yes"}]
+    first, second = classification_examples(rows, tokenizer, 8, "rows", label_names(rows))
+    assert (first["labels"], second["labels"]) == (0, 1)
+    assert tokenizer.decode(second["input_ids"]) == "yz"
+
+
+def test_a_label_that_training_does_not_know_is_refused(tokenizer) -> None:
+    with pytest.raises(DataError, match=r"row 1: .* out of no, yes; this one has: text, label, label 'maybe'"):
+        classification_examples([{"text": "x", "label": "maybe"}], tokenizer, 8, "rows", ["no", "yes"])
+
+
+def test_the_digest_depends_on_the_rows_and_their_order() -> None:
+    assert digest([{"a": 1, "b": 2}]) == digest([{"b": 2, "a": 1}])
+    assert len({digest([1, 2]), digest([2, 1]), digest([1]), digest([])}) == 4

@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from converter.adapter_dir import base_digest, load_astra
+from converter.cli import main as convert
 from trainer.cli import main
 from trainer.config import TrainConfig
-from trainer.data import data_digest
-from trainer.train import learning_rate_factor
+from trainer.loop import learning_rate_factor
 
 FAST = ("rank=4", "steps=6", "batch_size=4", "max_length=32", "calibration_rows=8", "learning_rate=1e-2")
+FAST = (*FAST, "forgetting_rows=2")
 
 
 def astra_train(base: Path | str, data: Path, out: Path, *settings: str) -> int:
@@ -36,6 +38,7 @@ def test_a_run_leaves_a_complete_adapter_folder(tiny_base, jsonl, rows, tmp_path
         "README.md",
         "loss.jsonl",
         "loss.png",
+        "spectra.safetensors",
     }
     adapter = load_astra(tmp_path / "out")
     assert len(adapter.layers) == 14
@@ -45,7 +48,8 @@ def test_a_run_leaves_a_complete_adapter_folder(tiny_base, jsonl, rows, tmp_path
     )
     origin = adapter.provenance
     assert origin["base"] == {"id": str(tiny_base), "digest": base_digest(tiny_base), "dtype": "float32"}
-    assert origin["data"] == {"file": data.name, "digest": data_digest(data), "rows": len(rows)}
+    assert (origin["data"]["file"], origin["data"]["rows"]) == (data.name, len(rows))
+    assert origin["data"]["digest"].startswith("sha256:")
     assert origin["config"]["steps"] == 6
     assert set(origin["spectra"]) == set(adapter.layers)
     assert {"python", "torch", "transformers", "peft", "astra-serve"} <= set(origin["versions"])
@@ -85,7 +89,7 @@ def test_every_subspace_trains(tiny_base, jsonl, rows, tmp_path, subspace: str) 
 def test_a_small_calibration_memory_gives_the_same_adapter(tiny_base, jsonl, rows, tmp_path) -> None:
     data = jsonl(rows)
     assert astra_train(tiny_base, data, tmp_path / "one") == 0
-    assert astra_train(tiny_base, data, tmp_path / "many", "calibration_memory=1e-6") == 0
+    assert astra_train(tiny_base, data, tmp_path / "many", "calibration_memory=1KiB") == 0
     one, many = (load_astra(tmp_path / name).layers for name in ("one", "many"))
     assert all(torch.equal(one[name].a, many[name].a) for name in one)
 
@@ -118,8 +122,8 @@ def test_the_base_can_be_frozen_in_another_dtype(tiny_base, jsonl, rows, tmp_pat
         ({"base": "./no/such/base"}, "base model './no/such/base' is not a folder"),
         ({"base": "EMPTY"}, "has no config.json"),
         ({"data": "missing.jsonl"}, "cannot be read"),
-        ({"rows": [{"text": "fine"}, {"foo": 1}]}, "line 2: a row is"),
-        ({"rows": [{"messages": [{"role": "assistant", "content": "x"}]}]}, 'line 1: "messages" need a question'),
+        ({"rows": [{"text": "fine"}, {"foo": 1}]}, "row 2: a row is"),
+        ({"rows": [{"messages": [{"role": "assistant", "content": "x"}]}]}, 'row 1: "messages" need a question'),
         ({"set": "rank=17"}, "rank 17 is larger than layer"),
         ({"set": "target_modules=[nothing]"}, "there are: down_proj, gate_proj"),
         ({"set": "learning_rate=1e30"}, "lower learning_rate"),
@@ -150,6 +154,147 @@ def test_bad_input_gives_one_line_status_2_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_summary_says_per_layer_where_the_tail_is_a_null_space(tiny_base, jsonl, rows, tmp_path, capsys) -> None:
+    assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", "calibration_rows=1") == 0
+    said = capsys.readouterr().err
+    assert "14 of 14 layers saw fewer tokens (" in said
+    assert "raise calibration_rows" in said
+    assert astra_train(tiny_base, jsonl(rows), tmp_path / "more", "calibration_rows=40") == 0
+    said = capsys.readouterr().err
+    assert "saw fewer tokens" not in said
+    assert "4 of 14 layers have more outputs than inputs" in said
+    card = (tmp_path / "more" / "README.md").read_text().splitlines()
+    (line,) = [line for line in card if "layers.0.mlp.up_proj" in line]
+    assert line.endswith("the tail is a null space of W: A0 = 0 |")
+
+
+def test_held_out_rows_are_evaluated_and_the_best_checkpoint_is_kept(tiny_base, jsonl, rows, tmp_path) -> None:
+    settings = ("steps=40", "eval_share=0.25", "eval_steps=5", "eval_metric=exact_match", "learning_rate=3e-2")
+    rows = [{"prompt": "say", "completion": " yes"}] * 20  # what can be learned exactly
+    assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", *settings) == 0
+    origin = load_astra(tmp_path / "out").provenance
+    evaluations = origin["evaluations"]
+    assert [e["step"] for e in evaluations] == list(range(5, 45, 5))
+    assert (evaluations[0]["eval_exact_match"], evaluations[-1]["eval_exact_match"]) == (0.0, 1.0)
+    assert origin["best_step"] == next(e["step"] for e in evaluations if e["eval_exact_match"] == 1.0)
+
+
+def test_training_stops_early_when_patience_runs_out(tiny_base, jsonl, tmp_path) -> None:
+    held_out = jsonl([{"prompt": "never", "completion": " seen before"}] * 4, "held_out.jsonl")
+    settings = (f"eval_data={held_out}", "steps=60", "eval_steps=2", "patience=3", "learning_rate=0.2")
+    assert astra_train(tiny_base, jsonl([{"text": "1 2 3 4"}] * 8), tmp_path / "out", *settings) == 0
+    origin = load_astra(tmp_path / "out").provenance
+    assert origin["evaluations"][-1]["step"] == origin["best_step"] + 6 < 60
+
+
+@pytest.mark.parametrize("source", ["own", "given"])
+def test_every_run_says_what_it_cost_the_base(tiny_base, jsonl, rows, tmp_path, capsys, source: str) -> None:
+    text = jsonl([{"text": "some other text"}], "text.jsonl")
+    extra = () if source == "own" else (f"forgetting_data={text}",)
+    assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", "steps=30", *extra) == 0
+    found = load_astra(tmp_path / "out").provenance["forgetting"]
+    assert found["text"] == ("written by the base" if source == "own" else str(text))
+    assert found["change"] == pytest.approx(found["after"] - found["before"])
+    assert found["change"] != 0
+    assert f"forgetting: {found['change']:+.3f}" in capsys.readouterr().out
+
+
+def test_packing_trains_on_full_rows(tiny_base, jsonl, rows, tmp_path) -> None:
+    assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", "packing=true", "steps=3") == 0
+
+
+def test_gradient_checkpointing_and_accumulation_change_nothing_but_memory(tiny_base, jsonl, rows, tmp_path) -> None:
+    data = jsonl(rows)
+    assert astra_train(tiny_base, data, tmp_path / "plain") == 0
+    saving = ("gradient_checkpointing=true", "gradient_accumulation=2")
+    assert astra_train(tiny_base, data, tmp_path / "saving", *saving) == 0
+    plain, saving = (load_astra(tmp_path / name).layers for name in ("plain", "saving"))
+    for name in plain:
+        torch.testing.assert_close(plain[name].b, saving[name].b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_classifier_learns_and_its_head_is_saved_and_converted(tiny_base, jsonl, tmp_path) -> None:
+    data = jsonl([{"text": f"number {i}", "label": "odd" if i % 2 else "even"} for i in range(40)])
+    settings = ("task=classification", "steps=60", "batch_size=8", "eval_share=0.2", "eval_metric=accuracy")
+    assert astra_train(tiny_base, data, tmp_path / "out", *settings) == 0
+    adapter = load_astra(tmp_path / "out")
+    assert set(adapter.head) == {"score.weight"}
+    assert adapter.provenance["evaluations"][-1]["eval_accuracy"] > 0.9
+    assert convert([str(tmp_path / "out"), str(tmp_path / "lora")]) == 0
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=2)
+    base.config.pad_token_id = 0
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    model = PeftModel.from_pretrained(base, tmp_path / "lora")
+    with torch.no_grad():
+        predicted = [
+            int(model(**tokenizer(f"number {i}", return_tensors="pt")).logits.argmax()) for i in (2, 7, 12, 25)
+        ]
+    assert predicted == [0, 1, 0, 1]
+
+
+def test_ranks_follow_patterns_and_a_shared_budget(tiny_base, jsonl, rows, tmp_path) -> None:
+    data = jsonl(rows)
+    assert (
+        astra_train(tiny_base, data, tmp_path / "pattern", "rank_pattern={'q_proj|k_proj': 2, 'layers.1.*q_proj': 3}")
+        == 0
+    )
+    ranks = {name: len(layer.a) for name, layer in load_astra(tmp_path / "pattern").layers.items()}
+    assert ranks["model.layers.0.self_attn.q_proj"] == ranks["model.layers.1.self_attn.k_proj"] == 2
+    assert ranks["model.layers.1.self_attn.q_proj"] == 3
+    assert ranks["model.layers.1.mlp.up_proj"] == 4
+    for rule in ("effective_rank", "tail_energy"):
+        assert astra_train(tiny_base, data, tmp_path / rule, f"rank_allocation={rule}", "calibration_rows=40") == 0
+        ranks = [len(layer.a) for layer in load_astra(tmp_path / rule).layers.values()]
+        assert sum(ranks) == 4 * 14
+        assert min(ranks) >= 1
+        assert max(ranks) <= 16
+        assert len(set(ranks)) > 1
+
+
+def test_a_cached_calibration_costs_no_forward_pass_for_another_rank_and_subspace(
+    tiny_base, jsonl, rows, tmp_path, monkeypatch
+) -> None:
+    data, cache = jsonl(rows), f"calibration_cache={tmp_path / 'cache'}"
+    assert (
+        astra_train(tiny_base, data, tmp_path / "plain", "rank=3", "subspace=principal", "calibration_overlap=1") == 0
+    )
+    assert astra_train(tiny_base, data, tmp_path / "first", cache, "spectra=false") == 0
+    monkeypatch.setattr("trainer.initialise.gram_matrices", None)  # a call would fail
+    settings = ("rank=3", "subspace=principal", "spectra=false")
+    assert astra_train(tiny_base, data, tmp_path / "second", cache, *settings) == 0
+    plain, cached = (load_astra(tmp_path / name).layers for name in ("plain", "second"))
+    assert all(torch.equal(plain[name].b0, cached[name].b0) for name in plain)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x80\x04K\x01.", b"\xff" * 64])
+def test_a_damaged_cache_is_measured_again(tiny_base, jsonl, rows, tmp_path, damage: bytes) -> None:
+    data, cache = jsonl(rows), f"calibration_cache={tmp_path / 'cache'}"
+    assert astra_train(tiny_base, data, tmp_path / "first", cache) == 0
+    for file in (tmp_path / "cache").rglob("*.safetensors"):
+        file.write_bytes(damage)
+    assert astra_train(tiny_base, data, tmp_path / "second", cache) == 0
+    assert (
+        files(tmp_path / "first")["astra_weights.safetensors"]
+        == files(tmp_path / "second")["astra_weights.safetensors"]
+    )
+
+
+def test_calibration_stops_early_once_the_subspace_stays_and_records_how_it_converged(
+    tiny_base, jsonl, tmp_path
+) -> None:
+    data = jsonl([{"text": f"the same text again {i % 2}"} for i in range(64)])
+    settings = ("calibration_rows=64", "target_modules=[down_proj]", "spectra=false", "subspace=principal")
+    assert astra_train(tiny_base, data, tmp_path / "early", *settings) == 0
+    origin = load_astra(tmp_path / "early").provenance
+    assert origin["convergence"][-1]["lowest"] >= 0.99
+    used = {spectrum["n_tokens"] for spectrum in origin["spectra"].values()}
+    assert used == {origin["convergence"][-1]["n_tokens"]}
+    assert astra_train(tiny_base, data, tmp_path / "all", *settings, "calibration_overlap=1") == 0
+    everything = load_astra(tmp_path / "all").provenance
+    assert everything["convergence"] == []
+    assert max(used) < max(spectrum["n_tokens"] for spectrum in everything["spectra"].values())
+
+
 def test_one_step_already_moves_the_adapter(tiny_base, jsonl, rows, tmp_path) -> None:
     assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", "steps=1") == 0
     assert all(not torch.equal(layer.a, layer.a0) for layer in load_astra(tmp_path / "out").layers.values())
@@ -164,14 +309,25 @@ def test_the_learning_rate_rises_falls_and_is_never_zero_before_the_end() -> Non
     assert min(rates) > 0
 
 
-def test_a_crash_while_writing_leaves_nothing(tiny_base, jsonl, rows, tmp_path, monkeypatch) -> None:
+def test_a_crash_while_writing_leaves_no_half_folder_and_resume_finishes_it(
+    tiny_base, jsonl, rows, tmp_path, monkeypatch
+) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr("trainer.train.write_card", fail)
-    with pytest.raises(RuntimeError, match="disk full"):
-        astra_train(tiny_base, jsonl(rows), tmp_path / "work" / "out")
-    assert not (tmp_path / "work").exists()
+    data = jsonl(rows)
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.report.write", fail)
+        with pytest.raises(RuntimeError, match="disk full"):
+            astra_train(tiny_base, data, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "out.unfinished"]
+    options = [word for setting in FAST for word in ("--set", setting)]
+    assert (
+        main(["--base", str(tiny_base), "--data", str(data), "--out", str(tmp_path / "out"), "--resume", *options]) == 0
+    )
+    assert astra_train(tiny_base, data, tmp_path / "straight") == 0
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+    assert not (tmp_path / "out.unfinished").exists()
 
 
 def test_the_base_on_disk_is_not_touched(tiny_base, jsonl, rows, tmp_path) -> None:

@@ -1,0 +1,240 @@
+"""What does the whole initialisation cost at the layer shapes of 8B models, and what do other initialisations cost?
+
+    python -m benchmarks.init_cost --out FILE.json [--quick] [--models llama-3-8b qwen3-8b] [--rivals keep_everything]
+    python -m benchmarks.init_cost --redraw FILE.json
+
+`ours` is `trainer.initialise` with its defaults, rank 16, but without the recorded spectra, which no rival has;
+`ours_with_spectra` records them. `keep_everything` is the plain form: all output Gram matrices at once in float32, a
+full eigendecomposition of each, A0 = Q^T W. `corda` and `eva` are PEFT's. `eigensolver` is the tail of q_proj's Gram
+matrix alone, against `torch.linalg.eigh` on the same matrix.
+
+Measured is one decoder layer (`initialisers.py` says with what in it) on 128 x 128 tokens; HOW says how each figure
+becomes one for all layers. The contestants take turns, each run in a process of its own that has warmed up on a tiny
+model; peak memory is the kernel's high-water mark beyond model and tokens (Linux). Ours runs three times and counts
+with its median; keep_everything and corda take minutes and run once, eva twice.
+
+With --rivals only these are measured, and ours if FILE.json does not have it; what else FILE.json has of the same
+shapes stays, with the time at which it was measured. The plot goes beside the JSON.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from benchmarks import report
+from benchmarks.initialisers import GIB, MODELS, RANK, SEED, Shape, in_a_process
+from trainer.calibration import layer_groups
+from trainer.config import TrainConfig
+
+REPEATS = {"ours": 3, "ours_with_spectra": 3, "keep_everything": 1, "corda": 1, "eva": 2, "eigensolver": 3}
+QUICK_HEAD_DIM = 24  # 768 wide: as narrow as can be with the same code
+TARGETS = {"keep_everything.time_ratio": 3, "keep_everything.peak_memory_ratio": 10}
+_OURS = (
+    "time: layers x measured, and a further pass through the whole model for each further group of layers that "
+    "calibration_memory makes; peak: measured, with the Gram matrices of the largest group for those of one layer, "
+    "and every other layer's A0, B0"
+)
+HOW = {
+    "ours": _OURS,
+    "ours_with_spectra": _OURS,
+    "keep_everything": "time: layers x measured; peak: measured, and every other layer's Gram matrices and A0, B0",
+    "corda": "time: layers x measured; peak: measured, and what PEFT keeps of every other layer until the last is done: "
+    "the covariance of its inputs, and U, S, V, which it crops to the rank only then (and keeps in main memory even "
+    "with a GPU); and A, B",
+    "eva": "time: layers x measured, as if no layer needed more batches to converge than the measured ones; peak: "
+    "measured, and every other layer's components, means, variances and A, B: PEFT keeps no matrix",
+}
+console = Console()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="the JSON file to write, or to add to")
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), help="default: both; with --quick llama-3-8b")
+    parser.add_argument("--rivals", nargs="+", choices=tuple(REPEATS), help="default: all, and ours")
+    parser.add_argument("--quick", action="store_true", help="much narrower layers, once each: shows that it runs")
+    parser.add_argument("--redraw", type=Path, metavar="FILE.json", help="draw the plot of an earlier run again")
+    args = parser.parse_args()
+    if args.redraw:
+        plot(json.loads(args.redraw.read_text(encoding="utf-8")), args.redraw.with_suffix(".png"))
+        return 0
+    if not args.out:
+        parser.error("--out FILE.json is needed")
+    shapes = {name: shape.smaller(QUICK_HEAD_DIM) if args.quick else shape for name, shape in MODELS.items()}
+    rows = earlier(args.out, shapes)
+    todo = turns(args.models or list(MODELS)[: 1 if args.quick else None], args.rivals, set(rows), once=args.quick)
+    run(todo, shapes, rows, args.out)
+    result = json.loads(args.out.read_text(encoding="utf-8"))
+    show(result)
+    plot(result, args.out.with_suffix(".png"))
+    return 0
+
+
+def earlier(out: Path, shapes: Mapping[str, Shape]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the rows that `out` has already of these shapes, by model and contestant."""
+    rows = json.loads(out.read_text(encoding="utf-8"))["cases"] if out.exists() else []
+    return {(row["model"], row["contestant"]): row for row in rows if row["shape"] == asdict(shapes[row["model"]])}
+
+
+def turns(
+    models: list[str], rivals: list[str] | None, measured: set[tuple[str, str]], *, once: bool
+) -> list[tuple[str, str]]:
+    """Return who is measured when, model by model: everyone once, then who repeats."""
+    found = []
+    for model in models:
+        # The eigensolver's matrix is the same in both models.
+        chosen = rivals or [name for name in REPEATS if name != "eigensolver" or model == models[0]]
+        if "ours" not in chosen and (model, "ours") not in measured and chosen != ["eigensolver"]:
+            chosen = ["ours", *chosen]
+        found += [
+            (model, name) for i in range(max(REPEATS.values())) for name in chosen if i < (1 if once else REPEATS[name])
+        ]
+    return found
+
+
+def run(
+    todo: list[tuple[str, str]], shapes: Mapping[str, Shape], rows: dict[tuple[str, str], dict[str, Any]], out: Path
+) -> None:
+    """Measure in the order of `todo` and write `out` after each turn: a run takes hours and may be cut short."""
+    env = report.environment(SEED)
+    runs: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in todo}
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=len(todo))
+        for model, contestant in todo:
+            bar.update(task, description=f"{model}: {contestant}")
+            found = runs[model, contestant]
+            found.append(in_a_process(shapes[model], contestant))
+            rows[model, contestant] = row(model, contestant, shapes[model], found, env)
+            report.write(out, summarise(list(rows.values())), list(rows.values()), env)
+            bar.advance(task)
+
+
+def row(
+    model: str, contestant: str, shape: Shape, runs: list[dict[str, float]], env: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what is kept of a contestant: medians, the figures for all layers, every repetition."""
+    one = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    found: dict[str, Any] = {"model": model, "contestant": contestant, "rank": RANK, "shape": asdict(shape)}
+    if contestant == "eigensolver":
+        found |= _short(one)
+    else:
+        found |= _short(one | whole_model(contestant, one, shape, int(TrainConfig().calibration_memory)))
+        found["extrapolation"] = HOW[contestant]
+    return found | {"repetitions": [_short(run) for run in runs], "time": env["time"], "commit": env["commit"]}
+
+
+def whole_model(contestant: str, one: Mapping[str, float], shape: Shape, memory: int) -> dict[str, float]:
+    """Return seconds and peak (GiB) for all layers from those of one; `memory` is what our Gram matrices may hold."""
+    seconds = shape.layers * one["seconds"]
+    peak = one["peak_gib"] + (shape.layers - 1) * held_per_layer(contestant, shape) / GIB
+    if not HOW[contestant] is _OURS:
+        return {"whole_s": seconds, "whole_peak_gib": peak}
+    (few, small), (many, large) = (groups(shape, layers, memory) for layers in (1, shape.layers))
+    _, everything = groups(shape, shape.layers, sys.maxsize)
+    a_pass = one["forward_s"] * one["passes"] / few  # calibration may stop before it has seen all batches
+    return {
+        "whole_s": seconds + (many - few) * shape.layers * a_pass,
+        "whole_peak_gib": peak + (large - small) / GIB,
+        "groups": many,
+        "one_group_s": seconds,  # with a calibration_memory that holds all layers at once
+        "one_group_peak_gib": peak + (everything - small) / GIB,
+    }
+
+
+def held_per_layer(contestant: str, shape: Shape) -> int:
+    """Return the bytes that stay of every layer until the last is done, as HOW says; ours without Gram matrices."""
+    each = shape.linear().values()
+    kept = {
+        "keep_everything": sum(4 * d_out**2 for d_out, _ in each),
+        "corda": sum(4 * (d_in**2 + min(d_out, d_in) * (d_out + d_in + 1)) for d_out, d_in in each),
+        "eva": sum((4 * RANK + 2 * 8) * d_in for _, d_in in each),  # means and variances are float64
+    }
+    return kept.get(contestant, 0) + sum(4 * RANK * (d_out + d_in) for d_out, d_in in each)
+
+
+def groups(shape: Shape, layers: int, memory: int) -> tuple[int, int]:
+    """Return how many groups `memory` makes of so many decoder layers, and the Gram bytes of the largest."""
+    every = {f"{i}.{name}": sizes for i in range(layers) for name, sizes in shape.linear().items()}
+    found = list(layer_groups(every, memory))
+    return len(found), max(sum(8 * min(every[name]) ** 2 for name in group) for group in found)
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what all layers take, in figures and over ours, by model.contestant.figure; and the eigensolver's."""
+    found: dict[str, Any] = {}
+    base = {row["model"]: row for row in rows if row["contestant"] == "ours"}
+    for row in rows:
+        if row["contestant"] == "eigensolver":
+            found["eigensolver_speedup"] = row["full_s"] / row["subset_s"]
+            found["eigensolver_speedup_over_float32"] = row["full_float32_s"] / row["subset_s"]
+            found["eigensolver_excess_energy"] = row["excess_energy"]
+            continue
+        key, mine = _key(row), base.get(row["model"], {})
+        found |= {f"{key}.time_s": row["whole_s"], f"{key}.peak_gib": row["whole_peak_gib"]}
+        if mine and mine is not row:
+            found[f"{key}.time_ratio"] = row["whole_s"] / mine["whole_s"]
+            found[f"{key}.one_layer_time_ratio"] = row["seconds"] / mine["seconds"]
+            found[f"{key}.peak_memory_ratio"] = row["whole_peak_gib"] / mine["whole_peak_gib"]
+    return _short(found) | {"targets": TARGETS}
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    return f"{row['model']}.{row['contestant']}".replace("-", "_")
+
+
+def _short(figures: Mapping[str, float]) -> dict[str, float]:
+    return {key: float(f"{value:.5g}") for key, value in figures.items()}
+
+
+def show(result: dict[str, Any]) -> None:
+    summary, rows = result["summary"], [row for row in result["cases"] if "whole_s" in row]
+    names = ("1 layer, s", "GiB", "all layers, s", "GiB", "time / ours", "peak / ours")
+    table = Table("model", "contestant", title="initialisation, measured on one layer")
+    for name in names:
+        table.add_column(name, justify="right")
+    for row in rows:
+        ratios = [summary.get(f"{_key(row)}.{kind}_ratio", 1) for kind in ("time", "peak_memory")]
+        figures = [row[key] for key in ("seconds", "peak_gib", "whole_s", "whole_peak_gib")]
+        table.add_row(row["model"], row["contestant"], *(f"{figure:,.2f}" for figure in figures + ratios))
+    Console(width=max(console.width, 110)).print(table)
+    for name, how in {row["contestant"]: row["extrapolation"] for row in rows}.items():
+        console.print(f"all layers, {name}: {how}", highlight=False)
+    console.print_json(json.dumps({key: value for key, value in summary.items() if key.startswith("eigensolver")}))
+
+
+def plot(result: dict[str, Any], out: Path) -> None:
+    """Draw time and peak memory of all layers, one bar per contestant."""
+    rows = [row for row in result["cases"] if "whole_s" in row]
+    models, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "contestant"))
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    figures = {"whole_s": "seconds, all layers", "whole_peak_gib": "peak memory beyond the model, GiB, all layers"}
+    for axis, (key, label) in zip(axes, figures.items(), strict=True):
+        for k, name in enumerate(names):
+            chosen = [row for row in rows if row["contestant"] == name]
+            places = [models.index(row["model"]) + 0.85 * ((k + 0.5) / len(names) - 0.5) for row in chosen]
+            bars = axis.bar(places, [row[key] for row in chosen], 0.8 / len(names), label=name.replace("_", " "))
+            axis.bar_label(bars, fmt="{:,.0f}" if key == "whole_s" else "{:.3g}", fontsize=7)
+        axis.set_xticks(range(len(models)), models)
+        axis.set_yscale("log")
+        axis.margins(y=0.15)
+        axis.set_ylabel(label)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
+    env = result["env"]
+    figure.suptitle(f"initialisation, rank {RANK}, {env['cores']} cores of {env['machine']}; measured on one layer")
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

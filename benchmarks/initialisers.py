@@ -1,0 +1,231 @@
+"""One decoder layer as wide as an 8B model's, the initialisers that `init_cost` compares on it, and their measurement.
+
+Weights are Gaussian, 1 / sqrt(d_in). Each calibration token occurs once, and the embeddings' squared singular values
+fall as 1/k (along the axes: to Gaussian weights all directions are the same). The rows of v_proj and up_proj shrink
+alike, so o_proj and down_proj see such a spectrum through the real attention and MLP; with a flat one EVA would not
+converge for hundreds of batches. There is no head: counted once per layer, it would be most of the cost.
+"""
+
+import gc
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import EvaConfig, initialize_lora_eva_weights
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from rich.progress import Progress
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from trainer.adapter import target_layers
+from trainer.calibration import gram_matrices
+from trainer.config import TrainConfig
+from trainer.data import Batch
+from trainer.eigenspace import subspace
+from trainer.initialise import initialise
+
+SEED, RANK, ROWS_PER_BATCH, GIB = 0, 16, 16, 2**30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's widths and number of layers, and how many rows of how many tokens calibrate it."""
+
+    kind: str  # transformers' model type
+    intermediate: int
+    layers: int
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    rows: int = 128
+    length: int = 128
+
+    @property
+    def hidden(self) -> int:
+        """Return the width of the residual stream, in these models that of all heads together."""
+        return self.heads * self.head_dim
+
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """Return (d_out, d_in) of a layer's seven linear maps."""
+        hidden, kv, wide = self.hidden, self.kv_heads * self.head_dim, self.intermediate
+        narrow = {
+            "q_proj": (hidden, hidden),
+            "k_proj": (kv, hidden),
+            "v_proj": (kv, hidden),
+            "o_proj": (hidden, hidden),
+        }
+        return narrow | {"gate_proj": (wide, hidden), "up_proj": (wide, hidden), "down_proj": (hidden, wide)}
+
+    def smaller(self, head_dim: int) -> "Shape":
+        """Return the same proportions with narrower heads, and fewer tokens, still more than any layer is wide."""
+        narrow = self.intermediate * head_dim // self.head_dim
+        return replace(self, head_dim=head_dim, intermediate=narrow, rows=32, length=max(32, narrow // 24))
+
+
+MODELS = {"llama-3-8b": Shape("llama", 14336, layers=32), "qwen3-8b": Shape("qwen3", 12288, layers=36)}
+WARM_UP = MODELS["llama-3-8b"].smaller(4)
+
+
+def build(shape: Shape) -> tuple[PreTrainedModel, list[Batch]]:
+    """Return a bfloat16 model of one decoder layer and the calibration batches, every token once."""
+    torch.manual_seed(SEED)
+    n_tokens = shape.rows * shape.length
+    config = AutoConfig.for_model(
+        shape.kind,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=1,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=n_tokens,
+        max_position_embeddings=shape.length,
+        use_cache=False,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+    )
+    model = AutoModel.from_config(config, dtype=torch.bfloat16).requires_grad_(False).eval()
+    for name, layer in target_layers(model, TrainConfig()).items():
+        layer.weight.normal_(std=layer.in_features**-0.5)
+        if name.endswith(("v_proj", "up_proj")):
+            layer.weight.mul_(_power_law(layer.out_features)[:, None])
+    model.get_input_embeddings().weight.copy_(torch.randn(n_tokens, shape.hidden).mul_(_power_law(shape.hidden)))
+    parts = torch.arange(n_tokens).view(shape.rows, shape.length).split(ROWS_PER_BATCH)
+    return model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in parts]
+
+
+def _power_law(n: int) -> torch.Tensor:
+    """Return n factors whose squares fall as 1/k and are 1 on average."""
+    power = torch.arange(1, n + 1).float().rsqrt()
+    return power / power.square().mean().sqrt()
+
+
+def ours(model: PreTrainedModel, batches: list[Batch], *, spectra: bool) -> Any:
+    config = TrainConfig(rank=RANK, spectra=spectra, seed=SEED)
+    return initialise(model, target_layers(model, config), batches, config, "random", Progress(disable=True))
+
+
+@torch.no_grad()
+def keep_everything(model: PreTrainedModel, batches: list[Batch]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The method as it is written down: every output Gram matrix, float32, decomposed as a whole."""
+    layers = target_layers(model, TrainConfig())
+    grams = {name: torch.zeros(layer.out_features, layer.out_features) for name, layer in layers.items()}
+
+    def add(name: str, _layer: nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        y = output.flatten(0, -2).float()
+        grams[name].addmm_(y.T, y)
+
+    handles = [layer.register_forward_hook(partial(add, name)) for name, layer in layers.items()]
+    forward(model, batches)
+    for handle in handles:
+        handle.remove()
+    starts = {}
+    for name, layer in layers.items():
+        q = torch.linalg.eigh(grams[name]).eigenvectors[:, :RANK].clone()  # a view would keep them all
+        starts[name] = (q.T @ layer.weight.float(), q)
+    return starts
+
+
+def corda(model: PreTrainedModel, batches: list[Batch]) -> Any:
+    rows = [{"input_ids": ids[None]} for batch in batches for ids in batch["input_ids"]]  # PEFT's hook takes one each
+    config = _lora(model, init_lora_weights="corda", corda_config=CordaConfig(corda_method="ipm"))
+    preprocess_corda(model, config, lambda: forward(model, rows))
+    return get_peft_model(model, config)
+
+
+def eva(model: PreTrainedModel, batches: list[Batch]) -> Any:
+    config = _lora(model, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
+    adapted = get_peft_model(model, config, low_cpu_mem_usage=True)  # as PEFT advises
+    initialize_lora_eva_weights(adapted, batches, show_progress_bar=False)  # get_eva_state_dict, and takes it over
+    return adapted
+
+
+def _lora(model: PreTrainedModel, **settings: Any) -> LoraConfig:
+    return LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(target_layers(model, TrainConfig())), **settings)
+
+
+@torch.no_grad()
+def forward(model: PreTrainedModel, batches: list[Batch]) -> None:
+    for batch in batches:
+        model(input_ids=batch["input_ids"])
+
+
+CONTESTANTS: dict[str, Callable[[PreTrainedModel, list[Batch]], Any]] = {
+    "ours": partial(ours, spectra=False),
+    "ours_with_spectra": partial(ours, spectra=True),
+    "keep_everything": keep_everything,
+    "corda": corda,
+    "eva": eva,
+}
+
+
+def in_a_process(shape: Shape, contestant: str) -> dict[str, float]:
+    """Measure a contestant, or "eigensolver", in a process forked from one that only imported what it needs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(eigensolver if contestant == "eigensolver" else measure, shape, contestant).result()
+
+
+def measure(shape: Shape, contestant: str) -> dict[str, float]:
+    """Return what one run takes: seconds, GiB beyond model and tokens, passes over the batches (ours: one's seconds)."""
+    PartialState(cpu=True)
+    run = CONTESTANTS[contestant]
+    run(*build(WARM_UP))
+    model, batches = build(shape)
+    tokens: list[int] = []
+
+    def count(_model: nn.Module, _args: Any, kwargs: dict[str, torch.Tensor], _output: Any) -> None:
+        tokens.append(kwargs["input_ids"].numel())
+
+    model.register_forward_hook(count, with_kwargs=True)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark falls to what is held now
+    before, started = _high_water(), time.perf_counter()
+    kept = run(model, batches)
+    found = {"seconds": time.perf_counter() - started, "peak_gib": (_high_water() - before) / GIB}
+    found["passes"] = sum(tokens) / (shape.rows * shape.length)
+    if contestant.startswith("ours"):
+        del kept
+        started = time.perf_counter()
+        forward(model, batches)
+        found["forward_s"] = time.perf_counter() - started
+    return found
+
+
+def _high_water() -> int:
+    """Return the most bytes of memory that this process held; sampling would miss short peaks."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def eigensolver(shape: Shape, _: str = "") -> dict[str, float]:
+    """Return the seconds of both solvers on q_proj's Gram matrix, and the energy that ours holds beyond the least."""
+    PartialState(cpu=True)
+    model, batches = build(shape)
+    layer = model.get_submodule("layers.0.self_attn.q_proj")
+    gram = gram_matrices(model, {"q_proj": layer}, batches)["q_proj"]
+    square = torch.randn(600, 600, dtype=torch.float64)  # wide enough for the same code
+    subspace(replace(gram, matrix=square @ square.T), square, RANK, "tail", torch.Generator().manual_seed(SEED))
+    torch.linalg.eigh(square @ square.T)
+    started = time.perf_counter()
+    q = subspace(gram, layer.weight, RANK, "tail", torch.Generator().manual_seed(SEED)).double()
+    subset, started = time.perf_counter() - started, time.perf_counter()
+    values, _ = torch.linalg.eigh(gram.matrix)
+    full, started = time.perf_counter() - started, time.perf_counter()
+    torch.linalg.eigh(gram.matrix.float())
+    return {
+        "d": len(q),
+        "subset_s": subset,
+        "full_s": full,
+        "full_float32_s": time.perf_counter() - started,
+        "excess_energy": float((q * (gram.matrix @ q)).sum() / values[:RANK].sum()) - 1,
+    }

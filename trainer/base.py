@@ -1,0 +1,110 @@
+"""The frozen base and its tokenizer, in memory: quantised, or sharded over the processes, where that was asked for."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from converter.adapter_dir import BaseNotFound
+from trainer.config import TrainConfig
+
+_MODELS = {"causal_lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
+
+
+def load_tokenizer(folder: Path, config: TrainConfig) -> PreTrainedTokenizerBase:
+    """Return the base's tokenizer, with a padding token. Raises BaseNotFound."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise BaseNotFound(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+    if config.task == "causal_lm" and tokenizer.eos_token_id is None:
+        raise BaseNotFound(f"the tokenizer in {folder} has no end-of-sequence token: set eos_token")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise BaseNotFound(f"the tokenizer in {folder} has no padding token: set pad_token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(folder: Path, config: TrainConfig, pad_id: int, labels: Sequence[str] = ()) -> PreTrainedModel:
+    """Return the base, frozen, in eval mode, on this process's device; a classifier has a new head for `labels`.
+
+    Raises BaseNotFound.
+    """
+    logging.disable_progress_bar()
+    state = PartialState()
+    # A model that is trained itself needs more than bfloat16's eight bits for its small steps.
+    dtype = "float32" if config.method == "full" and config.dtype == "auto" else config.dtype
+    try:
+        model = _MODELS[config.task].from_pretrained(
+            folder, dtype=dtype, quantization_config=_quantization(config), **_head(labels)
+        )
+    except (OSError, ValueError, SafetensorError, ImportError) as error:
+        raise BaseNotFound(f"base model in {folder} cannot be loaded: {_first_line(error)}") from error
+    model.config.use_cache = False
+    model.config.pad_token_id = pad_id
+    model.requires_grad_(False).eval()
+    if config.quantization == "none":
+        model.to(state.device)
+    if config.shard_base and state.num_processes > 1:
+        _shard(model)
+    return model
+
+
+def base_without_weights(folder: Path, config: TrainConfig, labels: Sequence[str] = ()) -> PreTrainedModel:
+    """Return the base's modules on the meta device: shapes and names, no bytes. Raises BaseNotFound."""
+    try:
+        settings = AutoConfig.from_pretrained(folder, **_head(labels))
+        with torch.device("meta"):
+            model: PreTrainedModel = _MODELS[config.task].from_config(settings)
+    except (OSError, ValueError) as error:
+        raise BaseNotFound(f"base model in {folder} cannot be understood: {_first_line(error)}") from error
+    return model
+
+
+def _shard(model: PreTrainedModel) -> None:
+    """Split every block, and then the rest, over the processes (FSDP2): a block is whole only while it computes."""
+    state = PartialState()
+    mesh = init_device_mesh(state.device.type, (state.num_processes,))
+    for module in model.modules():
+        if type(module).__name__ in (model._no_split_modules or ()):
+            fully_shard(module, mesh=mesh)
+    # By default the root stays whole after a forward pass until a state dict, which one process takes, splits it.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def _quantization(config: TrainConfig) -> BitsAndBytesConfig | None:
+    if config.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if config.quantization == "nf4":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return None
+
+
+def _head(labels: Sequence[str]) -> dict[str, Any]:
+    if not labels:
+        return {}
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {n: i for i, n in enumerate(labels)},
+    }
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,257 @@
+"""The optimisation: TRL's SFTTrainer for language models, transformers' Trainer for classifiers.
+
+This is the only module that knows TRL. Rows come tokenised, the model comes with its adapter, and both trainers see an
+ordinary PEFT model; checkpoints, packing, trackers, evaluation and several processes are theirs.
+"""
+
+import math
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import datasets
+import torch
+from accelerate import PartialState
+from rich.progress import Progress
+from torch import distributed, nn
+from torch.distributed.tensor import DTensor
+from transformers import (
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTConfig, SFTTrainer
+
+from trainer.config import TrainConfig
+from trainer.data import Example
+from trainer.errors import Interrupted, TrainingError
+from trainer.evaluate import answers_match
+from trainer.unfinished import mark_complete
+
+
+@dataclass(frozen=True)
+class Point:
+    """One step of the loss curve; the loss is in nats per target token."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished optimisation leaves beside the weights."""
+
+    curve: list[Point]
+    evaluations: list[dict[str, float]]  # step, eval_loss and the metric, in their order
+    best_step: int | None
+
+
+def optimise(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    config: TrainConfig,
+    folder: Path,
+    checkpoint: Path | None,
+    progress: Progress,
+) -> Result:
+    """Train `model` in place, from `checkpoint` where one is given; checkpoints go to `folder`.
+
+    With held-out rows the model ends as the best checkpoint. Raises TrainingError when the loss or a parameter is not
+    finite, and Interrupted after SIGINT, when the step reached has been saved.
+    """
+    watch = _Watch(config, progress)
+    trainer = _trainer(model, tokenizer, train, held_out, config, folder, watch)
+    trainer.remove_callback(PrinterCallback)  # the progress bar shows the loss
+    before = signal.signal(signal.SIGINT, watch.on_sigint)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if watch.interrupted:
+        raise Interrupted(f"interrupted; step {trainer.state.global_step} is saved in {folder}: go on with --resume")
+    if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
+        raise TrainingError(f"the adapter is not finite after step {config.steps}: lower learning_rate")
+    history = trainer.state.log_history
+    return Result(
+        [Point(h["step"], h["loss"], h["grad_norm"], h["learning_rate"]) for h in history if "loss" in h],
+        [
+            {key: h[key] for key in ("step", "eval_loss", "eval_exact_match", "eval_accuracy") if key in h}
+            for h in history
+            if "eval_loss" in h
+        ],
+        trainer.state.best_global_step if held_out else None,
+    )
+
+
+class _ExactMatchTrainer(SFTTrainer):
+    """SFTTrainer that also evaluates how many greedy answers are exactly the expected ones."""
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        hits = [
+            self.accelerator.gather_for_metrics(answers_match(self.model, batch))
+            for batch in self.get_eval_dataloader()
+        ]
+        output.metrics[f"{metric_key_prefix}_exact_match"] = float(torch.cat(hits).float().mean())
+        return output
+
+
+class _Watch(TrainerCallback):
+    """Shows progress, stops on a loss that is not finite or on SIGINT, and marks checkpoints as complete."""
+
+    def __init__(self, config: TrainConfig, progress: Progress) -> None:
+        self._progress, self._bar = progress, progress.add_task("training", total=config.steps)
+        self.interrupted = False
+
+    def on_sigint(self, _signal: int, _frame: FrameType | None) -> None:
+        """Ask for a checkpoint and the end after this step; a second SIGINT ends at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def on_log(
+        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        """Show the step's loss."""
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise TrainingError(f"the loss became {logs['loss']} at step {state.global_step}: lower learning_rate")
+            self._progress.update(
+                self._bar, completed=state.global_step, description=f"training  loss {logs['loss']:.3f}"
+            )
+
+    def on_step_end(self, _args: TrainingArguments, _state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """End every process at the same step."""
+        if PartialState().num_processes > 1:
+            asked = torch.tensor(int(self.interrupted), device=PartialState().device)
+            distributed.all_reduce(asked)
+            self.interrupted = bool(asked)
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+        """Only now is all of the checkpoint written."""
+        if state.is_world_process_zero:
+            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _trainer(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    config: TrainConfig,
+    folder: Path,
+    watch: _Watch,
+) -> Trainer:
+    datasets.disable_progress_bars()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate_factor, config))
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        _average_gradients(model, parameters)
+    common: dict[str, Any] = {
+        "model": model,
+        "processing_class": tokenizer,
+        "train_dataset": datasets.Dataset.from_list(list(train)),
+        "eval_dataset": datasets.Dataset.from_list(list(held_out)) if held_out else None,
+        "optimizers": (optimizer, schedule),
+        "callbacks": [watch, *([EarlyStoppingCallback(config.patience)] if config.patience else [])],
+    }
+    if config.task == "classification":
+        return Trainer(
+            args=TrainingArguments(**_arguments(config, folder, evaluated=bool(held_out))),
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=_accuracy,
+            **common,
+        )
+    arguments = SFTConfig(
+        **_arguments(config, folder, evaluated=bool(held_out)),
+        max_length=config.max_length,
+        packing=config.packing,
+        eval_packing=False,
+        dataset_kwargs=None if config.packing else {"skip_prepare_dataset": True},
+    )
+    kind: Callable[..., Trainer] = _ExactMatchTrainer if config.eval_metric == "exact_match" else SFTTrainer
+    return kind(args=arguments, **common)
+
+
+def _average_gradients(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    """Let processes agree on the adapter's gradients where FSDP2 shards the base: accelerate's DDP takes no DTensors.
+
+    FSDP2 looks after the frozen base alone; the adapter is whole in every process.
+    """
+
+    def average(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        distributed.all_reduce(parameter.grad)
+        parameter.grad /= PartialState().num_processes
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(average)
+    setattr(model, "_is_accelerate_prepared", True)  # noqa: B010  accelerate's own mark: it then wraps the model in nothing
+
+
+def _arguments(config: TrainConfig, folder: Path, *, evaluated: bool) -> dict[str, Any]:
+    processes = PartialState().num_processes
+    every = config.eval_steps or max(1, config.steps // 10)
+    micro_batch = config.batch_size // config.gradient_accumulation // processes
+    evaluation = {
+        "eval_strategy": "steps",
+        "eval_steps": every,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": f"eval_{config.eval_metric}",
+        "greater_is_better": config.eval_metric != "loss",
+    }
+    return {
+        "output_dir": str(folder),
+        "max_steps": config.steps,
+        "per_device_train_batch_size": micro_batch,
+        "per_device_eval_batch_size": micro_batch,
+        "gradient_accumulation_steps": config.gradient_accumulation,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "max_grad_norm": config.max_grad_norm,
+        "save_steps": every if evaluated else config.save_steps,  # the best checkpoint must have been written
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "report_to": config.report_to or "none",
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "bf16": False,  # the base has its own dtype, the adapter is float32
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,
+        **(evaluation if evaluated else {}),
+    }
+
+
+def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def learning_rate_factor(config: TrainConfig, step: int) -> float:
+    """Return the share of the peak learning rate at `step` (from 0): a linear rise, then a half cosine to 0.
+
+    The first step has a rate above 0 already, so no step is wasted.
+    """
+    warmup = math.ceil(config.warmup * config.steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))

@@ -1,0 +1,107 @@
+"""Where the adapter of each method starts: A0 and B0 of every target layer.
+
+Astra's comes from a subspace of the outputs. The others' are PEFT's own initialisers, run on one layer's copy at a
+time: PEFT subtracts B0 A0 from the weight that it is given, and ours stay as they are. So all methods train alike.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import EvaConfig, LoraGAConfig, get_eva_state_dict, preprocess_loraga
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.layer import Linear
+from torch import nn
+from transformers import PreTrainedModel
+
+from trainer.adapter import Start, peft_config, whole_weight
+from trainer.config import TrainConfig
+from trainer.data import Batch
+
+_PEFT_NAMES: dict[str, Any] = {"lora": True, "rslora": True}  # True is LoRA's own: A random, B zero
+_LEFT_BY_PEFT = ("eigens", "_peft_loraga_grad")  # what its calibrations leave on a layer for the initialiser
+
+
+@torch.no_grad()
+def astra_start(layer: nn.Linear, q: torch.Tensor) -> Start:
+    """Return A0 = Q^T W and B0 = Q for Q (d_out, r) (paper section 3.2)."""
+    return Start(a0=(q.to(layer.weight.device).T @ whole_weight(layer).float()).cpu(), b0=q)
+
+
+def other_starts(
+    model: PreTrainedModel,
+    layers: Mapping[str, nn.Linear],
+    ranks: Mapping[str, int],
+    calibration: list[Batch],
+    config: TrainConfig,
+    on_layer: Callable[[], None],
+) -> dict[str, Start]:
+    """Return where `config.method` starts in every layer."""
+    settings = peft_config(config, "", ranks)
+    settings.init_lora_weights = _PEFT_NAMES.get(config.method, config.method)
+    measured = _measure(model, settings, calibration, config)
+    starts = {}
+    for name, layer in layers.items():
+        if config.method == "milora":
+            starts[name] = _milora(whole_weight(layer).float(), ranks[name], config.scaling)
+        else:
+            starts[name] = _peft_start(layer, settings, ranks[name], config.scaling)
+        if name in measured:  # EVA finds A alone
+            starts[name] = Start(measured[name].float().cpu(), starts[name].b0)
+        for attribute in _LEFT_BY_PEFT:
+            if hasattr(layer, attribute):
+                delattr(layer, attribute)
+        on_layer()
+    return starts
+
+
+def _measure(
+    model: PreTrainedModel, settings: LoraConfig, calibration: list[Batch], config: TrainConfig
+) -> Mapping[str, torch.Tensor]:
+    """Run the calibration that a method of PEFT needs; CorDA and LoRA-GA leave theirs on the layers, EVA returns A0."""
+    device = model.device
+    on_device = [{key: value.to(device) for key, value in batch.items()} for batch in calibration]
+
+    def forward_row_by_row() -> None:  # CorDA reads one row at a time and knows no padding
+        for batch in on_device:
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+                model(input_ids=ids[mask.bool()][None])
+
+    def backward() -> None:
+        for batch in on_device:
+            model(**batch).loss.backward()
+
+    if config.method == "corda":
+        settings.corda_config = CordaConfig(corda_method="ipm")
+        preprocess_corda(model, settings, forward_row_by_row)
+    elif config.method == "lora_ga":
+        settings.lora_ga_config = LoraGAConfig()
+        model.enable_input_require_grads()  # PEFT counts gradients where a layer's inputs have some
+        preprocess_loraga(model, settings, backward)
+        model.disable_input_require_grads()
+        model.requires_grad_(False)
+    elif config.method == "eva":
+        settings.eva_config = EvaConfig(rho=1.0)  # equal ranks, as every other method has
+        found: Mapping[str, torch.Tensor] = get_eva_state_dict(model, on_device, settings, show_progress_bar=False)
+        return found
+    return {}
+
+
+def _peft_start(layer: nn.Linear, settings: LoraConfig, rank: int, scaling: float) -> Start:
+    copy = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    copy.weight = nn.Parameter(whole_weight(layer).float().cpu().clone(), requires_grad=False)
+    for attribute in _LEFT_BY_PEFT:
+        if hasattr(layer, attribute):
+            setattr(copy, attribute, getattr(layer, attribute))
+    adapted = Linear(copy, "start", settings, r=rank, lora_alpha=scaling * rank)
+    a0, b0 = adapted.lora_A["start"].weight, adapted.lora_B["start"].weight
+    return Start(a0.detach().float().clone(), b0.detach().float().clone())
+
+
+def _milora(weight: torch.Tensor, rank: int, scaling: float) -> Start:
+    """Return the minor singular components of W, as PiSSA takes the principal ones (arXiv 2406.09044, section 3)."""
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    root = (s[-rank:] / scaling).sqrt()
+    return Start((root[:, None] * vh[-rank:]).cpu(), (u[:, -rank:] * root).cpu())

@@ -1,0 +1,109 @@
+"""What a run would do, said before it costs anything: `--dry-run` loads no weights."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from accelerate import PartialState
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from converter import adapter_dir
+from trainer.adapter import target_layers
+from trainer.base import base_without_weights, load_tokenizer
+from trainer.calibration import layer_groups
+from trainer.config import TrainConfig
+from trainer.initialise import calibration_batches
+from trainer.ranks import fixed_ranks
+from trainer.train import read_data
+
+_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
+_QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The figures of a run; memory is in bytes, per process."""
+
+    trainable: int
+    base_memory: int
+    adapter_memory: int  # the start, the moves, their gradients and AdamW's two moments
+    calibration_memory: int
+    activation_memory: int  # an estimate from the adapted layers' inputs and outputs
+    calibration_passes: int
+    calibration_tokens: int
+    converted_rank: int | None  # none for a whole model
+    epochs: float
+    widths: Counter[tuple[int, int]]  # (d_out, d_in): how many layers
+
+
+def plan(base: str, data: str, config: TrainConfig) -> Plan:
+    """Return what `train` would do. Raises what `train` raises for bad input."""
+    folder = adapter_dir.find_base(base)
+    tokenizer = load_tokenizer(folder, config)
+    rows = read_data(data, tokenizer, config)
+    model = base_without_weights(folder, config, rows.labels)
+    layers: dict[str, nn.Linear] = target_layers(model, config)
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    ranks = fixed_ranks(shapes, config)
+    full, train_b = config.method == "full", config.train_b and config.method != "mica"
+    trainable = sum(ranks[n] * (d_in + d_out * train_b) for n, (d_out, d_in) in shapes.items())
+    start = sum(ranks[n] * (d_in + d_out) for n, (d_out, d_in) in shapes.items())
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    stored = str(model.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
+    per_parameter = 4.0 if full else _QUANTISED_BYTES.get(config.quantization, _BYTES[stored])
+    processes = PartialState().num_processes
+    calibration = calibration_batches(rows.train, tokenizer, config)
+    n_tokens = sum(int(batch["attention_mask"].sum()) for batch in calibration)
+    longest = max(len(example["input_ids"]) for example in rows.train)
+    micro = config.batch_size // config.gradient_accumulation // processes
+    groups = list(layer_groups(shapes, config.calibration_memory))
+    needs_gram = config.method == "astra"
+    return Plan(
+        trainable=n_parameters if full else trainable,
+        base_memory=round(n_parameters * per_parameter / (processes if config.shard_base else 1)),
+        adapter_memory=n_parameters * 12 if full else 4 * start + 16 * trainable,
+        calibration_memory=max(sum(8 * min(shapes[n]) ** 2 for n in g) for g in groups) if needs_gram else 0,
+        activation_memory=round(
+            micro * longest * sum(d_in + d_out for d_out, d_in in shapes.values()) * _BYTES[stored]
+        ),
+        calibration_passes=len(groups) if needs_gram else 0,
+        calibration_tokens=n_tokens,
+        converted_rank=None if full else _converted_rank(config, max(ranks.values())),
+        epochs=config.steps * config.batch_size / len(rows.train),
+        widths=Counter(shapes.values()),
+    )
+
+
+def _converted_rank(config: TrainConfig, rank: int) -> int:
+    starts_at_zero = config.method in ("lora", "rslora", "eva", "mica")
+    return rank if starts_at_zero or not config.train_b else 2 * rank
+
+
+def show(found: Plan, config: TrainConfig, console: Console) -> None:
+    """Print a plan."""
+    memory = found.base_memory + found.adapter_memory + max(found.calibration_memory, found.activation_memory)
+    facts = {
+        "trainable parameters": f"{found.trainable:,}",
+        "converted rank": "none: a whole model" if found.converted_rank is None else str(found.converted_rank),
+        "steps": f"{config.steps} of {config.batch_size} rows: {found.epochs:.1f} times through the data",
+        "calibration": f"{found.calibration_tokens:,} tokens, {found.calibration_passes} passes",
+        "memory, about": f"{_size(memory)}: base {_size(found.base_memory)}, adapter and optimizer "
+        f"{_size(found.adapter_memory)}, then Gram matrices {_size(found.calibration_memory)} or activations "
+        f"{_size(found.activation_memory)}",
+    }
+    for key, value in facts.items():
+        console.print(f"{key:<21} {value}", highlight=False, soft_wrap=True)
+    table = Table("outputs", "inputs", "layers", "tokens per output", "the tail")
+    for (d_out, d_in), n in sorted(found.widths.items()):
+        remark = "smallest eigenvalues"
+        if d_out > d_in:
+            remark = "null space of W: A0 = 0"
+        elif found.calibration_tokens < d_out:
+            remark = "arbitrary: raise calibration_rows"
+        table.add_row(str(d_out), str(d_in), str(n), f"{found.calibration_tokens / d_out:.1f}", remark)
+    console.print(table)
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
