@@ -33,7 +33,7 @@ from trainer.data import Batch
 from trainer.eigenspace import subspace
 from trainer.initialise import initialise
 
-SEED, RANK, ROWS_PER_BATCH, GIB = 0, 16, 16, 2**30
+SEED, RANK, BATCHES, GIB = 0, 16, 8, 2**30
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def build(shape: Shape) -> tuple[PreTrainedModel, list[Batch]]:
         if name.endswith(("v_proj", "up_proj")):
             layer.weight.mul_(_power_law(layer.out_features)[:, None])
     model.get_input_embeddings().weight.copy_(torch.randn(n_tokens, shape.hidden).mul_(_power_law(shape.hidden)))
-    parts = torch.arange(n_tokens).view(shape.rows, shape.length).split(ROWS_PER_BATCH)
+    parts = torch.arange(n_tokens).view(shape.rows, shape.length).chunk(BATCHES)
     return model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in parts]
 
 

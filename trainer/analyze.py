@@ -23,14 +23,14 @@ _COLUMNS: tuple[tuple[str, Callable[[Layer], object], str], ...] = (
     ("rank", lambda layer: layer.rank, ""),
     ("tokens", lambda layer: layer.found and layer.found.n_tokens, ""),
     ("energy", lambda layer: layer.found and layer.found.energy, ".3g"),
-    ("share of it chosen", lambda layer: layer.found and layer.found.subspace_energy_share, ".2g"),
-    ("zero eigenvalues", lambda layer: layer.found and layer.found.null_directions, ""),
+    ("share of it\nchosen", lambda layer: layer.found and layer.found.subspace_energy_share, ".2g"),
+    ("zero\neigenvalues", lambda layer: layer.found and layer.found.null_directions, ""),
     ("|A0| / |W|", lambda layer: layer.found and _start_norm(layer.found.start_norm), ".2g"),
-    ("effective rank before", lambda layer: layer.rank_before, ".1f"),
+    ("effective rank\nbefore", lambda layer: layer.rank_before, ".1f"),
     ("after", lambda layer: layer.rank_after, ".1f"),
-    ("|A\u00a0-\u00a0A0| / |A0|", lambda layer: layer.move_a, ".3g"),
-    ("|B\u00a0-\u00a0B0| / |B0|", lambda layer: layer.move_b, ".3g"),
-    ("|delta\u00a0W|", lambda layer: layer.delta_norm, ".3g"),
+    ("|A - A0|\n/ |A0|", lambda layer: layer.move_a, ".3g"),
+    ("|B - B0|\n/ |B0|", lambda layer: layer.move_b, ".3g"),
+    ("|delta W|", lambda layer: layer.delta_norm, ".3g"),
 )
 
 
@@ -94,8 +94,9 @@ def _facts(run: Run, layers: Sequence[Layer]) -> dict[str, str]:
         trained = "A and B trained" if config.train_b else "B frozen"
         facts["method"] = f"Astra, {config.subspace} subspace ({trained})"
     if layers:
-        least, most = min(layer.rank for layer in layers), max(layer.rank for layer in layers)
-        rank = f"{least}" if least == most else f"{least} to {most} (mean {config.rank})"
+        ranks = [layer.rank for layer in layers]
+        rank = f"{min(ranks)} to {max(ranks)} (mean {sum(ranks) / len(ranks):.3g})"
+        rank = f"{ranks[0]}" if min(ranks) == max(ranks) else rank
         facts["rank"] = f"{rank}, scaling {config.scaling:g}, on {len(layers)} layers"
     if curve:
         tail = curve[-max(1, len(curve) // 10) :]
@@ -131,7 +132,7 @@ def _training(run: Run) -> Section:
         return Section("Training", "This folder has no loss.jsonl, so there is no curve to draw.")
     text = "The training loss is that of each step's own batch."
     if result.best_step is not None:
-        text += " The weights are those of the step with the best held-out rows."
+        text += " The weights are those of the step that did best on the held-out rows."
     pictures = figures.training(curve, result.evaluations, result.best_step, run.config.max_grad_norm, _unit(run))
     return Section("Training", text, pictures)
 

@@ -41,7 +41,7 @@ def load_tokenizer(folder: Path, config: TrainConfig) -> PreTrainedTokenizerBase
     return tokenizer
 
 
-def load_base(folder: Path, config: TrainConfig, pad_id: int, labels: Sequence[str] = ()) -> PreTrainedModel:
+def load_base(folder: Path, config: TrainConfig, labels: Sequence[str] = ()) -> PreTrainedModel:
     """Return the base, frozen, in eval mode, on this process's device; a classifier has a new head for `labels`.
 
     Raises BaseNotFound.
@@ -57,7 +57,6 @@ def load_base(folder: Path, config: TrainConfig, pad_id: int, labels: Sequence[s
     except (OSError, ValueError, SafetensorError, ImportError) as error:
         raise BaseNotFound(f"base model in {folder} cannot be loaded: {_first_line(error)}") from error
     model.config.use_cache = False
-    model.config.pad_token_id = pad_id
     model.requires_grad_(False).eval()
     if config.quantization == "none":
         model.to(state.device)

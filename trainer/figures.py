@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from trainer.config import Subspace
 from trainer.initialise import Estimate
@@ -125,6 +125,7 @@ def spectra(kind: str, curves: Sequence[Curve], subspace: Subspace) -> Picture:
         if largest > 0:
             axes.set(yscale="log")
             axes.set_ylim(bottom=max(axes.get_ylim()[0], largest * _ROUND_OFF))
+            axes.yaxis.set_minor_locator(NullLocator())  # over ten decades they would take most of the time to draw
         axes.set(title=_plain(kind), xlabel="eigenvalue number, ascending", ylabel="eigenvalue (mean squared output)")
         axes.set_xlim(0, max(curve.dimension for curve in curves) + 1)
 
@@ -167,7 +168,7 @@ def convergence(estimates: Sequence[Estimate], enough: float) -> Picture:
                 label = f"{name} of the layers" if number == 0 else None
                 axes.plot(tokens, [getattr(e, name) for e in group], "o-", color=colour, markersize=4, label=label)
         axes.axhline(enough, color="0.4", linestyle="--", linewidth=1, label=f"calibration_overlap {enough:g}")
-        ticks = sorted({estimate.n_tokens for estimate in estimates}, reverse=True)
+        ticks = [estimate.n_tokens for estimate in max(groups(estimates), key=len)][::-1]
         shown = ticks[:: -(-len(ticks) // 5)]
         axes.set(xscale="log", ylim=(0, 1.03), title="Overlap with the subspace of half the tokens")
         axes.set_xticks(shown, [f"{tick}" for tick in shown])
@@ -212,9 +213,8 @@ def _scale(axes: Any, values: Sequence[float]) -> bool:
     wide = min(values) > 0 and max(values) > 10 * min(values)
     if wide:
         axes.set(yscale="log")
-        axes.yaxis.set_major_formatter(_number)
-        few = max(values) < 100 * min(values)  # powers of ten alone would leave one or two labels
-        axes.yaxis.set_minor_formatter(_two_or_five if few else "")
+        axes.yaxis.set_major_formatter(_number)  # powers of ten alone can leave one or two labels
+        axes.yaxis.set_minor_formatter(_two_or_five if max(values) < 100 * min(values) else "")
     return wide
 
 

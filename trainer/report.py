@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from converter.adapter_dir import PROVENANCE, Json, base_digest, write_json
 from trainer.config import TrainConfig
-from trainer.data import Example, digest
 from trainer.eigenspace import Spectrum
 from trainer.evaluate import Forgetting
 from trainer.initialise import Initialisation
@@ -87,15 +86,13 @@ class Run:
         return lines
 
 
-def provenance(
-    base: str, base_folder: Path, base_dtype: str, data: str, examples: Sequence[Example], config: TrainConfig
-) -> Json:
-    """Return where the adapter comes from: base, data, settings and versions."""
+def provenance(base: str, base_folder: Path, base_dtype: str, data: Json, config: TrainConfig) -> Json:
+    """Return where the adapter comes from: base, data (file, digest, rows), settings and versions."""
     packages = ("astra-serve", "torch", "transformers", "peft", "trl")
     return {
         "method": config.method,
         "base": {"id": base, "digest": base_digest(base_folder), "dtype": base_dtype.removeprefix("torch.")},
-        "data": {"file": Path(data).name, "digest": digest(examples), "rows": len(examples)},
+        "data": data,
         "config": config.model_dump(mode="json"),
         "seed": config.seed,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},

@@ -18,7 +18,7 @@ from trainer import report, unfinished
 from trainer.adapter import adapted_modules, adapter_layers, attach, target_layers, trained_head, whole_weight
 from trainer.base import load_base, load_tokenizer
 from trainer.config import TrainConfig
-from trainer.data import Batch, Example, classification_examples, label_names, language_examples, read_rows
+from trainer.data import Batch, Example, classification_examples, digest, label_names, language_examples, read_rows
 from trainer.errors import ConfigError, DataError, TrainerError, TrainingError
 from trainer.evaluate import Forgetting, forgetting_batches, language_loss
 from trainer.initialise import Initialisation, calibration_batches, initialise, spectra_of
@@ -33,6 +33,7 @@ class Data:
     train: list[Example]
     held_out: list[Example]
     labels: list[str]
+    digest: str  # of the rows as they were read
 
 
 def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progress, *, resume: bool = False) -> Run:
@@ -49,9 +50,11 @@ def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progre
     tokenizer = load_tokenizer(folder, config)
     rows = read_data(data, tokenizer, config)
     torch.manual_seed(config.seed)
-    model = load_base(folder, config, tokenizer.pad_token_id, rows.labels)
+    model = load_base(folder, config, rows.labels)
+    model.config.pad_token_id = tokenizer.pad_token_id
     layers = {} if config.method == "full" else target_layers(model, config)
-    origin = report.provenance(base, folder, str(model.dtype), data, rows.train + rows.held_out, config)
+    source = {"file": Path(data).name, "digest": rows.digest, "rows": len(rows.train) + len(rows.held_out)}
+    origin = report.provenance(base, folder, str(model.dtype), source, config)
     identity = {"base": origin["base"]["digest"], "data": origin["data"]["digest"], **config.model_dump(mode="json")}
     going_on = unfinished.check(out, identity, resume=resume)
 
@@ -74,7 +77,7 @@ def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progre
         try:
             result = optimise(
                 trained, tokenizer, rows.train, rows.held_out, config,
-                unfinished.folder_of(out), unfinished.last_checkpoint(out), progress,
+                unfinished.folder_of(out), unfinished.last_checkpoint(out, before=config.steps), progress,
             )  # fmt: skip
         except TrainingError:
             state.wait_for_everyone()
@@ -117,7 +120,7 @@ def read_data(data: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
         if n >= len(train):
             raise DataError(f"{data} has {len(train)} rows: too few to hold {config.eval_share:.0%} of them out")
         train, test = [train[i] for i in order[n:]], [train[i] for i in order[:n]]
-    return Data(train, test, labels)
+    return Data(train, test, labels, digest([*rows, *held_out]))
 
 
 def _spectra_after(

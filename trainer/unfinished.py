@@ -9,7 +9,6 @@ The folder appears in one step, once every layer's start is known.
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -98,10 +97,14 @@ def mark_complete(checkpoint: Path) -> None:
     (checkpoint / COMPLETE).touch()
 
 
-def last_checkpoint(out: Path) -> Path | None:
-    """Return the newest checkpoint of which all was written."""
-    complete = [file.parent for file in folder_of(out).glob(f"checkpoint-*/{COMPLETE}")]
-    return max(complete, key=lambda folder: int(re.sub(r"\D", "", folder.name)), default=None)
+def last_checkpoint(out: Path, *, before: int) -> Path | None:
+    """Return the newest checkpoint before step `before` of which all was written.
+
+    From a checkpoint of the last step transformers would train one more.
+    """
+    complete = {int(file.parent.name.split("-")[1]): file.parent for file in folder_of(out).glob(f"*/{COMPLETE}")}
+    steps = [step for step in complete if step < before]
+    return complete[max(steps)] if steps else None
 
 
 def remove(out: Path, made: Sequence[Path] = ()) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.conftest import EMBEDDED
+from trainer.base import load_base, load_tokenizer
 from trainer.config import TrainConfig
 from trainer.embedded import corpus, pretrain, stdlib, tasks
-from trainer.train import load_base
 
 
 def text_of(row: tasks.Row) -> str:
@@ -73,7 +73,7 @@ def test_pretraining_repeats_from_its_seed_and_writes_a_loadable_model(tmp_path,
         pretrain.pretrain(tmp_path / name, steps=2, seed=5)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert weights[0] == weights[1]
-    model, tokenizer = load_base(tmp_path / "a", TrainConfig())
+    model, tokenizer = load_base(tmp_path / "a", TrainConfig()), load_tokenizer(tmp_path / "a", TrainConfig())
     assert model.dtype == torch.bfloat16
     assert tokenizer.decode(tokenizer("def f(a, b_c): 12")["input_ids"]) == "def f(a, b_c): 12"
 
@@ -87,7 +87,7 @@ def test_the_shipped_base_was_trained_on_the_corpus_that_the_code_generates_toda
 
 def test_the_shipped_base_is_small_bfloat16_and_has_a_chat_template() -> None:
     assert sum(file.stat().st_size for file in EMBEDDED.iterdir()) < 12_000_000
-    model, tokenizer = load_base(EMBEDDED, TrainConfig())
+    model, tokenizer = load_base(EMBEDDED, TrainConfig()), load_tokenizer(EMBEDDED, TrainConfig())
     assert model.dtype == torch.bfloat16
     assert type(model).__name__ == "LlamaForCausalLM"
     chat = tokenizer.apply_chat_template(

@@ -1,0 +1,231 @@
+"""What does the exact start cost a training step, against PEFT's plain LoRA of the same rank?
+
+    python -m benchmarks.train_speed --out FILE.json [--quick] [--models embedded wide] [--device cpu|cuda]
+
+Steps are the whole of forward, backward, clipping and AdamW, on one batch of random tokens. `ours` is what
+`astra-train` runs. The other forms of the same change s (B A - B0 A0) x were tried beside it:
+
+    autograd      the same two products as ours, with the backward pass left to autograd
+    two_adapters  s B (A x) - s B0 (A0 x): a frozen and a trained pair, as two PEFT adapters active together would
+    through_w     s (B (A x) - Q (Q^T (W x))): A0 = Q^T W taken from the base's output; not exact in floating point
+
+Contestants take turns, each with a model of its own, a few steps per turn; ratios pair the turns and the median
+counts. Peak memory is measured with each contestant in a process of its own: the kernel's high-water mark (GPU: the
+allocator's) over steps, model included, imports not.
+"""
+
+import argparse
+import gc
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from benchmarks import peak_memory, report
+from trainer.adapter import ADAPTER, ExactStart, attach, target_layers
+from trainer.config import TrainConfig
+from trainer.embedded import pretrain
+from trainer.methods import astra_start
+
+RANK, SEED, TURNS, STEPS = 16, 0, 9, 3
+TARGETS = {"steps_ratio": 0.95, "memory_ratio": 1.05}
+ROWS = {"embedded": (16, 128), "wide": (4, 128)}  # rows of how many tokens
+console = Console()
+
+
+class Autograd(ExactStart):
+    """Our two products; autograd keeps what it needs."""
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> Any:
+        d_a, d_b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        inner = F.linear(x.to(d_a.dtype), torch.cat([self.a0 + d_a, d_a]))
+        return result + module.scaling[active_adapter] * F.linear(inner, torch.cat([d_b, self.b0], dim=1))
+
+
+class TwoAdapters(ExactStart):
+    """A trained pair and a frozen one."""
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> Any:
+        d_a, d_b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        wide = x.to(d_a.dtype)
+        trained = F.linear(F.linear(wide, self.a0 + d_a), self.b0 + d_b)
+        return result + module.scaling[active_adapter] * (trained - F.linear(F.linear(wide, self.a0), self.b0))
+
+
+class ThroughW(ExactStart):
+    """B0 A0 x = Q Q^T (W x), from the base's output."""
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> Any:
+        d_a, d_b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        trained = F.linear(F.linear(x.to(d_a.dtype), self.a0 + d_a), self.b0 + d_b)
+        start = F.linear(F.linear(result.to(d_a.dtype), self.b0.T), self.b0)
+        return result + module.scaling[active_adapter] * (trained - start)
+
+
+FORMS: dict[str, type[LoraVariant] | None] = {
+    "lora": None,
+    "ours": ExactStart,
+    "autograd": Autograd,
+    "two_adapters": TwoAdapters,
+    "through_w": ThroughW,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--models", nargs="+", choices=tuple(ROWS), default=list(ROWS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="the embedded base and two turns: shows that it runs")
+    args = parser.parse_args()
+    models, turns = (["embedded"], 2) if args.quick else (args.models, TURNS)
+    cases = []
+    for model in models:
+        seconds = measure_steps(model, args.device, turns)
+        peaks = {form: in_a_process(model, form, args.device) for form in FORMS}
+        cases += [case(model, form, seconds, peaks) for form in FORMS]
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    report.write(args.out, summarise(cases), cases, report.environment(SEED, device))
+    show(cases)
+    return 0
+
+
+def build(model: str, form: str, device: str) -> tuple[nn.Module, Callable[[], None]]:
+    """Return a model with its adapter, and a function that makes one training step."""
+    torch.manual_seed(SEED)
+    base = (embedded() if model == "embedded" else wide()).to(device).requires_grad_(False)
+    config = TrainConfig(rank=RANK)
+    layers = target_layers(base, config)
+    adapted: nn.Module
+    if form == "lora":
+        names = sorted({name.rpartition(".")[2] for name in layers})
+        adapted = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
+    else:
+        bases = {n: torch.linalg.qr(torch.randn(layer.out_features, RANK)).Q for n, layer in layers.items()}
+        adapted = attach(base, {name: astra_start(layers[name], q) for name, q in bases.items()}, config)
+        for layer in adapted.modules():
+            if isinstance(layer, LoraLayer):
+                exact = layer.lora_variant[ADAPTER]
+                exact.__class__ = FORMS[form]
+    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    ids = torch.randint(5, 1000, ROWS[model], device=device)
+
+    def step() -> None:
+        adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return adapted.train(), step
+
+
+def embedded() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(Path(pretrain.__file__).parent / "base")
+
+
+def wide() -> PreTrainedModel:
+    """Two layers as wide as Llama-3-8B's, bfloat16, with a small vocabulary: 436 M parameters in linear layers."""
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=1024, tie_word_embeddings=True,
+    )  # fmt: skip
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def measure_steps(model: str, device: str, turns: int) -> dict[str, list[float]]:
+    """Return the seconds per step of every turn."""
+    steps = {form: build(model, form, device)[1] for form in FORMS}
+    for step in steps.values():
+        step()
+    seconds: dict[str, list[float]] = {form: [] for form in FORMS}
+    for _ in track(range(turns), f"{model}: steps", console=console):
+        for form, step in steps.items():
+            synchronise(device)
+            started = time.perf_counter()
+            for _ in range(STEPS):
+                step()
+            synchronise(device)
+            seconds[form].append((time.perf_counter() - started) / STEPS)
+    return seconds
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def in_a_process(model: str, form: str, device: str) -> int:
+    """Return the peak memory of steps in a process of their own, bytes."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(peak, model, form, device).result()
+
+
+def peak(model: str, form: str, device: str) -> int:
+    """Return how many bytes the model and three steps take at most."""
+    before = peak_memory.held()
+    _, step = build(model, form, device)
+    gc.collect()
+    peak_memory.reset()
+    for _ in range(3):
+        step()
+    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory.highest() - before
+
+
+def case(model: str, form: str, seconds: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, Any]:
+    """Return one contestant's figures; ratios are against plain LoRA: of steps per second, and of memory."""
+    pairs = zip(seconds["lora"], seconds[form], strict=True)
+    return {
+        "model": model,
+        "form": form,
+        "steps_per_second": 1 / statistics.median(seconds[form]),
+        "steps_ratio": statistics.median(theirs / ours for theirs, ours in pairs),
+        "peak_gib": peaks[form] / 2**30,
+        "memory_ratio": peaks[form] / peaks["lora"],
+        "seconds": seconds[form],
+    }
+
+
+def summarise(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the headline: the worse of both models."""
+    ours = [found for found in cases if found["form"] == "ours"]
+    summary: dict[str, Any] = {
+        "steps_ratio": min(found["steps_ratio"] for found in ours),
+        "memory_ratio": max(found["memory_ratio"] for found in ours),
+        "targets": TARGETS,
+    }
+    for found in ours:
+        summary |= {f"{found['model']}.{key}": found[key] for key in ("steps_ratio", "memory_ratio")}
+    return summary
+
+
+def show(cases: list[dict[str, Any]]) -> None:
+    table = Table("model", "form", "steps/s", "against LoRA", "peak GiB", "against LoRA", title="training steps")
+    for found in cases:
+        figures = (found[key] for key in ("steps_per_second", "steps_ratio", "peak_gib", "memory_ratio"))
+        table.add_row(found["model"], found["form"], *(f"{figure:.3f}" for figure in figures))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
