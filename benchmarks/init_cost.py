@@ -48,10 +48,10 @@ HOW = {
     "ours": _OURS,
     "ours_with_spectra": _OURS,
     "keep_everything": "time: layers x measured; peak: measured, and every other layer's Gram matrices and A0, B0",
-    "corda": "time: layers x measured; peak: measured, and what PEFT keeps of every other layer until the last is done: "
-    "the covariance of its inputs, and U, S, V, which it crops to the rank only then (and keeps in main memory even "
-    "with a GPU); and A, B",
-    "eva": "time: layers x measured, as if no layer needed more batches to converge than the measured ones; peak: "
+    "corda": "time: layers x measured; peak: measured, and what PEFT keeps of every other layer until all are done, "
+    "its inputs' covariance and U, S, V, cropped to the rank only then (in main memory even with a GPU), and A, B",
+    "eva": "time: layers x measured, as if no layer needed more passes to converge than the measured ones (10: it was "
+    "stopped there and takes longer); peak: "
     "measured, and every other layer's components, means, variances and A, B: PEFT keeps no matrix",
 }
 console = Console()
@@ -138,7 +138,7 @@ def whole_model(contestant: str, one: Mapping[str, float], shape: Shape, memory:
     """Return seconds and peak (GiB) for all layers from those of one; `memory` is what our Gram matrices may hold."""
     seconds = shape.layers * one["seconds"]
     peak = one["peak_gib"] + (shape.layers - 1) * held_per_layer(contestant, shape) / GIB
-    if not HOW[contestant] is _OURS:
+    if HOW[contestant] is not _OURS:
         return {"whole_s": seconds, "whole_peak_gib": peak}
     (few, small), (many, large) = (groups(shape, layers, memory) for layers in (1, shape.layers))
     _, everything = groups(shape, shape.layers, sys.maxsize)
