@@ -35,6 +35,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from benchmarks import peak_memory, report
 from trainer.adapter import ADAPTER, ExactStart, attach, target_layers
@@ -42,7 +43,7 @@ from trainer.config import TrainConfig
 from trainer.embedded import pretrain
 from trainer.methods import astra_start
 
-RANK, SEED, TURNS, STEPS = 16, 0, 9, 3
+RANK, SEED, TURNS, STEPS = 16, 0, 7, 2
 TARGETS = {"steps_ratio": 0.95, "memory_ratio": 1.05}
 ROWS = {"embedded": (16, 128), "wide": (4, 128)}  # rows of how many tokens
 console = Console()
@@ -107,6 +108,7 @@ def main() -> int:
 
 def build(model: str, form: str, device: str) -> tuple[nn.Module, Callable[[], None]]:
     """Return a model with its adapter, and a function that makes one training step."""
+    logging.disable_progress_bar()
     torch.manual_seed(SEED)
     base = (embedded() if model == "embedded" else wide()).to(device).requires_grad_(False)
     config = TrainConfig(rank=RANK)
@@ -182,12 +184,12 @@ def in_a_process(model: str, form: str, device: str) -> int:
 
 
 def peak(model: str, form: str, device: str) -> int:
-    """Return how many bytes the model and three steps take at most."""
+    """Return how many bytes the model and two steps take at most."""
     before = peak_memory.held()
     _, step = build(model, form, device)
     gc.collect()
     peak_memory.reset()
-    for _ in range(3):
+    for _ in range(2):
         step()
     return torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory.highest() - before
 
