@@ -11,7 +11,8 @@ matrix alone, against `torch.linalg.eigh` on the same matrix.
 Measured is one decoder layer (`initialisers.py` says with what in it) on 128 x 128 tokens; HOW says how each figure
 becomes one for all layers. The contestants take turns, each run in a process of its own that has warmed up on a tiny
 model; peak memory is the kernel's high-water mark beyond model and tokens (Linux). Ours runs three times and counts
-with its median; keep_everything and corda take minutes and run once, eva twice.
+with its median; keep_everything and corda take minutes and run once, eva twice. Nothing else may run meanwhile: threads
+that wait for each other made times 30 times as long here (`busy_percent_before` and `cpu_s` in the JSON show it).
 
 With --rivals only these are measured, and ours if FILE.json does not have it; what else FILE.json has of the same
 shapes stays, with the time at which it was measured. The plot goes beside the JSON.
@@ -27,20 +28,22 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from benchmarks import report
-from benchmarks.initialisers import GIB, MODELS, RANK, SEED, Shape, in_a_process
+from benchmarks.initialisers import EVA_PASSES, GIB, MODELS, RANK, SEED, Shape, in_a_process
 from trainer.calibration import layer_groups
 from trainer.config import TrainConfig
 
 REPEATS = {"ours": 3, "ours_with_spectra": 3, "keep_everything": 1, "corda": 1, "eva": 2, "eigensolver": 3}
+MEMORY_GIB = (2, 4, 8, 16, 32)  # of Gram matrices: more takes fewer passes
 QUICK_HEAD_DIM = 24  # 768 wide: as narrow as can be with the same code
 TARGETS = {"keep_everything.time_ratio": 3, "keep_everything.peak_memory_ratio": 10}
 _OURS = (
-    "time: layers x measured, and a further pass through the whole model for each further group of layers that "
+    "time: layers x measured, and half a pass through the whole model for each further group of layers that "
     "calibration_memory makes; peak: measured, with the Gram matrices of the largest group for those of one layer, "
     "and every other layer's A0, B0"
 )
@@ -50,9 +53,9 @@ HOW = {
     "keep_everything": "time: layers x measured; peak: measured, and every other layer's Gram matrices and A0, B0",
     "corda": "time: layers x measured; peak: measured, and what PEFT keeps of every other layer until all are done, "
     "its inputs' covariance and U, S, V, cropped to the rank only then (in main memory even with a GPU), and A, B",
-    "eva": "time: layers x measured, as if no layer needed more passes to converge than the measured ones (10: it was "
-    "stopped there and takes longer); peak: "
-    "measured, and every other layer's components, means, variances and A, B: PEFT keeps no matrix",
+    "eva": "time: layers x measured, as if no layer needed more passes to converge than the measured ones (where they "
+    f"are {EVA_PASSES} it was stopped); peak: measured, and every other layer's components, means, variances and A, B: "
+    "PEFT keeps no matrix",
 }
 console = Console()
 
@@ -114,7 +117,10 @@ def run(
         for model, contestant in todo:
             bar.update(task, description=f"{model}: {contestant}")
             found = runs[model, contestant]
-            found.append(in_a_process(shapes[model], contestant))
+            busy = psutil.cpu_percent(1)
+            if busy > 10:
+                console.print(f"[yellow]other programs use {busy:.0f} % of the cores: times will not mean much[/]")
+            found.append(in_a_process(shapes[model], contestant) | {"busy_percent_before": busy})
             rows[model, contestant] = row(model, contestant, shapes[model], found, env)
             report.write(out, summarise(list(rows.values())), list(rows.values()), env)
             bar.advance(task)
@@ -131,6 +137,10 @@ def row(
     else:
         found |= _short(one | whole_model(contestant, one, shape, int(TrainConfig().calibration_memory)))
         found["extrapolation"] = HOW[contestant]
+    if contestant == "ours":
+        found["by_calibration_memory_gib"] = {
+            str(size): _short(whole_model(contestant, one, shape, size * GIB)) for size in MEMORY_GIB
+        }
     return found | {"repetitions": [_short(run) for run in runs], "time": env["time"], "commit": env["commit"]}
 
 
@@ -141,14 +151,11 @@ def whole_model(contestant: str, one: Mapping[str, float], shape: Shape, memory:
     if HOW[contestant] is not _OURS:
         return {"whole_s": seconds, "whole_peak_gib": peak}
     (few, small), (many, large) = (groups(shape, layers, memory) for layers in (1, shape.layers))
-    _, everything = groups(shape, shape.layers, sys.maxsize)
     a_pass = one["forward_s"] * one["passes"] / few  # calibration may stop before it has seen all batches
     return {
-        "whole_s": seconds + (many - few) * shape.layers * a_pass,
+        "whole_s": seconds + (many - few) / 2 * shape.layers * a_pass,  # a pass ends with its group: half on average
         "whole_peak_gib": peak + (large - small) / GIB,
         "groups": many,
-        "one_group_s": seconds,  # with a calibration_memory that holds all layers at once
-        "one_group_peak_gib": peak + (everything - small) / GIB,
     }
 
 
@@ -208,6 +215,10 @@ def show(result: dict[str, Any]) -> None:
         figures = [row[key] for key in ("seconds", "peak_gib", "whole_s", "whole_peak_gib")]
         table.add_row(row["model"], row["contestant"], *(f"{figure:,.2f}" for figure in figures + ratios))
     Console(width=max(console.width, 110)).print(table)
+    for row in (row for row in rows if row["contestant"] == "ours"):
+        for size, found in row["by_calibration_memory_gib"].items():
+            figures = f"{found['groups']:.0f} passes, {found['whole_s']:,.0f} s, {found['whole_peak_gib']:.1f} GiB"
+            console.print(f"{row['model']}, ours with calibration_memory={size}GiB: {figures}", highlight=False)
     for name, how in {row["contestant"]: row["extrapolation"] for row in rows}.items():
         console.print(f"all layers, {name}: {how}", highlight=False)
     console.print_json(json.dumps({key: value for key, value in summary.items() if key.startswith("eigensolver")}))

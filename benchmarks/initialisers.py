@@ -14,7 +14,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from rich.progress import Progress
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from benchmarks import peak_memory
 from trainer.adapter import target_layers
 from trainer.calibration import gram_matrices
 from trainer.config import TrainConfig
@@ -201,18 +201,18 @@ def measure(shape: Shape, contestant: str) -> dict[str, float]:
     model, batches = build(shape)
     tokens: list[int] = []
 
-    def count(_model: nn.Module, _args: Any, kwargs: dict[str, torch.Tensor], _output: Any) -> None:
+    def count(_model: nn.Module, _args: Any, kwargs: dict[str, torch.Tensor]) -> None:
         tokens.append(kwargs["input_ids"].numel())
 
-    model.register_forward_hook(count, with_kwargs=True)
+    model.register_forward_pre_hook(count, with_kwargs=True)  # our passes end before the model's last layer
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark falls to what is held now
-    before, cpu, started = _high_water(), time.process_time(), time.perf_counter()
+    peak_memory.reset()
+    before, cpu, started = peak_memory.held(), time.process_time(), time.perf_counter()
     kept = run(model, batches)
     found = {
         "seconds": time.perf_counter() - started,
         "cpu_s": time.process_time() - cpu,  # far from cores x seconds: the machine was busy with something else
-        "peak_gib": (_high_water() - before) / GIB,
+        "peak_gib": (peak_memory.highest() - before) / GIB,
         "passes": sum(tokens) / (shape.rows * shape.length),
     }
     if contestant.startswith("ours"):
@@ -221,12 +221,6 @@ def measure(shape: Shape, contestant: str) -> dict[str, float]:
         forward(model, batches)
         found["forward_s"] = time.perf_counter() - started
     return found
-
-
-def _high_water() -> int:
-    """Return the most bytes of memory that this process held; sampling would miss short peaks."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def eigensolver(shape: Shape, _: str = "") -> dict[str, float]:

@@ -44,6 +44,15 @@ def test_only_the_engine_and_its_plugin_import_vllm() -> None:
     assert users == {"astra_serve/engine.py", "astra_serve/cpu_lora/__init__.py", "astra_serve/cpu_lora/wrapper.py"}
 
 
+def test_only_the_loop_imports_trl() -> None:
+    users = {
+        str(file.relative_to(ROOT))
+        for file in (ROOT / "trainer").rglob("*.py")
+        if any(name.partition(".")[0] == "trl" for name in imports(file))
+    }
+    assert users == {"trainer/loop.py"}
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_importing_a_package_imports_nothing_heavy(package: str) -> None:
     importlib.import_module(package)

@@ -65,6 +65,22 @@ def load_base(folder: Path, config: TrainConfig, labels: Sequence[str] = ()) -> 
     return model
 
 
+def language_model(
+    folder: Path, config: TrainConfig, backbone: PreTrainedModel | None = None
+) -> PreTrainedModel | None:
+    """Return the causal LM that a classifier was made from, with the classifier's `backbone` where one is given.
+
+    None for an encoder: without a language head there is no loss that could tell what it forgot.
+    """
+    architectures = AutoConfig.from_pretrained(folder).architectures or []
+    if not any(name.endswith("ForCausalLM") for name in architectures):
+        return None
+    model = load_base(folder, config.model_copy(update={"task": "causal_lm"}))
+    if backbone is not None:
+        setattr(model, model.base_model_prefix, backbone)
+    return model
+
+
 def base_without_weights(folder: Path, config: TrainConfig, labels: Sequence[str] = ()) -> PreTrainedModel:
     """Return the base's modules on the meta device: shapes and names, no bytes. Raises BaseNotFound."""
     try:

@@ -4,6 +4,7 @@ Processes share the batches and add their sums up; every process ends with the s
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -11,6 +12,7 @@ from typing import cast
 import torch
 from accelerate import PartialState
 from torch import distributed, nn
+from torch.distributed.tensor import DTensor
 
 from trainer.data import IGNORED, Batch
 
@@ -64,7 +66,8 @@ def gram_matrices(
 ) -> dict[str, Gram]:
     """Run `batches` through `model` and return the Gram matrix of each of `layers` (linear, plain or adapted).
 
-    Padding is masked out; with `answers_only` also every token that the loss does not look at. After 1, 2, 4, ...
+    A forward pass ends as soon as the last of `layers` has been seen: a group of early layers costs little. Padding is
+    masked out; with `answers_only` also every token that the loss does not look at. After 1, 2, 4, ...
     rounds of batches, once there are as many tokens as the widest matrix has rows, `is_enough` is asked whether to
     stop. Products are taken in float64: eigenvalues span many orders of magnitude, and below 1e-7 of the largest one a
     float32 product would leave nothing of the tail but its own round-off.
@@ -79,13 +82,18 @@ def gram_matrices(
     norms = {name: torch.zeros((), dtype=torch.float64, device=state.device) for name in layers}
     n_tokens = torch.zeros((), dtype=torch.int64, device=state.device)
     real = torch.empty(0, device=device)  # which positions of the running batch count
+    calls, calls_per_pass = 0, _calls_per_pass(model, layers, batches[0])
 
     def add(name: str, layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal calls
         bias = _linear(layer).bias
         y = (output if bias is None else output - bias).flatten(0, -2)[real]  # (n_real, d_out)
         z = inputs[0].flatten(0, -2)[real].double() if of_inputs[name] else y.double()
         sums[name] += z.T @ z
         norms[name] += y.float().square().sum(dtype=torch.float64)
+        calls += 1
+        if calls == calls_per_pass:
+            raise _AllSeen
 
     handles = [layer.register_forward_hook(partial(add, name)) for name, layer in layers.items()]
     rounds = -(-len(batches) // state.num_processes)
@@ -96,7 +104,9 @@ def gram_matrices(
             real = (batch["labels"] != IGNORED if answers_only else batch["attention_mask"].bool()).flatten()
             real &= index < len(batches)  # every process runs every round: a sharded base needs all of them
             n_tokens += real.sum()
-            model(**{key: value for key, value in batch.items() if key != "labels"})
+            calls = 0
+            with suppress(_AllSeen):
+                model(**{key: value for key, value in batch.items() if key != "labels"})
             on_batch()
             seen = int(_over_all_processes(n_tokens))
             widest = max(len(matrix) for matrix in sums.values())
@@ -107,6 +117,31 @@ def gram_matrices(
         for handle in handles:
             handle.remove()
     return {name: _gram(sums.pop(name), norms[name], seen, of_inputs[name]) for name in layers}
+
+
+class _AllSeen(Exception):
+    """Ends a forward pass."""
+
+
+def _calls_per_pass(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch) -> int | None:
+    """Return how often `layers` are called in one forward pass, from a very short one.
+
+    None where a pass must not be cut short: FSDP2 gathers and frees a block's weights around its whole forward pass.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    handles = [layer.register_forward_hook(count) for layer in layers.values()]
+    short = {key: value[:1, :2].to(PartialState().device) for key, value in batch.items() if key != "labels"}
+    model(**short)
+    for handle in handles:
+        handle.remove()
+    return calls
 
 
 def _gram(total: torch.Tensor, norms: torch.Tensor, n_tokens: int, of_inputs: bool) -> Gram:

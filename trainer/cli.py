@@ -54,7 +54,8 @@ def _train(argv: list[str]) -> int:
         for line in run.warnings():
             print(f"astra-train: {line}", file=sys.stderr)
         curve = run.result.curve
-        print(f"{args.out}: {config.method} of rank {config.rank}, loss {curve[0].loss:.3f} -> {curve[-1].loss:.3f}")
+        what = "full fine-tuning" if config.method == "full" else f"{config.method} of rank {config.rank}"
+        print(f"{args.out}: {what}, loss {curve[0].loss:.3f} -> {curve[-1].loss:.3f}")
         if run.forgetting:
             print(f"forgetting: {run.forgetting.change:+.3f} nats per token on text {run.forgetting.text}")
     return 0
@@ -67,7 +68,7 @@ def _analyze(argv: list[str]) -> int:
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder written by astra-train")
     parser.add_argument("--out", type=Path, help="the report's file (default: DIR/report.html)")
     args = parser.parse_args(argv)
-    from trainer.analyze import analyze
+    from trainer.analysis.page import analyze
 
     print(analyze(args.folder, args.out or args.folder / "report.html"))
     return 0

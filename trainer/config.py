@@ -103,7 +103,9 @@ class TrainConfig(BaseModel):
         False, description="with several processes: each holds a part of the base (FSDP2); the adapter is whole"
     )
     save_steps: int = Field(50, ge=1, description="a checkpoint to go on from after so many steps")
-    report_to: list[str] = Field([], description="trackers by name: tensorboard, wandb, trackio, ...")
+    report_to: list[str] = Field(
+        [], description="trackers by name: tensorboard (into runs/ beside the output), wandb, trackio, ..."
+    )
     push_to_hub: str | None = Field(None, description="hub repository (org/name) for the finished folder")
     seed: int = Field(0, ge=0, lt=2**32, description="two runs with the same seed on the same CPU are equal")
 

@@ -5,6 +5,7 @@ ordinary PEFT model; checkpoints, packing, trackers, evaluation and several proc
 """
 
 import math
+import os
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,12 +32,13 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from trainer.config import TrainConfig
 from trainer.data import Example
-from trainer.errors import Interrupted, TrainingError
+from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.evaluate import answers_match
 from trainer.unfinished import mark_complete
 
@@ -60,6 +62,15 @@ class Result:
     best_step: int | None
 
 
+def check_trackers(config: TrainConfig) -> None:
+    """Raise ConfigError when a tracker of `report_to` is unknown or not installed."""
+    available = get_available_reporting_integrations()
+    for name in config.report_to:
+        if name not in available:
+            there = ", ".join(sorted(available)) or "none"
+            raise ConfigError(f"report_to: {name!r} is unknown or not installed; installed are: {there}")
+
+
 def optimise(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -75,6 +86,8 @@ def optimise(
     With held-out rows the model ends as the best checkpoint. Raises TrainingError when the loss or a parameter is not
     finite, and Interrupted after SIGINT, when the step reached has been saved.
     """
+    # By itself TensorBoard writes into `folder`, which goes when the run has ended.
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.parent / "runs" / folder.stem))
     watch = _Watch(config, progress)
     trainer = _trainer(model, tokenizer, train, held_out, config, folder, watch)
     trainer.remove_callback(PrinterCallback)  # the progress bar shows the loss

@@ -133,36 +133,56 @@ def _plot_loss(file: Path, curve: Sequence[Point]) -> None:
     figure.savefig(file, dpi=120, metadata={"Software": None})
 
 
-def _card(run: Run) -> str:
-    config, origin, curve = run.config, run.origin, run.result.curve
-    tail = [point.loss for point in curve[-max(1, len(curve) // 10) :]]
-    method: str = config.method
-    if method == "astra":
-        b = "A and B trained" if config.train_b else "B frozen"
-        method = f"Astra, {config.subspace} subspace ({b}), arXiv 2602.19111"
-    facts = {
-        "method": method,
-        "rank": f"{config.rank}, scaling {config.scaling:g}, on {len(run.start.starts)} layers",
-        "data": f"{origin['data']['rows']} rows, {origin['data']['digest']}",
-        "base": f"{origin['base']['id']}, {origin['base']['digest']}",
-        "steps": f"{curve[-1].step} of {config.batch_size} rows, rate {config.learning_rate:g}, seed {config.seed}",
-        "loss": f"{curve[0].loss:.3f} at the first step, {sum(tail) / len(tail):.3f} over the last tenth",
+def facts(run: Run, ranks: Sequence[int]) -> dict[str, str]:
+    """Return what a reader asks first about a run whose adapted layers have `ranks` (none for a whole model)."""
+    base, data, config, curve = run.origin["base"], run.origin["data"], run.config, run.result.curve
+    found = {
+        "base": f"{base['id']}, {base['dtype']}, {base['digest']}",
+        "data": f"{data['file']}, {data['rows']} rows, {data['digest']}",
+        "method": config.method,
+        "rank": "none: the whole model was trained",
+        "steps": f"{config.steps} of {config.batch_size} rows, learning rate {config.learning_rate:g}, "
+        f"seed {config.seed}",
+        "loss": "not recorded in this folder",
+        "held out": "no rows were held out",
+        "forgetting": "not measured",
     }
-    if run.result.evaluations:
-        best = next(e for e in run.result.evaluations if e["step"] == run.result.best_step)
-        facts["held out"] = ", ".join(f"{key.removeprefix('eval_')} {value:.4g}" for key, value in best.items())
+    if config.method == "astra":
+        trained = "A and B trained" if config.train_b else "B frozen"
+        found["method"] = f"Astra, {config.subspace} subspace ({trained}), arXiv 2602.19111"
+    if ranks:
+        spread = f"{min(ranks)} to {max(ranks)} (mean {sum(ranks) / len(ranks):.3g})"
+        rank = str(ranks[0]) if min(ranks) == max(ranks) else spread
+        found["rank"] = f"{rank}, scaling {config.scaling:g}, on {len(ranks)} layers"
+    if curve:
+        tail = [point.loss for point in curve[-max(1, len(curve) // 10) :]]
+        last = sum(tail) / len(tail)
+        found["loss"] = f"{curve[0].loss:.3f} at the first step, {last:.3f} over the last tenth ({unit(run)})"
+        if curve[-1].step < config.steps:
+            found["steps"] = f"{curve[-1].step} (stopped early) of {found['steps']}"
+    for best in (e for e in run.result.evaluations if e["step"] == run.result.best_step):
+        values = (f"{key.removeprefix('eval_')} {value:.4g}" for key, value in best.items() if key != "step")
+        found["held out"] = f"{', '.join(values)} at step {best['step']}, the best"
     if run.forgetting:
         f = run.forgetting
-        facts["forgetting"] = f"{f.change:+.3f} nats per token ({f.before:.3f} -> {f.after:.3f}) on text {f.text}"
-    if config.method == "full":
-        del facts["rank"]
+        found["forgetting"] = f"{f.change:+.3f} nats per token ({f.before:.3f} to {f.after:.3f}) on text {f.text}"
+    return found
+
+
+def unit(run: Run) -> str:
+    """Return the unit of the run's loss."""
+    return "nats per row" if run.config.task == "classification" else "nats per target token"
+
+
+def _card(run: Run) -> str:
+    ranks = [len(start.a0) for start in run.start.starts.values()]
+    use = "Make a standard LoRA of it with `astra-convert THIS_FOLDER OUT_DIR`; every setting is in `astra.json`.\n"
+    if not ranks:
         use = "A whole model: transformers and vLLM load it as it is.\n"
-    else:
-        use = "Make a standard LoRA of it with `astra-convert THIS_FOLDER OUT_DIR`; every setting is in `astra.json`.\n"
     return CARD.format(
-        base=origin["base"]["id"],
-        title="Fine-tuned model" if config.method == "full" else "Adapter",
-        rows="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
+        base=run.origin["base"]["id"],
+        title="Adapter" if ranks else "Fine-tuned model",
+        rows="\n".join(f"| {key} | {value} |" for key, value in facts(run, ranks).items()),
         use=use,
         layers=_layer_table(run.start.spectra),
     )

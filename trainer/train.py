@@ -16,13 +16,13 @@ from converter import adapter_dir
 from converter.adapter_dir import AstraAdapter
 from trainer import report, unfinished
 from trainer.adapter import adapted_modules, adapter_layers, attach, target_layers, trained_head, whole_weight
-from trainer.base import load_base, load_tokenizer
+from trainer.base import language_model, load_base, load_tokenizer
 from trainer.config import TrainConfig
 from trainer.data import Batch, Example, classification_examples, digest, label_names, language_examples, read_rows
 from trainer.errors import ConfigError, DataError, TrainerError, TrainingError
 from trainer.evaluate import Forgetting, forgetting_batches, language_loss
 from trainer.initialise import Initialisation, calibration_batches, initialise, spectra_of
-from trainer.loop import optimise
+from trainer.loop import check_trackers, optimise
 from trainer.report import Run
 
 
@@ -46,6 +46,7 @@ def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progre
     adapter_dir.refuse_existing(out)
     if config.batch_size % (state.num_processes * config.gradient_accumulation):
         raise ConfigError(f"batch_size must be a multiple of processes ({state.num_processes}) x gradient_accumulation")
+    check_trackers(config)
     folder = adapter_dir.find_base(base)
     tokenizer = load_tokenizer(folder, config)
     rows = read_data(data, tokenizer, config)
@@ -60,10 +61,9 @@ def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progre
 
     with progress:
         calibration = calibration_batches(rows.train, tokenizer, config)
-        own_text = [] if config.task != "causal_lm" or not config.forgetting_rows else forgetting_batches(
-            model, tokenizer, config
-        )  # fmt: skip
-        loss_before = language_loss(model, own_text)
+        speaker = model if config.task == "causal_lm" else language_model(folder, config)
+        own_text = forgetting_batches(speaker, tokenizer, config) if speaker and config.forgetting_rows else []
+        loss_before = language_loss(speaker, own_text) if speaker else 0.0
         if going_on:
             start = unfinished.load(out)
         elif config.method == "full":
@@ -84,8 +84,13 @@ def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progre
             unfinished.remove(out, made)
             raise
 
-        own = config.forgetting_data or "written by the base"
-        forgetting = Forgetting(own, loss_before, language_loss(trained, own_text)) if own_text else None
+        forgetting = None
+        if own_text:
+            backbone = (trained.get_base_model() if layers else trained).base_model
+            speaker = trained if config.task == "causal_lm" else language_model(folder, config, backbone)
+            assert speaker is not None
+            own = config.forgetting_data or "written by the base"
+            forgetting = Forgetting(own, loss_before, language_loss(speaker, own_text))
         after = _spectra_after(trained, calibration, config, progress) if start.eigenvalues else {}
     run = Run(origin, config, start, result, forgetting, after)
     if state.is_main_process:
@@ -143,6 +148,6 @@ def _push(out: Path, repository: str) -> None:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=out)
-    except (OSError, ValueError) as error:  # the hub's errors are OSErrors and ValueErrors
+    except Exception as error:  # the hub's own, and those of its transport: whatever it was, the adapter is safe
         reason = str(error).strip().splitlines()[0]
         raise TrainerError(f"{out} is complete, but {repository} could not be pushed: {reason}") from error

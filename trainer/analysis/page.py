@@ -7,11 +7,11 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from converter.adapter_dir import CannotWrite
-from trainer import figures
-from trainer.figures import Curve, Picture
-from trainer.measures import Layer, measure
-from trainer.read_run import read_run
-from trainer.report import Run
+from trainer.analysis import figures
+from trainer.analysis.figures import Curve, Picture
+from trainer.analysis.measures import Layer, measure
+from trainer.analysis.read_run import read_run
+from trainer.report import Run, facts, unit
 
 _LEAST_START = 1e-4  # |A0| / |W| below this is round-off: A0 = 0
 
@@ -62,7 +62,7 @@ def analyze(folder: Path, out: Path) -> str:
     head, rows = _table(layers)
     page = templates.get_template("report.html.jinja").render(
         base=run.origin["base"]["id"],
-        facts=_facts(run, layers),
+        facts=facts(run, [layer.rank for layer in layers]),
         warnings=warnings,
         sections=sections,
         head=head,
@@ -74,43 +74,6 @@ def analyze(folder: Path, out: Path) -> str:
         raise CannotWrite(f"report {out} cannot be written: {error.strerror}") from error
     drawn = sum(len(section.pictures) for section in sections)
     return f"{out}: method {run.config.method}, {len(layers)} layers, {drawn} figures, warnings: {len(warnings)}"
-
-
-def _facts(run: Run, layers: Sequence[Layer]) -> dict[str, str]:
-    """Return the lines of the table at the top."""
-    base, data, config, curve = run.origin["base"], run.origin["data"], run.config, run.result.curve
-    facts = {
-        "base": f"{base['id']}, {base['dtype']}, {base['digest']}",
-        "data": f"{data['file']}, {data['rows']} rows, {data['digest']}",
-        "method": config.method,
-        "rank": "none: the whole model was trained",
-        "steps": f"{config.steps} of {config.batch_size} rows, "
-        f"learning rate {config.learning_rate:g}, seed {config.seed}",
-        "loss": "not recorded in this folder",
-        "held out": "no rows were held out",
-        "forgetting": "not measured",
-    }
-    if config.method == "astra":
-        trained = "A and B trained" if config.train_b else "B frozen"
-        facts["method"] = f"Astra, {config.subspace} subspace ({trained})"
-    if layers:
-        ranks = [layer.rank for layer in layers]
-        rank = f"{min(ranks)} to {max(ranks)} (mean {sum(ranks) / len(ranks):.3g})"
-        rank = f"{ranks[0]}" if min(ranks) == max(ranks) else rank
-        facts["rank"] = f"{rank}, scaling {config.scaling:g}, on {len(layers)} layers"
-    if curve:
-        tail = curve[-max(1, len(curve) // 10) :]
-        last = sum(point.loss for point in tail) / len(tail)
-        facts["loss"] = f"{curve[0].loss:.3f} at the first step, {last:.3f} over the last tenth ({_unit(run)})"
-        if curve[-1].step < config.steps:
-            facts["steps"] = f"{curve[-1].step} (stopped early) of {facts['steps']}"
-    for best in (e for e in run.result.evaluations if e["step"] == run.result.best_step):
-        values = (f"{key.removeprefix('eval_')} {value:.4g}" for key, value in best.items() if key != "step")
-        facts["held out"] = f"{', '.join(values)} at step {best['step']}, the best"
-    if run.forgetting:
-        f = run.forgetting
-        facts["forgetting"] = f"{f.change:+.3f} nats per token ({f.before:.3f} to {f.after:.3f}) on text {f.text}"
-    return facts
 
 
 def _unsettled(run: Run) -> list[str]:
@@ -133,7 +96,7 @@ def _training(run: Run) -> Section:
     text = "The training loss is that of each step's own batch."
     if result.best_step is not None:
         text += " The weights are those of the step that did best on the held-out rows."
-    pictures = figures.training(curve, result.evaluations, result.best_step, run.config.max_grad_norm, _unit(run))
+    pictures = figures.training(curve, result.evaluations, result.best_step, run.config.max_grad_norm, unit(run))
     return Section("Training", text, pictures)
 
 
@@ -181,13 +144,13 @@ def _moves(layers: Sequence[Layer]) -> Section:
         ("Size of delta W", "Frobenius norm", lambda layer: layer.delta_norm),
     )
     pictures = []
-    for name, unit, value in measured:
+    for name, axis, value in measured:
         series = {
             kind: [(layer.block, v) for layer in layers if layer.kind == kind and (v := value(layer)) is not None]
             for kind in _kinds(layers)
         }
         if any(series.values()):
-            pictures.append(figures.over_blocks(name, unit, series, log=True))
+            pictures.append(figures.over_blocks(name, axis, series, log=True))
     text = "Frobenius norms; delta W = s (B A - B0 A0). An A0 or B0 of zero has no relative move and is left out."
     return Section(title, text, pictures)
 
@@ -219,7 +182,3 @@ def _start_norm(value: float) -> float:
 
 def _kinds(layers: Iterable[Layer]) -> list[str]:
     return list(dict.fromkeys(layer.kind for layer in layers))
-
-
-def _unit(run: Run) -> str:
-    return "nats per row" if run.config.task == "classification" else "nats per target token"

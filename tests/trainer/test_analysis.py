@@ -14,15 +14,15 @@ import torch
 
 from converter.adapter_dir import AstraLayer, CannotWrite, MalformedAdapter, NotAnAdapter, load_astra
 from converter.delta import delta_weight
-from trainer.analyze import analyze
+from trainer.analysis.figures import Curve, chosen_range, groups, over_blocks, spectra
+from trainer.analysis.measures import delta_norm, kinds_of, measure
+from trainer.analysis.page import analyze
+from trainer.analysis.read_run import read_run
 from trainer.calibration import Gram
 from trainer.cli import main
 from trainer.config import Subspace
 from trainer.eigenspace import effective_rank, eigenvalues, spectrum, subspace
-from trainer.figures import Curve, chosen_range, groups, over_blocks, spectra
 from trainer.initialise import Estimate
-from trainer.measures import delta_norm, kinds_of, measure
-from trainer.read_run import read_run
 
 HOSTILE = "<img src=x onerror=alert(1)>&'\".jsonl"
 FAST = (

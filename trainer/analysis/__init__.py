@@ -1,0 +1,1 @@
+"""What a run did to each layer, read back from its folder: `astra-train analyze DIR`."""
