@@ -126,7 +126,7 @@ def _measured(
     for group in groups:
         cached = [gram_cache.fetch(cache, name, model.device) for name in group] if cache else []
         grams = {name: gram for name, gram in zip(group, cached, strict=False) if gram is not None}
-        if len(grams) < len(group):
+        if not _everywhere(len(grams) == len(group)):
             watch = (
                 None if cache or config.calibration_overlap == 1 else _Convergence(layers, ranks, config, convergence)
             )
@@ -164,10 +164,11 @@ class _Convergence:
         n_tokens = 0
         for name, gram in grams:
             n_tokens = gram.n_tokens
-            q = _subspace_once(name, gram, self._layers, self._ranks[name], self._config)
             d_out, d_in = self._layers[name].out_features, self._layers[name].in_features
-            null = self._config.subspace == "tail" and d_out - min(d_in, n_tokens) >= self._ranks[name]
-            if name in self._last and not null:
+            if self._config.subspace == "tail" and d_out - min(d_in, n_tokens) >= self._ranks[name]:
+                continue  # any basis of the null space is as good as another
+            q = _subspace_once(name, gram, self._layers, self._ranks[name], self._config)
+            if name in self._last:
                 overlaps.append(overlap(self._last[name], q))
             self._last[name] = q
         if overlaps:
@@ -198,6 +199,16 @@ def _once(layer: nn.Linear, shape: tuple[int, ...], compute: Callable[[torch.Ten
         result = result.to(state.device)
         distributed.broadcast(result, src=0)
     return result.cpu()
+
+
+def _everywhere(holds: bool) -> bool:
+    """Whether something holds in every process: they must all calibrate, or none."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return holds
+    in_all = torch.tensor(int(holds), device=state.device)
+    distributed.all_reduce(in_all, op=distributed.ReduceOp.MIN)
+    return bool(in_all)
 
 
 def _shapes(layers: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

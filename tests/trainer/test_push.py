@@ -32,7 +32,11 @@ class StubHub(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.committed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            answer = {"commitUrl": "https://huggingface.co/me/adapter/commit/1", "commitOid": "1", "pullRequestUrl": None}
+            answer = {
+                "commitUrl": "https://huggingface.co/me/adapter/commit/1",
+                "commitOid": "1",
+                "pullRequestUrl": None,
+            }
         self._answer(answer)
 
     def do_GET(self) -> None:

@@ -220,6 +220,7 @@ def test_a_classifier_learns_and_its_head_is_saved_and_converted(tiny_base, json
     adapter = load_astra(tmp_path / "out")
     assert set(adapter.head) == {"score.weight"}
     assert adapter.provenance["evaluations"][-1]["eval_accuracy"] > 0.9
+    assert adapter.provenance["forgetting"]["change"] != 0  # of the language model that the classifier is made from
     assert convert([str(tmp_path / "out"), str(tmp_path / "lora")]) == 0
     base = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=2)
     base.config.pad_token_id = 0
