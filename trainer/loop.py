@@ -34,13 +34,20 @@ from transformers import (
 )
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTConfig, SFTTrainer
 
 from trainer.config import TrainConfig
 from trainer.data import Example
 from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.evaluate import answers_match
 from trainer.unfinished import mark_complete
+
+_VLLM_LOGGING = "VLLM_LOGGING_LEVEL"
+_level = os.environ.get(_VLLM_LOGGING)
+from trl import SFTConfig, SFTTrainer  # noqa: E402
+
+if _level is None:
+    # Importing TRL silences vLLM through the environment: in every server, too, that this process starts.
+    os.environ.pop(_VLLM_LOGGING, None)
 
 
 @dataclass(frozen=True)
