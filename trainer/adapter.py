@@ -143,6 +143,7 @@ def peft_config(config: TrainConfig, base: str, ranks: Mapping[str, int]) -> Lor
         target_modules=sorted({name.rpartition(".")[2] for name in ranks}) if wanted == "all-linear" else wanted,
         init_lora_weights=False,
         task_type=_TASK_TYPES[config.task],
+        modules_to_save=list(_HEADS) if config.task == "classification" else None,
         base_model_name_or_path=base,
     )
 

@@ -97,6 +97,10 @@ def optimise(
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.parent / "runs" / folder.stem))
     watch = _Watch(config, progress)
     trainer = _trainer(model, tokenizer, train, held_out, config, folder, watch)
+    if config.quantization != "none":  # TRL has cast the adapter to bfloat16: too coarse for small steps
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     trainer.remove_callback(PrinterCallback)  # the progress bar shows the loss
     before = signal.signal(signal.SIGINT, watch.on_sigint)
     try:
