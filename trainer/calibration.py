@@ -31,9 +31,13 @@ class Gram:
     of_inputs: bool = False
 
 
-def is_tall(weight: torch.Tensor) -> bool:
+def is_tall(layer: nn.Linear) -> bool:
     """Whether a layer has more outputs than inputs, so that its outputs span only a part of their space."""
-    return weight.shape[0] > weight.shape[1]
+    return layer.out_features > layer.in_features  # a quantised weight's own shape is another
+
+
+def _narrower_side(layer: nn.Linear) -> int:
+    return min(layer.out_features, layer.in_features)
 
 
 def layer_groups(shapes: Mapping[str, tuple[int, int]], memory: int) -> Iterator[list[str]]:
@@ -73,10 +77,10 @@ def gram_matrices(
     float32 product would leave nothing of the tail but its own round-off.
     """
     state = PartialState()
-    of_inputs = {name: is_tall(_linear(layer).weight) for name, layer in layers.items()}
+    of_inputs = {name: is_tall(_linear(layer)) for name, layer in layers.items()}
     device = batches[0]["input_ids"].device
     sums = {
-        name: torch.zeros(2 * [min(_linear(layer).weight.shape)], dtype=torch.float64, device=state.device)
+        name: torch.zeros(2 * [_narrower_side(_linear(layer))], dtype=torch.float64, device=state.device)
         for name, layer in layers.items()
     }
     norms = {name: torch.zeros((), dtype=torch.float64, device=state.device) for name in layers}
