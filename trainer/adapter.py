@@ -129,7 +129,7 @@ def whole_weight(layer: nn.Linear) -> torch.Tensor:
         return weight.detach()
     state = getattr(layer, "state", None)
     if state is not None:  # bitsandbytes' 8 bits: PEFT's way moves the weight and loses its scales on a CPU
-        scales = getattr(weight, "SCB", None) if state.SCB is None else state.SCB
+        scales: Any = getattr(weight, "SCB", None) if state.SCB is None else state.SCB
         rescaled: torch.Tensor = weight.detach().float() * scales[:, None] / 127
         return rescaled
     whole: torch.Tensor = dequantize_module_weight(layer).detach()
