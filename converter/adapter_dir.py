@@ -252,7 +252,7 @@ def load_astra(folder: Path) -> AstraAdapter:
     """Read and validate an Astra adapter folder. Raises NotAnAdapter and MalformedAdapter."""
     if (folder / LORA_WEIGHTS).is_file() and not (folder / ASTRA_WEIGHTS).is_file():
         raise NotAnAdapter(f"{folder} holds a LoRA already: an Astra adapter folder has {ASTRA_WEIGHTS}")
-    config, provenance = _read_json(folder, CONFIG), _read_json(folder, PROVENANCE)
+    config, provenance = read_json(folder, CONFIG), read_json(folder, PROVENANCE)
     if provenance.get("format") != ASTRA_FORMAT:
         raise MalformedAdapter(f"{folder / PROVENANCE} has format {provenance.get('format')!r}, not {ASTRA_FORMAT!r}")
     match provenance.get("base"):
@@ -283,12 +283,12 @@ def read_lora_header(folder: Path) -> LoraHeader:
     """Read and check what a LoRA folder is without reading its weights. Raises NotAnAdapter and MalformedAdapter."""
     if (folder / ASTRA_WEIGHTS).is_file():
         raise NotAnAdapter(f"{folder} is an Astra adapter: convert it first (astra-convert {folder} OUT_DIR)")
-    config = _read_json(folder, CONFIG)
+    config = read_json(folder, CONFIG)
     _check_config(folder, config)
     for key, plain in (("use_dora", False), ("bias", "none"), ("modules_to_save", None)):
         if config.get(key) not in (plain, None):
             raise MalformedAdapter(f"{folder / CONFIG} has {key}={config[key]!r}: the engine serves plain LoRA only")
-    base = _read_json(folder, PROVENANCE).get("base") if (folder / PROVENANCE).is_file() else None
+    base = read_json(folder, PROVENANCE).get("base") if (folder / PROVENANCE).is_file() else None
     file = _file(folder, LORA_WEIGHTS)
     halves: dict[str, dict[str, list[int]]] = {}
     try:
@@ -333,7 +333,8 @@ def _file(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _read_json(folder: Path, name: str) -> Json:
+def read_json(folder: Path, name: str) -> Json:
+    """Return the JSON object in a file of an adapter folder. Raises NotAnAdapter and MalformedAdapter."""
     file = _file(folder, name)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from converter.adapter_dir import ASTRA_WEIGHTS, PROVENANCE, AstraAdapter, Json, MalformedAdapter, load_astra
+from converter.adapter_dir import ASTRA_WEIGHTS, PROVENANCE, AstraAdapter, Json, MalformedAdapter, load_astra, read_json
 from trainer.config import TrainConfig
 from trainer.eigenspace import Spectrum
 from trainer.evaluate import Forgetting
@@ -74,16 +74,10 @@ def read_run(folder: Path) -> tuple[Run, AstraAdapter | None]:
 
 def _whole_model(folder: Path) -> Json | None:
     """Return the provenance of a folder whose model was trained itself; None for any other folder."""
-    file = folder / PROVENANCE
-    if not file.is_file():
+    if not (folder / PROVENANCE).is_file():
         return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MalformedAdapter(f"{file} is not JSON: {error}") from error
-    except OSError as error:
-        raise MalformedAdapter(f"{file} cannot be read: {error.strerror}") from error
-    return content if isinstance(content, dict) and content.get("format") == _FULL_FORMAT else None
+    content = read_json(folder, PROVENANCE)
+    return content if content.get("format") == _FULL_FORMAT else None
 
 
 def _curve(folder: Path) -> list[Point]:
