@@ -7,7 +7,8 @@ ordinary PEFT model; checkpoints, packing, trackers, evaluation and several proc
 import math
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.evaluate import answers_match
 from trainer.unfinished import mark_complete
 
+_TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 _VLLM_LOGGING = "VLLM_LOGGING_LEVEL"
 _level = os.environ.get(_VLLM_LOGGING)
 from trl import SFTConfig, SFTTrainer  # noqa: E402
@@ -93,10 +95,9 @@ def optimise(
     With held-out rows the model ends as the best checkpoint. Raises TrainingError when the loss or a parameter is not
     finite, and Interrupted after SIGINT, when the step reached has been saved.
     """
-    # By itself TensorBoard writes into `folder`, which goes when the run has ended.
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.parent / "runs" / folder.stem))
     watch = _Watch(config, progress)
-    trainer = _trainer(model, tokenizer, train, held_out, config, folder, watch)
+    with _tensorboard_folder(folder.parent / "runs" / folder.stem):
+        trainer = _trainer(model, tokenizer, train, held_out, config, folder, watch)
     if config.quantization != "none":  # TRL has cast the adapter to bfloat16: too coarse for small steps
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -121,6 +122,18 @@ def optimise(
         ],
         trainer.state.best_global_step if held_out else None,
     )
+
+
+@contextmanager
+def _tensorboard_folder(folder: Path) -> Iterator[None]:
+    """Let TensorBoard write to `folder` unless the user chose one: its own choice goes when the run has ended."""
+    chosen = _TENSORBOARD in os.environ
+    os.environ.setdefault(_TENSORBOARD, str(folder))
+    try:
+        yield
+    finally:
+        if not chosen:
+            del os.environ[_TENSORBOARD]
 
 
 class _ExactMatchTrainer(SFTTrainer):

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from converter import adapter_dir
 from converter.adapter_dir import AstraAdapter
 from trainer import report, unfinished
-from trainer.adapter import adapted_modules, adapter_layers, attach, target_layers, trained_head, whole_weight
+from trainer.adapter import ADAPTER, adapted_modules, adapter_layers, attach, target_layers, trained_head, whole_weight
 from trainer.base import language_model, load_base, load_tokenizer
 from trainer.config import TrainConfig
 from trainer.data import Batch, Example, classification_examples, digest, label_names, language_examples, read_rows
@@ -96,7 +96,7 @@ def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progre
     if state.is_main_process:
         with adapter_dir.new_folder(out) as finished:
             if isinstance(trained, PeftModel):
-                settings = {**trained.peft_config["default"].to_dict(), "base_model_name_or_path": base}
+                settings = {**trained.peft_config[ADAPTER].to_dict(), "base_model_name_or_path": base}
                 adapter = AstraAdapter(adapter_layers(trained), settings, run.provenance(), trained_head(trained))
                 adapter_dir.save_astra(finished, adapter)
             else:
