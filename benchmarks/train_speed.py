@@ -119,7 +119,9 @@ def build(model: str, form: str, device: str) -> tuple[nn.Module, Callable[[], N
         adapted = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names))
     else:
         bases = {n: torch.linalg.qr(torch.randn(layer.out_features, RANK)).Q for n, layer in layers.items()}
-        adapted = attach(base, {name: astra_start(layers[name], q) for name, q in bases.items()}, config)
+        adapted = attach(
+            base, {name: astra_start(layers[name].weight.detach(), q) for name, q in bases.items()}, config
+        )
         for layer in adapted.modules():
             if isinstance(layer, LoraLayer):
                 exact = layer.lora_variant[ADAPTER]

@@ -75,16 +75,17 @@ def initialise(
     values: dict[str, torch.Tensor] = {}
     if config.rank_allocation != "none":
         for name, gram in _measured(model, layers, ranks, calibration, config, base_digest, progress, []):
-            values[name] = _eigenvalues_once(gram, layers[name])
+            values[name] = _eigenvalues_once(gram, whole_weight(layers[name]))
         ranks = allocated_ranks(values, shapes, config)
 
     found = Initialisation({}, eigenvalues=values)
     for name, gram in _measured(model, layers, ranks, calibration, config, base_digest, progress, found.convergence):
-        q = _subspace_once(name, gram, layers, ranks[name], config)
-        found.starts[name] = astra_start(layers[name], q)
-        found.spectra[name] = spectrum(gram, whole_weight(layers[name]), q)
+        weight = whole_weight(layers[name])  # every process takes part when the base is sharded
+        q = _subspace_once(gram, weight, ranks[name], config, list(layers).index(name))
+        found.starts[name] = astra_start(weight, q)
+        found.spectra[name] = spectrum(gram, weight, q)
         if config.spectra and name not in values:
-            values[name] = _eigenvalues_once(gram, layers[name])
+            values[name] = _eigenvalues_once(gram, weight)
         progress.advance(bar)
     return found
 
@@ -167,7 +168,8 @@ class _Convergence:
             d_out, d_in = self._layers[name].out_features, self._layers[name].in_features
             if self._config.subspace == "tail" and d_out - min(d_in, n_tokens) >= self._ranks[name]:
                 continue  # any basis of the null space is as good as another
-            q = _subspace_once(name, gram, self._layers, self._ranks[name], self._config)
+            weight = whole_weight(self._layers[name])
+            q = _subspace_once(gram, weight, self._ranks[name], self._config, list(self._layers).index(name))
             if name in self._last:
                 overlaps.append(overlap(self._last[name], q))
             self._last[name] = q
@@ -176,25 +178,20 @@ class _Convergence:
         return bool(overlaps) and min(overlaps) >= self._config.calibration_overlap
 
 
-def _subspace_once(
-    name: str, gram: Gram, layers: Mapping[str, nn.Linear], rank: int, config: TrainConfig
-) -> torch.Tensor:
-    seed = config.seed * 1_000_003 + list(layers).index(name)  # its own for each layer, whatever the groups
-    generator = torch.Generator().manual_seed(seed)
-    layer = layers[name]
-    shape = (layer.out_features, rank)
-    return _once(layer, shape, lambda weight: subspace(gram, weight, rank, config.subspace, generator))
+def _subspace_once(gram: Gram, weight: torch.Tensor, rank: int, config: TrainConfig, place: int) -> torch.Tensor:
+    """Return Q; what is random in it depends on the layer's `place` among all, whatever the groups."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + place)
+    return _once((len(weight), rank), lambda: subspace(gram, weight, rank, config.subspace, generator))
 
 
-def _eigenvalues_once(gram: Gram, layer: nn.Linear) -> torch.Tensor:
-    return _once(layer, (len(gram.matrix),), lambda weight: eigenvalues(gram, weight).float())
+def _eigenvalues_once(gram: Gram, weight: torch.Tensor) -> torch.Tensor:
+    return _once((len(gram.matrix),), lambda: eigenvalues(gram, weight).float())
 
 
-def _once(layer: nn.Linear, shape: tuple[int, ...], compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Return compute(W), float32 of `shape` on the CPU, computed by the main process and broadcast."""
-    weight = whole_weight(layer)  # every process takes part when the base is sharded
+def _once(shape: tuple[int, ...], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Return compute(), float32 of `shape` on the CPU, computed by the main process and broadcast."""
     state = PartialState()
-    result = compute(weight) if state.is_main_process else torch.empty(shape)
+    result = compute() if state.is_main_process else torch.empty(shape)
     if state.num_processes > 1:
         result = result.to(state.device)
         distributed.broadcast(result, src=0)

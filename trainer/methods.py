@@ -25,9 +25,9 @@ _LEFT_BY_PEFT = ("eigens", "_peft_loraga_grad")  # what its calibrations leave o
 
 
 @torch.no_grad()
-def astra_start(layer: nn.Linear, q: torch.Tensor) -> Start:
-    """Return A0 = Q^T W and B0 = Q for Q (d_out, r) (paper section 3.2)."""
-    return Start(a0=(q.to(layer.weight.device).T @ whole_weight(layer).float()).cpu(), b0=q)
+def astra_start(weight: torch.Tensor, q: torch.Tensor) -> Start:
+    """Return A0 = Q^T W and B0 = Q for W (d_out, d_in) and Q (d_out, r) (paper section 3.2)."""
+    return Start(a0=(q.to(weight.device).T @ weight.float()).cpu(), b0=q)
 
 
 def other_starts(

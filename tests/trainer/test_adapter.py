@@ -25,7 +25,7 @@ def random_starts(model: PreTrainedModel, config: TrainConfig) -> dict[str, Star
     torch.manual_seed(1)
     layers = target_layers(model, config)
     bases = {name: torch.linalg.qr(torch.randn(layer.weight.shape[0], config.rank)).Q for name, layer in layers.items()}
-    return {name: astra_start(layers[name], q) for name, q in bases.items()}
+    return {name: astra_start(whole_weight(layers[name]), q) for name, q in bases.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
