@@ -39,13 +39,13 @@ from trainer.calibration import layer_groups
 from trainer.config import TrainConfig
 
 REPEATS = {"ours": 3, "ours_with_spectra": 3, "keep_everything": 1, "corda": 1, "eva": 2, "eigensolver": 3}
-MEMORY_GIB = (2, 4, 8, 16, 32)  # of Gram matrices: more takes fewer passes
+MEMORY_GIB = (1, 2, 4, 8, 16, 32)  # of Gram matrices: more makes fewer groups of layers
 QUICK_HEAD_DIM = 24  # 768 wide: as narrow as can be with the same code
 TARGETS = {"keep_everything.time_ratio": 3, "keep_everything.peak_memory_ratio": 10}
 _OURS = (
-    "time: layers x measured, and half a pass through the whole model for each further group of layers that "
-    "calibration_memory makes; peak: measured, with the Gram matrices of the largest group for those of one layer, "
-    "and every other layer's A0, B0"
+    "time: layers x measured, and one layer's forward pass for each further group of layers that calibration_memory "
+    "makes; peak: measured, with the Gram matrices of the largest group for those of one layer, every other layer's "
+    "A0, B0 and, between groups, one layer's bfloat16 output for all tokens"
 )
 HOW = {
     "ours": _OURS,
@@ -153,8 +153,8 @@ def whole_model(contestant: str, one: Mapping[str, float], shape: Shape, memory:
     (few, small), (many, large) = (groups(shape, layers, memory) for layers in (1, shape.layers))
     a_pass = one["forward_s"] * one["passes"] / few  # calibration may stop before it has seen all batches
     return {
-        "whole_s": seconds + (many - few) / 2 * shape.layers * a_pass,  # a pass ends with its group: half on average
-        "whole_peak_gib": peak + (large - small) / GIB,
+        "whole_s": seconds + (many - few) * a_pass,  # the layer in which a group ends is computed twice
+        "whole_peak_gib": peak + (large - small + (many > few) * 2 * shape.rows * shape.length * shape.hidden) / GIB,
         "groups": many,
     }
 
@@ -217,7 +217,7 @@ def show(result: dict[str, Any]) -> None:
     Console(width=max(console.width, 110)).print(table)
     for row in (row for row in rows if row["contestant"] == "ours"):
         for size, found in row["by_calibration_memory_gib"].items():
-            figures = f"{found['groups']:.0f} passes, {found['whole_s']:,.0f} s, {found['whole_peak_gib']:.1f} GiB"
+            figures = f"{found['groups']:.0f} groups, {found['whole_s']:,.0f} s, {found['whole_peak_gib']:.1f} GiB"
             console.print(f"{row['model']}, ours with calibration_memory={size}GiB: {figures}", highlight=False)
     for name, how in {row["contestant"]: row["extrapolation"] for row in rows}.items():
         console.print(f"all layers, {name}: {how}", highlight=False)

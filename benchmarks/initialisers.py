@@ -33,6 +33,7 @@ from trainer.config import TrainConfig
 from trainer.data import Batch
 from trainer.eigenspace import subspace
 from trainer.initialise import initialise
+from trainer.passes import Passes
 
 SEED, RANK, BATCHES, GIB = 0, 16, 8, 2**30
 EVA_PASSES = 10  # vectors of nearly the same eigenvalue can keep EVA from converging for ever: then it is stopped here
@@ -228,7 +229,7 @@ def eigensolver(shape: Shape, _: str = "") -> dict[str, float]:
     PartialState(cpu=True)
     model, batches = build(shape)
     layer = model.get_submodule("layers.0.self_attn.q_proj")
-    gram = gram_matrices(model, {"q_proj": layer}, batches)["q_proj"]
+    gram = gram_matrices(Passes(model, batches), {"q_proj": layer})["q_proj"]
     square = torch.randn(600, 600, dtype=torch.float64)  # wide enough for the same code
     subspace(replace(gram, matrix=square @ square.T), square, RANK, "tail", torch.Generator().manual_seed(SEED))
     torch.linalg.eigh(square @ square.T)

@@ -3,8 +3,7 @@
 Processes share the batches and add their sums up; every process ends with the same matrices.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -12,9 +11,9 @@ from typing import cast
 import torch
 from accelerate import PartialState
 from torch import distributed, nn
-from torch.distributed.tensor import DTensor
 
-from trainer.data import IGNORED, Batch
+from trainer.data import IGNORED
+from trainer.passes import Passes
 
 
 @dataclass(frozen=True)
@@ -60,57 +59,47 @@ def layer_groups(shapes: Mapping[str, tuple[int, int]], memory: int) -> Iterator
 
 @torch.no_grad()
 def gram_matrices(
-    model: nn.Module,
+    passes: Passes,
     layers: Mapping[str, nn.Module],
-    batches: Sequence[Batch],
     *,
     answers_only: bool = False,
     on_batch: Callable[[], None] = lambda: None,
     is_enough: Callable[[Iterator[tuple[str, Gram]]], bool] = lambda _: False,
 ) -> dict[str, Gram]:
-    """Run `batches` through `model` and return the Gram matrix of each of `layers` (linear, plain or adapted).
+    """Run the batches of `passes` through the model and return the Gram matrix of each of `layers` (linear or adapted).
 
-    A forward pass ends as soon as the last of `layers` has been seen: a group of early layers costs little. Padding is
-    masked out; with `answers_only` also every token that the loss does not look at. After 1, 2, 4, ...
+    Padding is masked out; with `answers_only` also every token that the loss does not look at. After 1, 2, 4, ...
     rounds of batches, once there are as many tokens as the widest matrix has rows, `is_enough` is asked whether to
     stop. Products are taken in float64: eigenvalues span many orders of magnitude, and below 1e-7 of the largest one a
     float32 product would leave nothing of the tail but its own round-off.
     """
     state = PartialState()
     of_inputs = {name: is_tall(_linear(layer)) for name, layer in layers.items()}
-    device = batches[0]["input_ids"].device
     sums = {
         name: torch.zeros(2 * [_narrower_side(_linear(layer))], dtype=torch.float64, device=state.device)
         for name, layer in layers.items()
     }
     norms = {name: torch.zeros((), dtype=torch.float64, device=state.device) for name in layers}
     n_tokens = torch.zeros((), dtype=torch.int64, device=state.device)
-    real = torch.empty(0, device=device)  # which positions of the running batch count
-    calls, calls_per_pass = 0, _calls_per_pass(model, layers, batches[0])
+    real = torch.empty(0, device=state.device)  # which positions of the running batch count
 
     def add(name: str, layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        nonlocal calls
         bias = _linear(layer).bias
         y = (output if bias is None else output - bias).flatten(0, -2)[real]  # (n_real, d_out)
         z = inputs[0].flatten(0, -2)[real].double() if of_inputs[name] else y.double()
         sums[name] += z.T @ z
         norms[name] += y.float().square().sum(dtype=torch.float64)
-        calls += 1
-        if calls == calls_per_pass:
-            raise _AllSeen
 
     handles = [layer.register_forward_hook(partial(add, name)) for name, layer in layers.items()]
-    rounds = -(-len(batches) // state.num_processes)
+    rounds = -(-len(passes.batches) // state.num_processes)
     try:
         for number in range(rounds):
             index = number * state.num_processes + state.process_index
-            batch = {key: value.to(state.device) for key, value in batches[index % len(batches)].items()}
+            batch = passes.batches[index % len(passes.batches)]
             real = (batch["labels"] != IGNORED if answers_only else batch["attention_mask"].bool()).flatten()
-            real &= index < len(batches)  # every process runs every round: a sharded base needs all of them
-            n_tokens += real.sum()
-            calls = 0
-            with suppress(_AllSeen):
-                model(**{key: value for key, value in batch.items() if key != "labels"})
+            real = (real & (index < len(passes.batches))).to(state.device)  # every process runs every round: a
+            n_tokens += real.sum()  # sharded base needs all of them
+            passes.run(index % len(passes.batches), layers.values())
             on_batch()
             seen = int(_over_all_processes(n_tokens))
             widest = max(len(matrix) for matrix in sums.values())
@@ -121,31 +110,6 @@ def gram_matrices(
         for handle in handles:
             handle.remove()
     return {name: _gram(sums.pop(name), norms[name], seen, of_inputs[name]) for name in layers}
-
-
-class _AllSeen(Exception):
-    """Ends a forward pass."""
-
-
-def _calls_per_pass(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch) -> int | None:
-    """Return how often `layers` are called in one forward pass, from a very short one.
-
-    None where a pass must not be cut short: FSDP2 gathers and frees a block's weights around its whole forward pass.
-    """
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return None
-    calls = 0
-
-    def count(*_: object) -> None:
-        nonlocal calls
-        calls += 1
-
-    handles = [layer.register_forward_hook(count) for layer in layers.values()]
-    short = {key: value[:1, :2].to(PartialState().device) for key, value in batch.items() if key != "labels"}
-    model(**short)
-    for handle in handles:
-        handle.remove()
-    return calls
 
 
 def _gram(total: torch.Tensor, norms: torch.Tensor, n_tokens: int, of_inputs: bool) -> Gram:

@@ -77,7 +77,7 @@ class TrainConfig(BaseModel):
     calibration_rows: int = Field(128, ge=1, description="training rows whose activations are measured before training")
     calibration_answers_only: bool = Field(False, description="measure only at tokens that the loss looks at")
     calibration_memory: ByteSize = Field(
-        ByteSize(2**31), description="what Gram matrices may hold at once, as 2GiB; less means more passes"
+        ByteSize(2**31), description="what Gram matrices may hold at once, as 2GiB; less is slower"
     )
     calibration_overlap: float = Field(
         0.99,

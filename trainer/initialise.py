@@ -26,6 +26,7 @@ from trainer.config import TrainConfig
 from trainer.data import Batch, Example, batches, digest
 from trainer.eigenspace import Spectrum, eigenvalues, overlap, spectrum, subspace
 from trainer.methods import astra_start, other_starts
+from trainer.passes import Passes
 from trainer.ranks import allocated_ranks, fixed_ranks
 
 
@@ -101,10 +102,11 @@ def spectra_of(
     """Return all eigenvalues of the outputs of `layers`, whose weights with their adapters `weight_of` gives."""
     groups = list(layer_groups(_shapes(layers), config.calibration_memory))
     bar = progress.add_task("spectra", total=len(groups) * _rounds(calibration))
+    passes = Passes(model, calibration)
     found = {}
     for group in groups:
         chosen = {name: layers[name] for name in group}
-        grams = gram_matrices(model, chosen, calibration, on_batch=partial(progress.advance, bar))
+        grams = gram_matrices(passes, chosen, on_batch=partial(progress.advance, bar))
         for name in group:
             found[name] = eigenvalues(grams.pop(name), weight_of(name)).float()
     return found
@@ -124,6 +126,7 @@ def _measured(
     groups = list(layer_groups(_shapes(layers), config.calibration_memory))
     bar = progress.add_task("calibration", total=len(groups) * _rounds(calibration))
     cache = _cache(calibration, config, base_digest, str(model.dtype))
+    passes = Passes(model, calibration)
     for group in groups:
         cached = [gram_cache.fetch(cache, name, model.device) for name in group] if cache else []
         grams = {name: gram for name, gram in zip(group, cached, strict=False) if gram is not None}
@@ -132,9 +135,8 @@ def _measured(
                 None if cache or config.calibration_overlap == 1 else _Convergence(layers, ranks, config, convergence)
             )
             grams = gram_matrices(
-                model,
+                passes,
                 {name: layers[name] for name in group},
-                calibration,
                 answers_only=config.calibration_answers_only,
                 on_batch=partial(progress.advance, bar),
                 is_enough=watch or (lambda _: False),

@@ -30,7 +30,7 @@ class Plan:
     adapter_memory: int  # the start, the moves, their gradients and AdamW's two moments
     calibration_memory: int
     activation_memory: int  # an estimate from the adapted layers' inputs and outputs
-    calibration_passes: int
+    calibration_groups: int
     calibration_tokens: int
     converted_rank: int | None  # none for a whole model
     epochs: float
@@ -67,7 +67,7 @@ def plan(base: str, data: str, config: TrainConfig) -> Plan:
         activation_memory=round(
             micro * longest * sum(d_in + d_out for d_out, d_in in shapes.values()) * _BYTES[stored]
         ),
-        calibration_passes=len(groups) if needs_gram else 0,
+        calibration_groups=len(groups) if needs_gram else 0,
         calibration_tokens=n_tokens,
         converted_rank=None if full else _converted_rank(config, max(ranks.values())),
         epochs=config.steps * config.batch_size / len(rows.train),
@@ -87,7 +87,7 @@ def show(found: Plan, config: TrainConfig, console: Console) -> None:
         "trainable parameters": f"{found.trainable:,}",
         "converted rank": "none: a whole model" if found.converted_rank is None else str(found.converted_rank),
         "steps": f"{config.steps} of {config.batch_size} rows: {found.epochs:.1f} times through the data",
-        "calibration": f"{found.calibration_tokens:,} tokens, {found.calibration_passes} passes",
+        "calibration": f"{found.calibration_tokens:,} tokens, layers in {found.calibration_groups} groups",
         "memory, about": f"{_size(memory)}: base {_size(found.base_memory)}, adapter and optimizer "
         f"{_size(found.adapter_memory)}, then Gram matrices {_size(found.calibration_memory)} or activations "
         f"{_size(found.activation_memory)}",

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from trainer.calibration import Gram, gram_matrices, layer_groups
 from trainer.data import IGNORED, Batch, Example, batches
+from trainer.passes import Passes
 
 LAYER = "model.layers.1.mlp.down_proj"  # 32 outputs of 48 inputs
 TALL = "model.layers.1.mlp.up_proj"  # 48 outputs of 32 inputs
@@ -34,7 +35,7 @@ def pad(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[Example], int], li
 
 
 def gram(model: PreTrainedModel, rows: list[Batch], name: str = LAYER) -> torch.Tensor:
-    return gram_matrices(model, {name: model.get_submodule(name)}, rows)[name].matrix
+    return gram_matrices(Passes(model, rows), {name: model.get_submodule(name)})[name].matrix
 
 
 def seen(model: PreTrainedModel, rows: list[Example], name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,7 +63,7 @@ def test_gram_matrix_is_the_second_moment_of_the_outputs_of_real_tokens(model, p
 def test_of_a_tall_layer_the_inputs_are_measured_and_give_the_outputs_second_moment(model, pad) -> None:
     rows = examples([7, 3, 12])
     layer = model.get_submodule(TALL)
-    found = gram_matrices(model, {TALL: layer}, pad(rows, 2))[TALL]
+    found = gram_matrices(Passes(model, pad(rows, 2)), {TALL: layer})[TALL]
     x, y = seen(model, rows, TALL)
     assert found.of_inputs
     torch.testing.assert_close(found.matrix, x.T @ x / 22, rtol=1e-4, atol=1e-6)
@@ -77,7 +78,7 @@ def test_answer_tokens_alone_are_measured_where_that_is_asked_for(model, pad) ->
         row["labels"] = [IGNORED, IGNORED, *row["input_ids"][2:]]
     _, y = seen(model, rows, LAYER)
     answers = torch.cat([y[2:7], y[9:10]])
-    found = gram_matrices(model, {LAYER: model.get_submodule(LAYER)}, pad(rows, 2), answers_only=True)[LAYER]
+    found = gram_matrices(Passes(model, pad(rows, 2)), {LAYER: model.get_submodule(LAYER)}, answers_only=True)[LAYER]
     assert found.n_tokens == 6
     torch.testing.assert_close(found.matrix, answers.T @ answers / 6, rtol=1e-5, atol=1e-9)
 
@@ -90,7 +91,7 @@ def test_calibration_may_stop_after_1_2_4_rounds_once_there_are_as_many_tokens_a
         return len(asked) == 2
 
     layer = {LAYER: model.get_submodule(LAYER)}
-    found = gram_matrices(model, layer, pad(examples([20] * 16), 1), is_enough=enough)[LAYER]
+    found = gram_matrices(Passes(model, pad(examples([20] * 16), 1)), layer, is_enough=enough)[LAYER]
     assert asked == [40, 80]  # not after 20 tokens: the matrix has 32 rows
     assert found.n_tokens == 80
 
@@ -120,7 +121,7 @@ def test_the_layers_bias_is_left_out(pad) -> None:
 
     model = OneLayer()
     rows = [{"input_ids": [0, 1, 2, 3], "labels": [0, 1, 2, 3]}]
-    found = gram_matrices(model, {"layer": model.layer}, pad(rows, 1))["layer"]
+    found = gram_matrices(Passes(model, pad(rows, 1)), {"layer": model.layer})["layer"]
     torch.testing.assert_close(
         found.matrix, (model.layer.weight @ model.layer.weight.T).double() / 4, rtol=1e-5, atol=1e-6
     )
@@ -142,7 +143,7 @@ def test_a_layer_that_sees_its_rows_flattened_is_masked_alike(pad) -> None:
 
     model = Flattening()
     rows = [{"input_ids": [0, 1], "labels": [0, 1]}, {"input_ids": [2, 3, 3], "labels": [2, 3, 3]}]
-    found = gram_matrices(model, {"layer": model.layer}, pad(rows, 2))["layer"]
+    found = gram_matrices(Passes(model, pad(rows, 2)), {"layer": model.layer})["layer"]
     w = model.layer.weight.double().T[[0, 1, 2, 3, 3]]
     torch.testing.assert_close(found.matrix, w.T @ w / 5, rtol=1e-5, atol=1e-6)
 
