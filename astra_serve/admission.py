@@ -7,9 +7,8 @@ from pathlib import Path
 
 from astra_serve.errors import ServeError
 from converter import adapter_dir
+from converter.adapter_dir import ENGINE_RANKS
 
-# What the engine accepts as its maximum rank (vllm.config.lora.MaxLoRARanks); every slot is padded to it.
-ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -52,7 +51,7 @@ def admit(base: str, adapters: Iterable[tuple[str, Path]]) -> list[Admitted]:
             raise ServeError(f"adapter {name!r} has the base's name: requests for the base would get the adapter")
         header = adapter_dir.read_lora_header(folder)
         adapter_dir.check_base(folder, header.base_digest, base_digest)
-        adapter_dir.check_shapes(folder, header, base_shapes)
+        adapter_dir.check_shapes(folder, header.shapes, base_shapes)
         if header.rank > ENGINE_RANKS[-1]:
             raise ServeError(f"adapter {name!r} has rank {header.rank}; the engine serves at most {ENGINE_RANKS[-1]}")
         admitted[name] = Admitted(name, folder.resolve(), header.rank)

@@ -8,11 +8,8 @@ change itself, and the error is bfloat16's own rounding, 0.2 %.
 """
 
 import torch
-from torch.nn import functional as F
 
-from converter.adapter_dir import AdapterError, AstraAdapter, AstraLayer, Json, LoraAdapter
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from converter.adapter_dir import AstraLayer
 
 
 def delta_weight(layer: AstraLayer, scaling: float) -> torch.Tensor:
@@ -32,29 +29,3 @@ def lora_factors(layer: AstraLayer, scaling: float) -> tuple[torch.Tensor, torch
     if not layer.b0.any():
         return layer.a, scaling * d_b
     return torch.cat([layer.a, d_a]), scaling * torch.cat([d_b, layer.b0], dim=1)
-
-
-def to_lora(adapter: AstraAdapter, dtype: torch.dtype) -> LoraAdapter:
-    """Return the standard LoRA of `adapter`, its factors rounded to `dtype`, the scaling baked into lora_B.
-
-    Engines read r and lora_alpha once per adapter, so lora_alpha = r, and layers of a smaller rank than the largest are
-    padded with zeros. Raises AdapterError when a factor overflows `dtype`.
-    """
-    factors = {module: lora_factors(layer, adapter.scaling) for module, layer in adapter.layers.items()}
-    rank = max(len(lora_a) for lora_a, _ in factors.values())
-    layers = {}
-    for module, (lora_a, lora_b) in factors.items():
-        missing = rank - len(lora_a)
-        padded = F.pad(lora_a, (0, 0, 0, missing)).to(dtype), F.pad(lora_b, (0, missing)).to(dtype)
-        if not all(factor.isfinite().all() for factor in padded):
-            raise AdapterError(f"{module} overflows {dtype}: convert with --dtype float32 or bfloat16")
-        layers[module] = padded
-    patterns: Json = {"rank_pattern": {}, "alpha_pattern": {}}
-    config: Json = {**adapter.config, **patterns, "r": rank, "lora_alpha": rank, "use_rslora": False}
-    config["inference_mode"] = True
-    head = {name: tensor.to(dtype) for name, tensor in adapter.head.items()}
-    if head:
-        config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in head})
-    source: Json = {key: adapter.provenance[key] for key in ("base", "method") if key in adapter.provenance}
-    provenance: Json = {**source, "dtype": str(dtype).removeprefix("torch.")}
-    return LoraAdapter(layers, config, provenance, head)

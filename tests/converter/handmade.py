@@ -2,7 +2,9 @@
 
 import torch
 
-from converter.adapter_dir import AstraAdapter, AstraLayer
+from converter.adapter_dir import AstraAdapter, AstraLayer, LoraAdapter, Shape
+from converter.sources import Source, astra_source
+from converter.stored import choose_rank, stored_lora
 
 
 def make_layer(d_out: int, d_in: int, rank: int, move: float, seed: int = 0, train_b: bool = True) -> AstraLayer:
@@ -25,3 +27,15 @@ def make_adapter(layers: dict[str, AstraLayer], alpha: float | None = None) -> A
     config = {"r": rank, "lora_alpha": alpha or rank, "peft_type": "LORA", "target_modules": sorted(layers)}
     base = {"id": "org/base", "digest": "sha256:" + 64 * "0", "dtype": "bfloat16"}
     return AstraAdapter(layers, config, {"method": "astra", "base": base})
+
+
+def source_of(adapter: AstraAdapter) -> Source:
+    shapes = {m: Shape(len(layer.b), layer.a.shape[1], len(layer.a)) for m, layer in adapter.layers.items()}
+    return astra_source(adapter, shapes, {"kind": "astra", "method": "astra"})
+
+
+def to_lora(adapter: AstraAdapter, dtype: torch.dtype, rank: int | None = None) -> LoraAdapter:
+    """What is written of an adapter: all layers, in memory."""
+    source = source_of(adapter)
+    lora = stored_lora(source, choose_rank(source, rank), dtype)
+    return LoraAdapter(dict(lora.layers), lora.config, {"base": source.base}, dict(lora.head))

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from converter import adapter_dir
 from converter.adapter_dir import AstraAdapter, BaseNotFound, MalformedAdapter, NotAnAdapter, OutputExists, WrongBase
-from converter.delta import to_lora
+from tests.converter.handmade import to_lora
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
 
 
 def damage_weights(folder: Path, name: str, **changes: torch.Tensor | None) -> None:
-    tensors = adapter_dir._read_tensors(folder, name)
+    tensors = load_file(folder / name)
     for key, tensor in changes.items():
         full = next(k for k in tensors if k.endswith(key.replace("__", ".")))
         if tensor is None:
@@ -109,8 +109,8 @@ ASTRA, LORA = adapter_dir.ASTRA_WEIGHTS, adapter_dir.LORA_WEIGHTS
         ),
         (lambda f: save_file({}, f / ASTRA), MalformedAdapter, "holds no layers"),
         (lambda f: (f / "adapter_config.json").write_text('{"r": 0}'), MalformedAdapter, "needs r"),
-        (lambda f: (f / ASTRA).write_bytes(b"\xff" * 20), MalformedAdapter, "cannot be read"),
-        (lambda f: (f / ASTRA).write_bytes((f / ASTRA).read_bytes()[:-9]), MalformedAdapter, "cannot be read"),
+        (lambda f: (f / ASTRA).write_bytes(b"\xff" * 20), MalformedAdapter, "is cut short"),
+        (lambda f: (f / ASTRA).write_bytes((f / ASTRA).read_bytes()[:-9]), MalformedAdapter, "its header claims"),
         (lambda f: damage_weights(f, ASTRA, __A0=None), MalformedAdapter, "has no tensor"),
         (lambda f: damage_weights(f, ASTRA, __A0=torch.ones(2, 2)), MalformedAdapter, "differ in shape"),
         (lambda f: damage_weights(f, ASTRA, __B=torch.full((24, 4), torch.nan)), MalformedAdapter, "NaN"),
@@ -119,7 +119,7 @@ ASTRA, LORA = adapter_dir.ASTRA_WEIGHTS, adapter_dir.LORA_WEIGHTS
 def test_a_broken_astra_folder_is_refused_with_its_own_reason(astra_folder: Path, damage, error, message) -> None:
     damage(astra_folder)
     with pytest.raises(error) as caught:
-        adapter_dir.load_astra(astra_folder)
+        dict(adapter_dir.load_astra(astra_folder).layers)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -129,17 +129,17 @@ def test_a_broken_astra_folder_is_refused_with_its_own_reason(astra_folder: Path
     [
         (lambda f: (f / LORA).unlink(), NotAnAdapter, "has no adapter_model.safetensors"),
         (lambda f: (f / LORA).rename(f / ASTRA), NotAnAdapter, "convert it first"),
-        (lambda f: (f / LORA).write_bytes(b"garbage"), MalformedAdapter, "cannot be read"),
+        (lambda f: (f / LORA).write_bytes(b"garbage"), MalformedAdapter, "is cut short"),
         (
             lambda f: change_config(f, use_dora=True),
             MalformedAdapter,
-            "use_dora=True: the engine serves plain LoRA only",
+            "use_dora=True: engines serve plain LoRA only",
         ),
         (lambda f: change_config(f, bias="all"), MalformedAdapter, "bias='all'"),
         (lambda f: save_file({}, f / LORA), MalformedAdapter, "holds no LoRA"),
-        (lambda f: save_file({"bare": torch.ones(1)}, f / LORA), MalformedAdapter, "cannot be read"),
-        (lambda f: damage_weights(f, LORA, __lora_A__weight=None), MalformedAdapter, "not a matching"),
-        (lambda f: damage_weights(f, LORA, __lora_A__weight=torch.ones(3, 16)), MalformedAdapter, "not a matching"),
+        (lambda f: save_file({"bare": torch.ones(1)}, f / LORA), MalformedAdapter, "is no lora_A or lora_B"),
+        (lambda f: damage_weights(f, LORA, __lora_A__weight=None), MalformedAdapter, "without its other half"),
+        (lambda f: damage_weights(f, LORA, __lora_A__weight=torch.ones(3, 16)), MalformedAdapter, "is no matching"),
     ],
 )
 def test_a_broken_lora_folder_is_refused_with_its_own_reason(lora_folder: Path, damage, error, message) -> None:
@@ -186,11 +186,11 @@ def test_an_adapter_for_another_base_is_refused_by_digest_and_by_shape(lora_fold
     with pytest.raises(WrongBase, match="was trained on another base"):
         adapter_dir.check_base(lora_folder, header.base_digest, "sha256:" + 64 * "1")
     adapter_dir.check_base(lora_folder, None, "sha256:" + 64 * "1")
-    adapter_dir.check_shapes(lora_folder, header, header.shapes)
+    adapter_dir.check_shapes(lora_folder, header.shapes, header.shapes)
     name = next(iter(header.shapes))
     for other in ({**header.shapes, name: (1, 1)}, {k: v for k, v in header.shapes.items() if k != name}):
-        with pytest.raises(WrongBase, match=f"does not fit this base: {name}"):
-            adapter_dir.check_shapes(lora_folder, header, other)
+        with pytest.raises(WrongBase, match=f"does not fit this base: '{name}'"):
+            adapter_dir.check_shapes(lora_folder, header.shapes, other)
 
 
 def test_a_hub_id_is_found_in_the_hubs_cache_and_a_missing_one_gives_one_line(tiny_base, tmp_path, monkeypatch) -> None:

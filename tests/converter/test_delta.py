@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converter.adapter_dir import AdapterError, AstraLayer
-from converter.delta import delta_weight, lora_factors, to_lora
-from tests.converter.handmade import make_adapter, make_layer
+from converter.delta import delta_weight, lora_factors
+from tests.converter.handmade import make_adapter, make_layer, to_lora
 
 
 def relative_error(approximation: torch.Tensor, exact: torch.Tensor) -> float:

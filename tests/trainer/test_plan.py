@@ -3,6 +3,8 @@
 import pytest
 
 from converter.adapter_dir import load_astra
+from converter.sources import open_source
+from converter.stored import choose_rank
 from tests.trainer.test_train import FAST, astra_train
 from trainer.cli import main
 from trainer.config import load_config
@@ -28,9 +30,7 @@ def test_the_plan_says_what_the_run_then_does(tiny_base, jsonl, rows, tmp_path, 
     assert found.epochs == pytest.approx(6 * 4 / len(rows))
     if origin["spectra"]:
         assert found.calibration_tokens == max(spectrum["n_tokens"] for spectrum in origin["spectra"].values())
-    from converter.delta import DTYPES, to_lora
-
-    assert to_lora(load_astra(tmp_path / "out"), DTYPES["float32"]).config["r"] == found.converted_rank
+    assert choose_rank(open_source(tmp_path / "out")).stored == found.converted_rank
 
 
 def test_a_dry_run_reads_no_weights_and_writes_nothing(tiny_base, jsonl, rows, tmp_path, capsys, monkeypatch) -> None:

@@ -1,0 +1,103 @@
+"""The adapter folders on disk: reading, checking and writing them, and knowing which base they belong to.
+
+This is the only package through which `trainer`, `converter` and `astra_serve` meet.
+
+An Astra adapter folder                              A LoRA folder (PEFT's own layout)
+    astra_weights.safetensors  M.A M.B M.A0 M.B0         adapter_model.safetensors
+    adapter_config.json        PEFT's LoraConfig         adapter_config.json
+    astra.json                 provenance                astra.json    provenance, errors measured, probe (optional)
+    README.md                  model card                README.md     model card
+
+`M` is the module's name in the base model. Per module A and A0 are (r, d_in), B and B0 are (d_out, r), float32; r may
+differ between modules. A classifier's head is trained whole: its parameters are stored under their own names.
+
+Folders are checked from their headers when they are opened; numbers are read, and checked, layer by layer.
+"""
+
+from converter.adapter_dir.astra import (
+    ASTRA_FORMAT,
+    ASTRA_WEIGHTS,
+    AstraAdapter,
+    AstraLayer,
+    astra_digest,
+    astra_shapes,
+    load_astra,
+    save_astra,
+)
+from converter.adapter_dir.base import base_digest, base_dtype, base_shapes, base_tensors, base_weights, find_base
+from converter.adapter_dir.errors import (
+    AdapterError,
+    BaseNotFound,
+    CannotWrite,
+    MalformedAdapter,
+    NotAnAdapter,
+    OutputExists,
+    UnsafeAdapter,
+    WrongBase,
+)
+from converter.adapter_dir.folder import CONFIG, PROVENANCE, Json, new_folder, read_json, refuse_existing, write_json
+from converter.adapter_dir.layers import Layers, Shape
+from converter.adapter_dir.lora import (
+    ENGINE_RANKS,
+    LORA_FORMAT,
+    LORA_WEIGHTS,
+    LoraAdapter,
+    LoraHeader,
+    check_base,
+    check_shapes,
+    load_lora,
+    lora_digest,
+    lora_shapes,
+    read_lora_header,
+    save_lora,
+    save_lora_provenance,
+)
+from converter.adapter_dir.tensors import write_tensors
+
+__all__ = [
+    "ASTRA_FORMAT",
+    "ASTRA_WEIGHTS",
+    "CONFIG",
+    "ENGINE_RANKS",
+    "LORA_FORMAT",
+    "LORA_WEIGHTS",
+    "PROVENANCE",
+    "AdapterError",
+    "AstraAdapter",
+    "AstraLayer",
+    "BaseNotFound",
+    "CannotWrite",
+    "Json",
+    "Layers",
+    "LoraAdapter",
+    "LoraHeader",
+    "MalformedAdapter",
+    "NotAnAdapter",
+    "OutputExists",
+    "Shape",
+    "UnsafeAdapter",
+    "WrongBase",
+    "astra_digest",
+    "astra_shapes",
+    "base_digest",
+    "base_dtype",
+    "base_shapes",
+    "base_tensors",
+    "base_weights",
+    "check_base",
+    "check_shapes",
+    "find_base",
+    "load_astra",
+    "load_lora",
+    "lora_digest",
+    "lora_shapes",
+    "new_folder",
+    "read_json",
+    "read_lora_header",
+    "refuse_existing",
+    "save_astra",
+    "save_lora",
+    "save_lora_provenance",
+    "write_json",
+    "write_tensors",
+]

@@ -1,0 +1,99 @@
+"""The base model: where it is, which one it is, and the shapes of its matrices."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+
+from converter.adapter_dir.errors import BaseNotFound
+from converter.adapter_dir.folder import digest
+from converter.adapter_dir.layers import Layers
+
+_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"]
+
+
+def find_base(base: str, *, download: bool = True) -> Path:
+    """Return the local folder of `base`, a path or a hub id, which is downloaded (or found in the hub's cache).
+
+    Raises BaseNotFound.
+    """
+    path = Path(base)
+    if not path.is_dir():
+        if path.exists() or base.startswith((".", "/", "~")) or base.count("/") > 1:
+            raise BaseNotFound(f"base model {base!r} is not a folder: give a local model folder or a hub id (org/name)")
+        try:
+            path = Path(snapshot_download(base, allow_patterns=_FILES, local_files_only=not download))
+        except (OSError, ValueError) as error:  # the hub's errors are OSErrors and ValueErrors
+            reason = str(error).strip().splitlines()[0]
+            raise BaseNotFound(
+                f"base model {base!r} is no local folder and the hub did not give it: {reason}"
+            ) from error
+    if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
+        raise BaseNotFound(f"base model {base!r} has no config.json beside *.safetensors: is it a transformers model?")
+    return path
+
+
+def base_digest(folder: Path) -> str:
+    """Return the SHA-256 over the names and bytes of the base's weight files, as `sha256:...`."""
+    return digest(sorted(folder.glob("*.safetensors")))
+
+
+def base_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return (d_out, d_in) of every matrix in the base, by module name, from the files' headers alone.
+
+    Raises BaseNotFound.
+    """
+    shapes = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with _opened(file) as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (it is not a dict)
+                shape = tensors.get_slice(key).get_shape()
+                if len(shape) == 2:
+                    shapes[key.removesuffix(".weight")] = (shape[0], shape[1])
+    return shapes
+
+
+def base_dtype(folder: Path) -> str:
+    """Return the dtype that the base's config names, as `bfloat16`; float32, as transformers, where it names none."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = config.get("dtype") or config.get("torch_dtype") or "float32"
+    except (OSError, ValueError, AttributeError) as error:
+        raise BaseNotFound(f"{folder / 'config.json'} cannot be read: {error}") from error
+    return str(found)
+
+
+def base_tensors(file: Path) -> Layers[torch.Tensor]:
+    """Return the tensors of one of a base's weight files by name, each read when it is asked for.
+
+    Raises BaseNotFound, here and at reading.
+    """
+
+    def read(name: str) -> torch.Tensor:
+        with _opened(file) as tensors:  # mapped meanwhile only: what was read must not count as the process's memory
+            tensor: torch.Tensor = tensors.get_tensor(name)
+        return tensor
+
+    with _opened(file) as tensors:
+        return Layers(sorted(tensors.keys()), read)
+
+
+def base_weights(folder: Path) -> Layers[torch.Tensor]:
+    """Return the tensors of all of a base's weight files by name. Raises BaseNotFound, here and at reading."""
+    files = [base_tensors(file) for file in sorted(folder.glob("*.safetensors"))]
+    home = {name: tensors for tensors in files for name in tensors}
+    return Layers(list(home), lambda name: home[name][name])
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise BaseNotFound(f"base model file {file} cannot be read: {error}") from error

@@ -1,0 +1,50 @@
+"""The best LoRA of a smaller rank: QR of both factors, then the singular values of a small square between them.
+
+Eckart and Young: of all matrices of rank k the truncated SVD is nearest in Frobenius norm, and what it drops is the
+energy (the squares) of the other singular values.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+
+def singular_values(lora_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
+    """Return the singular values (k,) of lora_b (d_out, k) @ lora_a (k, d_in), descending, float64."""
+    values: torch.Tensor = torch.linalg.svdvals(_triangle(lora_b) @ _triangle(lora_a.T).T)
+    return values
+
+
+def truncated(lora_a: torch.Tensor, lora_b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return factors (rank, d_in) and (d_out, rank), float32, of the best approximation; both are of the same size.
+
+    Each holds the roots of the singular values, so that neither leaves the range of a 16-bit float before the other.
+    """
+    q_b, r_b = torch.linalg.qr(lora_b.double())
+    q_a, r_a = torch.linalg.qr(lora_a.double().T)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.T)
+    root = s[:rank].sqrt()
+    return (root[:, None] * (vt[:rank] @ q_a.T)).float(), (q_b @ u[:, :rank] * root).float()
+
+
+def dropped_energy(values: torch.Tensor, rank: int) -> float:
+    """Return the share of the squared singular values beyond the first `rank`, 0 for a change that is zero."""
+    energy = values.square()
+    return float(energy[rank:].sum() / energy.sum()) if energy.any() else 0.0
+
+
+def smallest_rank(layers: Iterable[torch.Tensor], energy: float) -> int:
+    """Return the smallest rank at which every layer, given by its singular values, keeps the share `energy`."""
+    return max(next(k for k in range(1, len(s) + 1) if dropped_energy(s, k) <= 1 - energy) for s in layers)
+
+
+def total_dropped(layers: Iterable[torch.Tensor], rank: int) -> float:
+    """Return the share of the whole adapter's energy beyond the first `rank` singular values of every layer."""
+    energies = [values.square() for values in layers]
+    total = sum(float(energy.sum()) for energy in energies)
+    return sum(float(energy[rank:].sum()) for energy in energies) / total if total else 0.0
+
+
+def _triangle(matrix: torch.Tensor) -> torch.Tensor:
+    r: torch.Tensor = torch.linalg.qr(matrix.double(), mode="r").R
+    return r
