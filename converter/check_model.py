@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from converter.adapter_dir import AdapterError, BaseNotFound, Json, LoraAdapter, WrongBase
@@ -70,28 +70,16 @@ def check_model(
         tokenizer = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
         raise BaseNotFound(f"base model in {base} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    if not all(rows):
-        raise AdapterError("a prompt has no tokens: give --prompts a file with one prompt a line")
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + (longest - len(row)) * [0] for row in rows])
-    real = torch.tensor([len(row) * [True] + (longest - len(row)) * [False] for row in rows])
-
-    def logits(layers: Mapping[str, Factors], scaling: Callable[[str, int], float]) -> torch.Tensor:
-        with torch.no_grad(), ExitStack() as undo:
-            for module in layers:
-                layer = _layer(model, module)
-                undo.callback(layer.register_forward_hook(partial(_add, layers, module, scaling)).remove)
-            return model(input_ids=ids, attention_mask=real.long()).logits.float()  # type: ignore[no-any-return]
-
-    plain = logits({}, stored.scaling)
-    trained, served = logits(source.factors, lambda *_: 1.0), logits(stored.layers, stored.scaling)
+    rows, ids, real = tokenised(tokenizer, prompts)
+    plain = logits(model, ids, real, {}, stored.scaling)
+    trained = logits(model, ids, real, source.factors, lambda *_: 1.0)
+    served = logits(model, ids, real, stored.layers, stored.scaling)
     p, q, r = (values[real].double().log_softmax(-1) for values in (trained, served, plain))
     agreement = Agreement(
         max_logit_difference=float((trained[real] - served[real]).abs().max()),
-        mean_kl=_mean_kl(p, q),
+        mean_kl=mean_kl(p, q),
         greedy_agreement=float((p.argmax(-1) == q.argmax(-1)).double().mean()),
-        effect=_mean_kl(p, r),
+        effect=mean_kl(p, r),
         positions=len(p),
     )
     if not agreement.mean_kl <= most_kl:
@@ -105,6 +93,47 @@ def check_model(
         for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
     ]
     return agreement, {"dtype": str(dtype).removeprefix("torch."), "prompts": told}
+
+
+def tokenised(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
+) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
+    """Return the prompts' tokens, the same padded on the right (prompts, length), and which of these are real.
+
+    Raises AdapterError for a prompt without tokens.
+    """
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    if not all(rows):
+        raise AdapterError("a prompt has no tokens: give --prompts a file with one prompt a line")
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + (longest - len(row)) * [0] for row in rows])
+    return rows, ids, torch.tensor([[i < len(row) for i in range(longest)] for row in rows])
+
+
+@torch.no_grad()
+def logits(
+    model: nn.Module,
+    ids: torch.Tensor,
+    real: torch.Tensor,
+    layers: Mapping[str, Factors],
+    scaling: Callable[[str, int], float],
+) -> torch.Tensor:
+    """Return the logits (prompts, length, vocabulary), float32, of `model` with the changes `layers`.
+
+    Each change is computed in its factors' dtype and added to its layer's output; a layer is read once.
+    Raises WrongBase.
+    """
+    with ExitStack() as undo:
+        for module in layers:
+            layer = _layer(model, module)
+            undo.callback(layer.register_forward_hook(partial(_add, layers, module, scaling)).remove)
+        found: torch.Tensor = model(input_ids=ids, attention_mask=real.long()).logits.float()
+    return found
+
+
+def mean_kl(p: torch.Tensor, q: torch.Tensor) -> float:
+    """Return the mean over rows of KL(p || q) from log probabilities; 0 where round-off makes it negative."""
+    return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
 
 
 def _add(
@@ -126,11 +155,6 @@ def _layer(model: nn.Module, module: str) -> nn.Module:
         return model.get_submodule(module)
     except AttributeError as error:
         raise WrongBase(f"transformers loads this base without a layer {module!r}: convert with --no-verify") from error
-
-
-def _mean_kl(p: torch.Tensor, q: torch.Tensor) -> float:
-    """Return the mean over rows of KL(p || q) from log probabilities; 0 where round-off makes it negative."""
-    return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
 
 
 def _top(logits: torch.Tensor) -> dict[str, list[Any]]:

@@ -179,7 +179,7 @@ def _short(figure: float) -> float:
 
 
 def _all_short(figures: Mapping[str, float]) -> dict[str, float]:
-    return {name: _short(figure) for name, figure in figures.items()}
+    return {name: figure if isinstance(figure, int) else _short(figure) for name, figure in figures.items()}
 
 
 def _bar(progress: Progress, name: str, layers: int) -> Callable[[], None]:

@@ -29,6 +29,7 @@ Factors = tuple[torch.Tensor, torch.Tensor]  # lora_A (k, d_in), lora_B (d_out, 
 
 # PEFT's initialisations that take B0 A0 out of the base's weights, and those that leave the base as it is.
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "milora", "astra")
+_METHOD_SETTINGS = ("corda_config", "lora_ga_config", "eva_config", "loftq_config")  # of PEFT: of no use to a LoRA
 _START_FOLDERS = tuple(f"{name}_init" for name in ("astra", "corda", "pissa", "olora", "milora", "lora_ga"))
 
 
@@ -139,7 +140,8 @@ def _with_start(
         Layers(list(trained.layers), lambda module: lora_factors(*layer(module))),
         lambda module, x: _change(*layer(module), x),
         shapes,
-        {**trained.config, "init_lora_weights": True},
+        {key: value for key, value in trained.config.items() if key not in _METHOD_SETTINGS}
+        | {"init_lora_weights": True},
         base,
         origin,
         trained.head,

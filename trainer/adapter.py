@@ -29,7 +29,12 @@ from trainer.errors import TargetError
 
 ADAPTER = "default"
 _TASK_TYPES = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
-_HEADS = ("score", "classifier", "pre_classifier")  # of transformers' classifiers: trained whole
+_HEADS = (
+    "score",
+    "classifier",
+    "pre_classifier",
+    "pooler",
+)  # of classifiers: a language model has none, so trained whole
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def target_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.L
     linear = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and name.partition(".")[0] not in _HEADS
+        if isinstance(module, nn.Linear) and module is not head and not {*_HEADS} & {*name.split(".")}
     }
     wanted = config.target_modules
     if wanted == "all-linear":

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -23,7 +24,12 @@ from transformers.utils import logging
 from converter.adapter_dir import BaseNotFound
 from trainer.config import TrainConfig
 
-_MODELS = {"causal_lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
+_MODELS = {
+    "causal_lm": AutoModelForCausalLM,
+    "masked_lm": AutoModelForMaskedLM,
+    "classification": AutoModelForSequenceClassification,
+}
+_LANGUAGE_HEADS = {"ForCausalLM": "causal_lm", "ForMaskedLM": "masked_lm"}
 
 
 def load_tokenizer(folder: Path, config: TrainConfig) -> PreTrainedTokenizerBase:
@@ -41,17 +47,19 @@ def load_tokenizer(folder: Path, config: TrainConfig) -> PreTrainedTokenizerBase
     return tokenizer
 
 
-def load_base(folder: Path, config: TrainConfig, labels: Sequence[str] = ()) -> PreTrainedModel:
+def load_base(
+    folder: Path, config: TrainConfig, labels: Sequence[str] = (), *, kind: str | None = None
+) -> PreTrainedModel:
     """Return the base, frozen, in eval mode, on this process's device; a classifier has a new head for `labels`.
 
-    Raises BaseNotFound.
+    `kind` is the task of its head, by default the config's. Raises BaseNotFound.
     """
     logging.disable_progress_bar()
     state = PartialState()
     # A model that is trained itself needs more than bfloat16's eight bits for its small steps.
     dtype = "float32" if config.method == "full" and config.dtype == "auto" else config.dtype
     try:
-        model = _MODELS[config.task].from_pretrained(
+        model = _MODELS[kind or config.task].from_pretrained(
             folder, dtype=dtype, quantization_config=_quantization(config), **_head(labels)
         )
     except (OSError, ValueError, SafetensorError, ImportError) as error:
@@ -68,14 +76,15 @@ def load_base(folder: Path, config: TrainConfig, labels: Sequence[str] = ()) -> 
 def language_model(
     folder: Path, config: TrainConfig, backbone: PreTrainedModel | None = None
 ) -> PreTrainedModel | None:
-    """Return the causal LM that a classifier was made from, with the classifier's `backbone` where one is given.
+    """Return the causal or masked LM that a classifier was made from, with the classifier's `backbone` if given.
 
-    None for an encoder: without a language head there is no loss that could tell what it forgot.
+    None where the base was saved without a language head: no loss could tell what it forgot.
     """
     architectures = AutoConfig.from_pretrained(folder).architectures or []
-    if not any(name.endswith("ForCausalLM") for name in architectures):
+    kinds = [kind for end, kind in _LANGUAGE_HEADS.items() if any(name.endswith(end) for name in architectures)]
+    if not kinds:
         return None
-    model = load_base(folder, config.model_copy(update={"task": "causal_lm"}))
+    model = load_base(folder, config, kind=kinds[0])
     if backbone is not None:
         setattr(model, model.base_model_prefix, backbone)
     return model

@@ -134,7 +134,9 @@ def _checked_header(file: Path) -> dict[str, tuple[int, ...]]:
         raise MalformedAdapter(f"{file} has no safetensors header: {error}") from error
     if not isinstance(header, dict):
         raise MalformedAdapter(f"{file} has no safetensors header: it is no JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise MalformedAdapter(f"{file} has a header whose __metadata__ is not text by name")
     shapes, spans = {}, []
     for name, entry in header.items():
         match entry:

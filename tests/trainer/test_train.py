@@ -4,10 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedTokenizerFast,
+)
 
 from converter.adapter_dir import base_digest, load_astra
 from converter.cli import main as convert
@@ -231,6 +240,50 @@ def test_a_classifier_learns_and_its_head_is_saved_and_converted(tiny_base, json
             int(model(**tokenizer(f"number {i}", return_tensors="pt")).logits.argmax()) for i in (2, 7, 12, 25)
         ]
     assert predicted == [0, 1, 0, 1]
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory, tokenizer) -> Path:
+    """A BERT of two layers with a masked-language head and random weights, and a tokenizer for it."""
+    special = {f"{name}_token": f"<{name}>" for name in ("pad", "mask", "cls", "sep")}
+    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special)
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<cls> $A <sep>", special_tokens=[("<cls>", words.cls_token_id), ("<sep>", words.sep_token_id)]
+    )
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        pad_token_id=words.pad_token_id,
+    )
+    folder = tmp_path_factory.mktemp("base") / "encoder"
+    BertForMaskedLM(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("own_text", [True, False])
+def test_an_encoder_learns_to_classify_and_its_forgetting_is_that_of_masked_tokens(
+    tiny_encoder, jsonl, tmp_path, own_text
+) -> None:
+    data = jsonl([{"text": f"{'odd' if i % 2 else 'even'} {i}", "label": i % 2} for i in range(40)])
+    text = jsonl([{"text": f"def function_{i}(x): return x + {i}"} for i in range(20)], "text.jsonl")
+    settings = ["task=classification", "steps=60", "batch_size=8", "target_modules=all-linear"]
+    settings += ["rank=4", "learning_rate=1e-2", *([] if own_text else [f"forgetting_data={text}"])]
+    assert astra_train(tiny_encoder, data, tmp_path / "out", *settings) == 0
+    found = load_astra(tmp_path / "out").provenance
+    head = {f"{layer}.{half}" for layer in ("classifier", "bert.pooler.dense") for half in ("weight", "bias")}
+    assert set(load_astra(tmp_path / "out").head) == head  # the language model came without them
+    uniform = np.log(len(AutoTokenizer.from_pretrained(tiny_encoder)))
+    assert (found["forgetting"]["before"] < uniform) == own_text  # a model expects its own text more than any other
+    assert found["forgetting"]["change"] != 0
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "loss.jsonl").read_text().splitlines()]
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
 
 
 def test_ranks_follow_patterns_and_a_shared_budget(tiny_base, jsonl, rows, tmp_path) -> None:
