@@ -35,7 +35,16 @@ from converter.adapter_dir.errors import (
     UnsafeAdapter,
     WrongBase,
 )
-from converter.adapter_dir.folder import CONFIG, PROVENANCE, Json, new_folder, read_json, refuse_existing, write_json
+from converter.adapter_dir.folder import (
+    CONFIG,
+    PROVENANCE,
+    Json,
+    file_in,
+    new_folder,
+    read_json,
+    refuse_existing,
+    write_json,
+)
 from converter.adapter_dir.layers import Layers, Shape
 from converter.adapter_dir.lora import (
     ENGINE_RANKS,
@@ -86,6 +95,7 @@ __all__ = [
     "base_weights",
     "check_base",
     "check_shapes",
+    "file_in",
     "find_base",
     "load_astra",
     "load_lora",
