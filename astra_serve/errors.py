@@ -1,5 +1,37 @@
-"""What can be wrong with what a user hands to the server."""
+"""What can be wrong with what a user hands to the server, and with what it is asked to serve."""
 
 
 class ServeError(ValueError):
-    """The message is one line that says what is wrong and what to do."""
+    """The message is one line that says what is wrong and what to do.
+
+    ServeError
+    ├── BadDocument   the desired state cannot be understood
+    ├── CannotFetch   an adapter's source cannot be read
+    ├── Damaged       a version in the store is no longer what was published
+    ├── ProbeFailed   the engine does not answer as the adapter should
+    └── Unavailable   an adapter that is known cannot answer now
+    """
+
+
+class BadDocument(ServeError):
+    """The desired state cannot be understood."""
+
+
+class CannotFetch(ServeError):
+    """An adapter's source cannot be read; trying again may help."""
+
+
+class Damaged(ServeError):
+    """A version in the store is no longer what was published."""
+
+
+class ProbeFailed(ServeError):
+    """The engine does not answer as the adapter should."""
+
+
+class Unavailable(ServeError):
+    """An adapter that is known cannot answer now."""
+
+    def __init__(self, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s  # None: trying again does not help

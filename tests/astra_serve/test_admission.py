@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from astra_serve.admission import ENGINE_RANKS, Admitted, admit, engine_rank, parse_adapter
+from astra_serve.admission import ENGINE_RANKS, engine_rank, open_base, parse_adapter
 from astra_serve.cli import main
 from astra_serve.errors import ServeError
 from converter import adapter_dir
@@ -22,18 +22,18 @@ def write_lora(folder: Path, base: Path | None, rank: int = 4, d: int = 32) -> P
     return folder
 
 
-def test_adapters_that_fit_are_admitted_with_absolute_folders(tiny_base: Path, tmp_path: Path) -> None:
+def test_adapters_that_fit_are_admitted_with_their_rank(tiny_base: Path, tmp_path: Path) -> None:
     ours = write_lora(tmp_path / "ours", tiny_base)
     plain = write_lora(tmp_path / "plain", None, rank=20)
     (plain / "astra.json").unlink()  # somebody else's LoRA
-    assert admit(str(tiny_base), [("a", ours), ("b", plain)]) == [Admitted("a", ours, 4), Admitted("b", plain, 20)]
+    base = open_base(str(tiny_base))
+    assert [base.check(ours), base.check(plain)] == [4, 20]
 
 
 def test_the_engines_rank_is_the_smallest_that_holds_every_adapter() -> None:
-    folder = Path("x")
     assert engine_rank([]) == 1
     for rank in range(1, ENGINE_RANKS[-1] + 1):
-        chosen = engine_rank([Admitted("a", folder, 1), Admitted("b", folder, rank)])
+        chosen = engine_rank([1, rank])
         assert chosen in ENGINE_RANKS
         assert rank <= chosen
         assert not any(rank <= smaller < chosen for smaller in ENGINE_RANKS)
@@ -91,11 +91,25 @@ def test_no_option_for_vllm_serves_what_was_not_admitted(tiny_base: Path, tmp_pa
     assert capsys.readouterr().err.splitlines()[-1].endswith("is not for vLLM here: use --base and --adapter")
 
 
-def test_the_engine_gets_enough_slots_and_memory_for_every_adapter(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_engine_gets_the_slots_and_the_memory_that_the_flags_say(tiny_base: Path) -> None:
     from astra_serve import engine
 
-    adapters = admit(str(tiny_base), [(name, write_lora(tmp_path / name, tiny_base, rank=20)) for name in "abc"])
-    args = engine.parse(str(tiny_base), adapters, 2, ["--max-model-len", "64"])
+    args = engine.parse(str(tiny_base), 32, 2, 3, ["--max-model-len", "64"])
     assert (args.max_loras, args.max_cpu_loras, args.max_lora_rank, args.max_model_len) == (2, 3, 32, 64)
-    assert [(module.name, module.path) for module in args.lora_modules] == [(n, str(tmp_path / n)) for n in "abc"]
-    assert engine.parse(str(tiny_base), adapters, 5, []).max_cpu_loras == 5
+    assert engine.parse(str(tiny_base), 32, 5, 3, []).max_cpu_loras == 5
+    assert not engine.parse(str(tiny_base), 0, 1, 0, []).enable_lora
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--adapters", "{tmp}/a.yaml", "--adapter", "a=b"], "give one"),
+        (["--admin-port", "1"], "--admin-port needs a token in ASTRA_ADMIN_TOKEN"),
+        (["--adapters", "{tmp}/bad.yaml"], "adapters.0.source: Field required"),
+    ],
+)
+def test_a_bad_document_or_an_open_admin_port_gets_one_line(tiny_base, tmp_path, capsys, options, message) -> None:
+    (tmp_path / "bad.yaml").write_text("adapters: [{name: a}]")
+    assert main(["--base", str(tiny_base), *(option.format(tmp=tmp_path) for option in options)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line

@@ -255,6 +255,18 @@ def test_merging_gives_a_whole_model_that_answers_as_the_trained_one(plain, tiny
     assert json.loads((tmp_path / "merged" / "astra.json").read_text())["format"] == "astra-merged/1"
 
 
+def test_a_base_in_several_files_is_merged_file_by_file(plain, tiny_base, tmp_path: Path) -> None:
+    folder, expected = plain()
+    AutoModelForCausalLM.from_pretrained(tiny_base).save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    files = sorted(file.name for file in (tmp_path / "sharded").glob("*.safetensors"))
+    assert len(files) > 2
+    assert run(folder, tmp_path / "merged", "--base", tmp_path / "sharded", "--merge") == 0
+    assert sorted(file.name for file in (tmp_path / "merged").glob("*.safetensors")) == files
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=IDS).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_merging_needs_a_base_that_is_not_quantised(plain, tiny_base, tmp_path: Path, capsys) -> None:
     folder, _ = plain()
     config = json.loads((folder / "adapter_config.json").read_text())

@@ -1,0 +1,175 @@
+"""The admin API: what operators and their tools may do, on a port of its own, with a token.
+
+GET    /adapters                      all, with state and versions
+GET    /adapters/{name}
+PUT    /adapters/{name}               {"source": ..., "digest"?, "required"?, "pin"?}    waits until it serves
+DELETE /adapters/{name}
+POST   /adapters/{name}/rollback      {"digest"?}
+POST   /adapters/{name}/canary        {"source", "weight"}, or {} to end it
+POST   /adapters/{name}/pin, /unpin
+GET    /events                        what happened, oldest first
+POST   /v1/load_lora_adapter, /v1/unload_lora_adapter    as vLLM's, onto the same lifecycle
+"""
+
+import hmac
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from astra_serve.control import Control
+from astra_serve.desired import Canary, Digest
+from astra_serve.errors import ServeError
+from astra_serve.reconcile import Status
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Publish(_Body):
+    """What to serve under a name."""
+
+    source: str = Field(min_length=1)
+    digest: Digest | None = None
+    required: bool | None = None
+    pin: bool | None = None
+
+
+class Rollback(_Body):
+    """Which version to go back to; by default the one before."""
+
+    digest: Digest | None = None
+
+
+class CanaryChange(_Body):
+    """A version that gets a share of the requests; nothing to end it."""
+
+    source: str | None = None
+    weight: float | None = Field(default=None, gt=0, lt=1)
+
+
+class VllmLoad(_Body):
+    """vLLM's own request."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class VllmUnload(_Body):
+    """vLLM's own request."""
+
+    lora_name: str
+    lora_int_id: int | None = None
+
+
+def build(control: Control, token: str) -> FastAPI:
+    """Return the admin application; every request needs `Authorization: Bearer TOKEN`."""
+
+    def authorised(request: Request) -> None:
+        given = request.headers.get("authorization", "").encode()
+        if not hmac.compare_digest(given, f"Bearer {token}".encode()):
+            raise HTTPException(401, "the admin token is missing or wrong")
+
+    app = FastAPI(dependencies=[Depends(authorised)], openapi_url=None, docs_url=None, redoc_url=None)
+
+    @app.exception_handler(HTTPException)
+    async def _openai_error(_: Request, error: HTTPException) -> JSONResponse:
+        kind = {401: "AuthenticationError", 404: "NotFoundError"}.get(error.status_code, "BadRequestError")
+        body = {"message": str(error.detail), "type": kind, "param": None, "code": error.status_code}
+        return JSONResponse({"error": body}, status_code=error.status_code)
+
+    @app.get("/adapters")
+    async def all_adapters() -> dict[str, Any]:
+        adapters = [describe(control, name) for name in control.reconciler.status]
+        return {"adapters": adapters, "fault": control.fault}
+
+    @app.get("/adapters/{name}")
+    async def adapter(name: str) -> dict[str, Any]:
+        if name not in control.reconciler.status:
+            raise HTTPException(404, f"there is no adapter {name!r}")
+        return describe(control, name)
+
+    @app.put("/adapters/{name}")
+    async def publish(name: str, body: Publish) -> dict[str, Any]:
+        settings = body.model_dump(exclude={"source"}, exclude_none=True)
+        return await done(name, lambda: control.publish(name, body.source, **settings))
+
+    @app.delete("/adapters/{name}")
+    async def remove(name: str) -> dict[str, Any]:
+        async def removed() -> None:
+            await control.remove(name)
+
+        return await done(name, removed)
+
+    @app.post("/adapters/{name}/rollback")
+    async def rollback(name: str, body: Annotated[Rollback, Depends(_rollback)]) -> dict[str, Any]:
+        return await done(name, lambda: control.rollback(name, body.digest))
+
+    @app.post("/adapters/{name}/canary")
+    async def canary(name: str, body: CanaryChange) -> dict[str, Any]:
+        found = Canary(version=body.source, weight=body.weight).model_dump() if body.source and body.weight else None
+        return await done(name, lambda: control.change(name, canary=found))
+
+    @app.post("/adapters/{name}/pin")
+    async def pin(name: str) -> dict[str, Any]:
+        return await done(name, lambda: control.change(name, pin=True))
+
+    @app.post("/adapters/{name}/unpin")
+    async def unpin(name: str) -> dict[str, Any]:
+        return await done(name, lambda: control.change(name, pin=False))
+
+    @app.get("/events")
+    async def events() -> dict[str, Any]:
+        return {"events": list(control.reconciler.events)}
+
+    @app.post("/v1/load_lora_adapter")
+    async def load(body: VllmLoad) -> dict[str, Any]:
+        return await done(body.lora_name, lambda: control.publish(body.lora_name, body.lora_path))
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload(body: VllmUnload) -> dict[str, Any]:
+        return await remove(body.lora_name)
+
+    async def done(name: str, change: Callable[[], Awaitable[Status | None]]) -> dict[str, Any]:
+        try:
+            status = await change()
+        except KeyError as error:
+            raise HTTPException(404, f"there is no adapter {name!r}") from error
+        except ValidationError as error:
+            raise HTTPException(400, error.errors()[0]["msg"]) from error
+        except ServeError as error:
+            raise HTTPException(409, str(error)) from error
+        if status is None:
+            return {"name": name, "state": "removed"}
+        if status.state == "failed":
+            raise HTTPException(422, f"{name!r} was not published: {status.reason}")
+        return describe(control, name)
+
+    return app
+
+
+async def _rollback(request: Request) -> Rollback:
+    return Rollback.model_validate_json(await request.body() or b"{}")
+
+
+def describe(control: Control, name: str) -> dict[str, Any]:
+    """Return what is known of an adapter."""
+    status, alias = control.reconciler.status[name], control.fleet.aliases.get(name)
+    record = control.reconciler.record
+    return {
+        "name": name,
+        "state": status.state,
+        "reason": status.reason,
+        "since": status.since,
+        "seconds": status.seconds,
+        "source": status.entry.source,
+        "required": status.entry.required,
+        "pin": status.entry.pin,
+        "version": record(alias.current) if alias else None,
+        "canary": {**record(alias.canary), "weight": alias.weight} if alias and alias.canary else None,
+        "previous": [record(version) for version in alias.previous] if alias else [],
+    }

@@ -1,0 +1,63 @@
+"""From a source as the desired state names it to a folder on this machine."""
+
+import shutil
+from pathlib import Path, PurePosixPath
+
+import fsspec
+from huggingface_hub import snapshot_download
+
+from astra_serve.errors import CannotFetch
+from astra_serve.store import Store
+from converter.adapter_dir import CONFIG, LORA_WEIGHTS, PROVENANCE
+
+_FILES = (LORA_WEIGHTS, CONFIG, PROVENANCE)
+_OPTIONAL = (PROVENANCE,)
+
+
+def fetch(source: str, store: Store, roots: tuple[Path, ...] = ()) -> Path:
+    """Return a folder with the adapter of `source`: a local one as it is, any other as a download in the store.
+
+    A local folder must be inside one of `roots`, where there are any. Raises CannotFetch.
+    """
+    scheme, _, rest = source.partition("://")
+    if not rest:
+        return _local(Path(source).expanduser(), roots)
+    if scheme == "file":
+        return _local(Path(rest), roots)
+    folder = store.staging()
+    try:
+        if scheme == "hf":
+            _from_hub(rest, folder)
+        else:
+            _from_url(source, folder)
+    except Exception as error:  # each file system has errors of its own
+        shutil.rmtree(folder, ignore_errors=True)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CannotFetch(f"{source} cannot be fetched: {reason}") from error
+    return folder
+
+
+def _local(path: Path, roots: tuple[Path, ...]) -> Path:
+    real = path.resolve()
+    if roots and not any(real.is_relative_to(root.resolve()) for root in roots):
+        raise CannotFetch(f"{path} is outside of the folders that adapters may come from (--adapter-root)")
+    if not real.is_dir():
+        raise CannotFetch(f"there is no folder {path}")
+    return real
+
+
+def _from_hub(rest: str, folder: Path) -> None:
+    repository, _, revision = rest.partition("@")
+    found = snapshot_download(repository, revision=revision or None, allow_patterns=list(_FILES))
+    for name in _FILES:
+        if (Path(found) / name).is_file():
+            shutil.copyfile(Path(found) / name, folder / name)
+
+
+def _from_url(source: str, folder: Path) -> None:
+    system, path = fsspec.core.url_to_fs(source)
+    for name in _FILES:
+        remote = str(PurePosixPath(path) / name)
+        if name in _OPTIONAL and not system.exists(remote):
+            continue
+        system.get_file(remote, str(folder / name))

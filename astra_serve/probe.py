@@ -1,0 +1,109 @@
+"""Does the engine answer as the adapter should? Asked before an adapter gets its first request.
+
+A LoRA that `astra-convert` wrote carries what its base and it say after a few prompts. The engine must say the same as
+the adapter, and not what the base says. Of any other LoRA it is only known that it must change something.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from astra_serve.errors import ProbeFailed
+from astra_serve.fleet import Engine
+from converter.adapter_dir import PROVENANCE, read_json
+
+# Nats. Kernels and dtypes of engines differ from those of the converter by some hundredths.
+MOST_DEVIATION = 0.3
+LEAST_EFFECT = 0.01
+# Token ids that every vocabulary has, in no meaningful order: whatever changes the weights changes what follows them.
+PROMPTS = [[i * 7 % 199 + 3 for i in range(n, n + 12)] for n in range(0, 96, 12)]
+
+Token = Annotated[int, Field(ge=0, lt=2**24)]
+
+
+class _Distribution(BaseModel):
+    token_ids: list[Token] = Field(min_length=1, max_length=64)
+    logprobs: list[float] = Field(min_length=1, max_length=64)
+
+
+class _Prompt(BaseModel):
+    token_ids: list[Token] = Field(min_length=1, max_length=512)
+    base: _Distribution
+    adapter: _Distribution
+
+
+class _Probe(BaseModel):
+    prompts: list[_Prompt] = Field(min_length=1, max_length=64)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a probe found; mean absolute differences of log probabilities, nats."""
+
+    recorded: bool  # whether the adapter says what to expect of it
+    prompts: int
+    effect: float  # the engine with the adapter, from the base
+    deviation: float | None  # the engine with the adapter, from what was recorded
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the figures for a version's record."""
+        return asdict(self)
+
+
+async def prove(engine: Engine, handle: Any, folder: Path, *, allow_no_effect: bool = False) -> Verdict:
+    """Ask the engine and return the verdict. Raises ProbeFailed."""
+    probe = _recorded(folder)
+    prompts = [prompt.token_ids for prompt in probe.prompts] if probe else PROMPTS
+    said = await engine.next_tokens(prompts, handle)
+    base = await engine.next_tokens(prompts, None)
+    effect = _mean([_between(one, other) for one, other in zip(said, base, strict=True)])
+    deviation = None
+    if probe:
+        pairs = list(zip(said, probe.prompts, strict=True))
+        deviation = _mean([_from(one, prompt.adapter) for one, prompt in pairs])
+        expected = _mean([_apart(prompt.base, prompt.adapter) for prompt in probe.prompts])
+        if deviation > max(MOST_DEVIATION, 0.0):
+            raise ProbeFailed(
+                f"the engine is {deviation:.2f} nats from what the adapter should say, allowed are {MOST_DEVIATION}: "
+                "it is not the adapter that was converted, or not its base"
+            )
+        allow_no_effect = allow_no_effect or expected < LEAST_EFFECT
+    if effect < LEAST_EFFECT and not allow_no_effect:
+        raise ProbeFailed(f"the adapter changes nothing ({effect:.4f} nats from the base): is it a trained one?")
+    return Verdict(probe is not None, len(prompts), effect, deviation)
+
+
+def _recorded(folder: Path) -> _Probe | None:
+    if not (folder / PROVENANCE).is_file():
+        return None
+    probe = read_json(folder, PROVENANCE).get("probe")
+    try:
+        return None if probe is None else _Probe.model_validate(probe)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise ProbeFailed(f"its probe cannot be read: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
+
+
+def _from(said: dict[int, float], recorded: _Distribution) -> float:
+    """Return how far the engine is from a recorded distribution, over the tokens of which both know."""
+    least = min(said.values())  # what the engine does not list is less likely than all that it lists
+    return _mean([
+        abs(said.get(token, min(least, value)) - value)
+        for token, value in zip(recorded.token_ids, recorded.logprobs, strict=False)
+    ])  # fmt: skip
+
+
+def _apart(one: _Distribution, other: _Distribution) -> float:
+    return _from(dict(zip(one.token_ids, one.logprobs, strict=False)), other)
+
+
+def _between(one: dict[int, float], other: dict[int, float]) -> float:
+    """Return how far two answers of the engine are apart, over the tokens that either lists."""
+    floors = min(one.values()), min(other.values())
+    return _mean([abs(one.get(t, floors[0]) - other.get(t, floors[1])) for t in one.keys() | other.keys()])
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

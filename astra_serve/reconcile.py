@@ -1,0 +1,204 @@
+"""From the desired state to what is served: every adapter on its own way, whatever happens to the others.
+
+    pending -> fetching -> verifying -> loading -> probing -> serving        (the alias moves at the last arrow)
+                                   \\-> failed: the version before serves on
+
+An adapter that leaves the document is drained and unloaded. What may heal by itself (a source that cannot be read) is
+tried again, later and later; what cannot is tried again when its entry changes.
+"""
+
+import asyncio
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from astra_serve.admission import Base
+from astra_serve.desired import Adapter, Document
+from astra_serve.errors import CannotFetch, ServeError
+from astra_serve.fetch import fetch
+from astra_serve.fleet import Alias, Engine, Fleet, Version
+from astra_serve.probe import Verdict, prove
+from astra_serve.store import Store
+from converter.adapter_dir import AdapterError
+
+RETRIES_S = (1.0, 5.0, 30.0, 120.0)  # waits between tries; the last one over and over
+EVENTS = 1000
+
+
+@dataclass
+class Status:
+    """Where an adapter is on its way."""
+
+    entry: Adapter
+    state: str = "pending"
+    reason: str | None = None  # of a failure
+    since: float = field(default_factory=time.time)
+    seconds: dict[str, float] = field(default_factory=dict)  # how long each state of the last change took
+
+    def enter(self, state: str, reason: str | None = None) -> None:
+        now = time.time()
+        self.seconds[self.state] = now - self.since
+        self.state, self.reason, self.since = state, reason, now
+
+
+class Reconciler:
+    """Makes a fleet what a document says."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        engine: Engine,
+        store: Store,
+        base: Base,
+        *,
+        drain_s: float = 600.0,
+        keep_versions: int = 3,
+        roots: tuple[Path, ...] = (),
+    ) -> None:
+        self.status: dict[str, Status] = {}
+        self.verdicts: dict[str, Verdict] = {}  # by digest
+        self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
+        self._fleet, self._engine, self._store, self._base = fleet, engine, store, base
+        self._drain_s, self._keep, self._roots = drain_s, keep_versions, roots
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._news = asyncio.Event()  # each is set once, at the next change
+
+    def apply(self, document: Document) -> None:
+        """Start to make `document` true; entries that are as they were are left alone."""
+        for name in [name for name in self.status if document.get(name) is None]:
+            self.remove(name)
+        for entry in document.adapters:
+            self.bring(entry)
+        kept = {digest for status in self.status.values() for digest in status.entry.previous}
+        kept |= {version.digest for alias in self._fleet.aliases.values() for version in alias.versions()}
+        kept |= {status.entry.digest for status in self.status.values() if status.entry.digest}
+        if not self._tasks:
+            self._store.collect(kept, self._keep)
+
+    def bring(self, entry: Adapter) -> None:
+        """Start to serve one adapter as `entry` says, if that is not what is done already."""
+        known = self.status.get(entry.name)
+        if known is None or known.entry != entry:
+            self._stop(entry.name)
+            self._fleet.expected.add(entry.name)
+            self.status[entry.name] = Status(entry)
+            self._tasks[entry.name] = asyncio.create_task(self._bring(self.status[entry.name]))
+
+    def remove(self, name: str) -> None:
+        """Serve nothing under `name` any more."""
+        self._stop(name)
+        self._fleet.expected.discard(name)
+        del self.status[name]
+        if name in self._fleet.aliases:
+            self._fleet.drop(name, self._drain_s)
+        self._tell(name, "removed")
+
+    def ready(self) -> list[str]:
+        """Return why the server is not ready: the required adapters that are not served."""
+        required = (status for status in self.status.values() if status.entry.required)
+        return [f"{s.entry.name}: {s.state}" for s in required if s.entry.name not in self._fleet.aliases]
+
+    async def settled(self, name: str) -> Status:
+        """Wait until an adapter is served or failed, and return its status. Raises KeyError."""
+        while (status := self.status[name]).state not in ("serving", "failed"):
+            await self.change()
+        return status
+
+    async def change(self) -> None:
+        """Wait until something changes its state."""
+        await self._news.wait()
+
+    def record(self, version: Version) -> dict[str, Any]:
+        """Return what is known of a version."""
+        verdict = self.verdicts.get(version.digest)
+        return {
+            "name": version.name,
+            "digest": version.digest,
+            "residency": self._fleet.residency(version),
+            "requests": len(version.requests),
+            "failed": version.failed,
+            "probe": asdict(verdict) if verdict else None,
+        }
+
+    async def close(self) -> None:
+        """Stop what is on its way."""
+        for name in list(self._tasks):
+            self._stop(name)
+
+    async def _bring(self, status: Status) -> None:
+        name = status.entry.name
+        waits = iter(RETRIES_S)
+        wait = RETRIES_S[0]
+        try:
+            while True:
+                try:
+                    await self._serve(status)
+                    return
+                except (CannotFetch, OSError) as error:
+                    wait = next(waits, RETRIES_S[-1])
+                    self._enter(status, "failed", f"{error}; trying again in {wait:.0f} s")
+                except (ServeError, AdapterError) as error:
+                    self._enter(status, "failed", str(error))
+                    return
+                except Exception as error:  # a fault of ours must not stay unseen, nor stop the others
+                    self._enter(status, "failed", f"{type(error).__name__}: {error}")
+                    raise
+                await asyncio.sleep(wait)
+                self._enter(status, "pending")
+        finally:
+            if self._tasks.get(name) is asyncio.current_task():
+                del self._tasks[name]
+
+    async def _serve(self, status: Status) -> None:
+        entry = status.entry
+        current = await self._version(entry, entry.source, entry.digest, status)
+        canary, weight = None, 0.0
+        if entry.canary:
+            canary = await self._version(entry, entry.canary.version, None, status)
+            weight = entry.canary.weight
+        previous = [self._fleet.version(entry.name, d) for d in entry.previous if d != current.digest]
+        self._fleet.point(entry.name, Alias(current, previous, canary, weight), self._drain_s)
+        self._enter(status, "serving")
+
+    async def _version(self, entry: Adapter, source: str, expected: str | None, status: Status) -> Version:
+        """Return a version that was fetched, checked, loaded and proved; the one that serves already, if it is that."""
+        digest = source if source.startswith("sha256:") else expected
+        if digest is None or digest not in self._store:
+            if source.startswith("sha256:"):
+                raise ServeError(f"the store has no version {source[:19]}: give its source")
+            self._enter(status, "fetching")
+            folder = await asyncio.to_thread(fetch, source, self._store, self._roots)
+            self._enter(status, "verifying")
+            await asyncio.to_thread(self._base.check, folder)
+            digest = await asyncio.to_thread(self._store.add, folder, expected)
+        version = self._fleet.version(entry.name, digest)
+        version.pinned = entry.pin
+        alias = self._fleet.aliases.get(entry.name)
+        if alias and version in (alias.current, alias.canary) and version.handle is not None:
+            return version
+        await asyncio.to_thread(self._base.check, self._store.folder(digest))
+        self._enter(status, "loading")
+        await self._fleet.make_resident(version)
+        self._enter(status, "probing")
+        try:
+            self.verdicts[digest] = await prove(self._engine, version.handle, self._store.folder(digest))
+        except BaseException:
+            self._fleet.forget(version)
+            raise
+        return version
+
+    def _stop(self, name: str) -> None:
+        task = self._tasks.pop(name, None)
+        if task is not None:
+            task.cancel()
+
+    def _enter(self, status: Status, state: str, reason: str | None = None) -> None:
+        status.enter(state, reason)
+        self._tell(status.entry.name, state, reason)
+
+    def _tell(self, name: str, state: str, reason: str | None = None) -> None:
+        self.events.append({"time": time.time(), "adapter": name, "state": state, "reason": reason})
+        news, self._news = self._news, asyncio.Event()
+        news.set()

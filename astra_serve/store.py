@@ -1,0 +1,127 @@
+"""Versions of adapters on disk: immutable, named by the digest of their content, complete or not there at all.
+
+    ROOT/lock                   held by the one server that uses the store
+    ROOT/staging/...            what is being published; emptied at the start
+    ROOT/versions/HEX/          a LoRA folder whose digest is sha256:HEX
+
+The engine reads from here alone. What is published is copied: a link to somebody's file would change with it. What
+the server itself downloaded lies in the staging folder already, and is moved.
+"""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+
+from astra_serve.errors import Damaged, ServeError
+from converter import adapter_dir
+from converter.adapter_dir import CONFIG, LORA_WEIGHTS, PROVENANCE, AdapterError
+
+_FILES = (LORA_WEIGHTS, CONFIG, PROVENANCE)
+
+
+class Store:
+    """The versions under `root`, for this process alone. Raises ServeError where another process has them."""
+
+    def __init__(self, root: Path) -> None:
+        self._versions, self._staging = root / "versions", root / "staging"
+        try:
+            self._versions.mkdir(parents=True, exist_ok=True)
+            self._lock = (root / "lock").open("w")
+        except OSError as error:
+            raise ServeError(f"store {root} cannot be used: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise ServeError(f"store {root} is in use by another server: give each its own --store") from error
+        shutil.rmtree(self._staging, ignore_errors=True)  # what a killed server was publishing
+        self._staging.mkdir()
+
+    def close(self) -> None:
+        """Let another process have the store."""
+        self._lock.close()
+
+    def staging(self) -> Path:
+        """Return a new folder to download an adapter into."""
+        return Path(tempfile.mkdtemp(dir=self._staging))
+
+    def add(self, source: Path, expected: str | None = None) -> str:
+        """Publish the LoRA in `source` and return its digest.
+
+        Raises AdapterError, and Damaged when the content is not the `expected` one; then nothing stays.
+        """
+        ours = source.is_relative_to(self._staging)
+        folder = source if ours else self.staging()
+        try:
+            if not ours:
+                for name in _FILES:
+                    if (source / name).is_file():
+                        shutil.copyfile(adapter_dir.file_in(source, name), folder / name)
+            adapter_dir.load_lora(folder)  # what is copied is what is checked
+            digest = adapter_dir.lora_digest(folder)
+            if expected is not None and digest != expected:
+                raise Damaged(f"{source} has the digest {digest}, not {expected}")
+            self._publish(folder, digest)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return digest
+
+    def folder(self, digest: str) -> Path:
+        """Return where a version is, whether it is there or not."""
+        return self._versions / digest.removeprefix("sha256:")
+
+    def __contains__(self, digest: str) -> bool:
+        return self.folder(digest).is_dir()
+
+    def verify(self, digest: str) -> Path:
+        """Return the folder of a version after reading all of it. Raises Damaged."""
+        folder = self.folder(digest)
+        try:
+            found = adapter_dir.lora_digest(folder)
+        except (AdapterError, OSError) as error:
+            raise Damaged(f"version {digest[:19]} cannot be read in the store: {error}") from error
+        if found != digest:
+            raise Damaged(f"version {digest[:19]} was changed in the store: publish it again")
+        return folder
+
+    def discard(self, digest: str) -> None:
+        """Remove a version, if it is there."""
+        folder = self.folder(digest)
+        if folder.is_dir():
+            folder.chmod(0o755)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def collect(self, keep: Collection[str], newest: int) -> list[str]:
+        """Remove all versions but those of `keep` and the `newest` others; return what was removed."""
+        others = [path for path in self._versions.iterdir() if f"sha256:{path.name}" not in keep]
+        others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in others[newest:]:
+            self.discard(f"sha256:{path.name}")
+        return [f"sha256:{path.name}" for path in others[newest:]]
+
+    def _publish(self, folder: Path, digest: str) -> None:
+        for path in folder.iterdir():
+            if path.name not in _FILES or path.is_symlink():
+                _remove(path)
+                continue
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+            path.chmod(0o444)
+        if digest in self:
+            try:
+                self.verify(digest)
+                return
+            except Damaged:
+                self.discard(digest)  # it heals by being published again
+        folder.chmod(0o755)
+        folder.rename(self.folder(digest))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

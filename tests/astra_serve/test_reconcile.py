@@ -1,0 +1,285 @@
+"""From the document to what is served, and the admin API, with a stand-in for the engine."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from astra_serve import admin, desired
+from astra_serve.control import Control
+from astra_serve.desired import Adapter, Document
+from astra_serve.fleet import Fleet
+from astra_serve.reconcile import Reconciler
+from tests.astra_serve.conftest import StandInEngine
+from tests.astra_serve.test_fleet import in_a_loop
+
+TOKEN = "secret"  # noqa: S105
+
+
+class World:
+    def __init__(self, fleet: Fleet, reconciler: Reconciler, control: Control, api: httpx.AsyncClient) -> None:
+        self.fleet, self.reconciler, self.control, self.api = fleet, reconciler, control, api
+
+    def current(self, name: str) -> str | None:
+        alias = self.fleet.aliases.get(name)
+        return alias.current.digest if alias else None
+
+
+@pytest.fixture
+def world(engine: StandInEngine, store, base, tmp_path: Path) -> Callable[[], Any]:
+    @asynccontextmanager
+    async def make(capacity: int = 2) -> AsyncIterator[World]:
+        engine.capacity = capacity
+        fleet = Fleet(engine, store, capacity, wait_s=2)
+        reconciler = Reconciler(fleet, engine, store, base, drain_s=1)
+        control = Control(str(tmp_path / "adapters.yaml"), fleet, reconciler)
+        transport = httpx.ASGITransport(admin.build(control, TOKEN))
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://admin", headers=headers) as api:
+            yield World(fleet, reconciler, control, api)
+        await reconciler.close()
+
+    return make
+
+
+def document(*entries: dict[str, Any]) -> Document:
+    return Document(adapters=[Adapter.model_validate(entry) for entry in entries])
+
+
+@in_a_loop
+async def test_a_document_is_made_true_and_one_bad_entry_delays_nobody(world, write_lora) -> None:
+    async with world() as w:
+        w.reconciler.apply(
+            document(
+                {"name": "none", "source": "/not/there"},
+                {"name": "good", "source": str(write_lora("good", 1.0)), "required": True},
+            )
+        )
+        assert w.reconciler.ready() == ["good: pending"]
+        assert (await w.reconciler.settled("good")).state == "serving"
+        bad = await w.reconciler.settled("none")
+        assert bad.state == "failed"
+        assert "there is no folder /not/there; trying again in 1 s" in (bad.reason or "")
+        assert w.reconciler.ready() == []
+        assert [e["state"] for e in w.reconciler.events if e["adapter"] == "good"] == [
+            "fetching", "verifying", "loading", "probing", "serving",
+        ]  # fmt: skip
+
+
+@in_a_loop
+async def test_a_source_that_comes_later_is_served_then(world, write_lora, tmp_path) -> None:
+    async with world() as w:
+        w.reconciler.apply(document({"name": "a", "source": str(tmp_path / "later")}))
+        assert (await w.reconciler.settled("a")).state == "failed"
+        write_lora("later", 1.0)
+        while w.reconciler.status["a"].state != "serving":
+            await w.reconciler.change()
+
+
+@in_a_loop
+async def test_an_adapter_that_changes_nothing_or_does_not_load_is_not_served_and_the_old_one_serves_on(
+    world, engine, write_lora
+) -> None:
+    async with world() as w:
+        good = write_lora("good", 1.0)
+        w.reconciler.apply(document({"name": "a", "source": str(good)}))
+        await w.reconciler.settled("a")
+        before = w.current("a")
+        for source, reason in (
+            (write_lora("zero", 0.0), "changes nothing"),
+            (write_lora("big", 1.0, rank=600), "rank"),
+        ):
+            w.reconciler.apply(document({"name": "a", "source": str(source)}))
+            status = await w.reconciler.settled("a")
+            assert status.state == "failed"
+            assert reason in (status.reason or "")
+            assert w.current("a") == before
+        await w.fleet.drained()
+        assert len(engine.loaded) == 1
+
+
+def probe(shift: float) -> dict[str, Any]:
+    """What the stand-in says with an adapter that is filled with `shift`."""
+
+    def said(by: float) -> dict[str, list[float]]:
+        return {"token_ids": [0, 1, 2], "logprobs": [-1.0 - t / 10 - by for t in range(3)]}
+
+    return {"prompts": [{"token_ids": [1, 2], "base": said(0.0), "adapter": said(shift)}]}
+
+
+@in_a_loop
+async def test_an_adapter_must_say_what_its_probe_says(world, write_lora) -> None:
+    async with world() as w:
+        w.reconciler.apply(document({"name": "a", "source": str(write_lora("right", 1.0, probe=probe(1.0)))}))
+        assert (await w.reconciler.settled("a")).state == "serving"
+        record = w.reconciler.record(w.fleet.aliases["a"].current)["probe"]
+        assert record == {"recorded": True, "prompts": 1, "effect": pytest.approx(1.0), "deviation": pytest.approx(0.0)}
+        for name, value, recorded, reason in [
+            ("wrong", 2.0, probe(1.0), "nats from what the adapter should say"),
+            ("broken", 3.0, {"prompts": []}, "its probe cannot be read"),
+            ("hostile", 4.0, {"prompts": [{"token_ids": [10**30]}]}, "its probe cannot be read"),
+        ]:
+            w.reconciler.apply(document({"name": "a", "source": str(write_lora(name, value, probe=recorded))}))
+            status = await w.reconciler.settled("a")
+            assert status.state == "failed"
+            assert reason in (status.reason or "")
+
+
+@in_a_loop
+async def test_what_leaves_the_document_leaves_the_engine(world, engine, write_lora) -> None:
+    async with world() as w:
+        entries = [{"name": n, "source": str(write_lora(n, v))} for n, v in (("a", 1.0), ("b", 2.0))]
+        w.reconciler.apply(document(*entries))
+        for name in "ab":
+            await w.reconciler.settled(name)
+        w.reconciler.apply(document(entries[1]))
+        await w.fleet.drained()
+        assert [name.partition("@")[0] for name in engine.loaded] == ["b"]
+        assert w.fleet.resolve("a") is None
+
+
+@in_a_loop
+async def test_publishing_rolling_back_and_removing_over_the_admin_api(world, write_lora, tmp_path) -> None:
+    async with world() as w:
+        one, two = write_lora("one", 1.0), write_lora("two", 2.0)
+        first = (await w.api.put("/adapters/a", json={"source": str(one)})).json()
+        assert first["state"] == "serving"
+        second = (await w.api.put("/adapters/a", json={"source": str(two), "pin": True})).json()
+        assert second["version"]["digest"] != first["version"]["digest"]
+        assert [v["digest"] for v in second["previous"]] == [first["version"]["digest"]]
+        written = desired.parse((tmp_path / "adapters.yaml").read_text(), "x").get("a")
+        assert written is not None
+        assert (written.digest, written.pin) == (second["version"]["digest"], True)
+
+        back = (await w.api.post("/adapters/a/rollback")).json()
+        assert back["version"]["digest"] == first["version"]["digest"]
+        assert [v["digest"] for v in back["previous"]] == [second["version"]["digest"]]
+        assert (await w.api.post("/adapters/a/rollback", json={"digest": "sha256:" + 64 * "0"})).status_code == 409
+
+        canary = await w.api.post("/adapters/a/canary", json={"source": second["version"]["digest"], "weight": 0.5})
+        assert canary.json()["canary"]["weight"] == 0.5
+        assert {w.fleet.resolve("a", str(i)).digest for i in range(50)} == {
+            first["version"]["digest"], second["version"]["digest"],
+        }  # fmt: skip
+        assert (await w.api.post("/adapters/a/canary", json={})).json()["canary"] is None
+
+        assert (await w.api.delete("/adapters/a")).json()["state"] == "removed"
+        assert (await w.api.get("/adapters/a")).status_code == 404
+        assert desired.parse((tmp_path / "adapters.yaml").read_text(), "x").adapters == []
+
+
+@in_a_loop
+async def test_a_failed_publication_changes_nothing(world, write_lora, tmp_path) -> None:
+    async with world() as w:
+        await w.api.put("/adapters/a", json={"source": str(write_lora("one", 1.0))})
+        before, current = (tmp_path / "adapters.yaml").read_text(), w.current("a")
+        for source in ("/not/there", str(write_lora("zero", 0.0))):
+            answer = await w.api.put("/adapters/a", json={"source": source})
+            assert answer.status_code == 422
+            assert "was not published" in answer.json()["error"]["message"]
+        assert (await w.api.put("/adapters/new", json={"source": "/not/there"})).status_code == 422
+        assert (tmp_path / "adapters.yaml").read_text() == before
+        assert w.current("a") == current
+        assert w.fleet.resolve("new") is None
+        assert (await w.api.get("/adapters/a")).json()["state"] == "serving"
+        assert (await w.api.get("/adapters/new")).status_code == 404
+
+
+@in_a_loop
+async def test_the_admin_api_opens_to_its_token_alone(world) -> None:
+    async with world() as w:
+        for headers in ({"Authorization": ""}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}):
+            for method, path in (("GET", "/adapters"), ("PUT", "/adapters/a"), ("POST", "/v1/load_lora_adapter")):
+                answer = await w.api.request(method, path, headers=headers)
+                assert answer.status_code == 401
+                assert answer.json()["error"]["type"] == "AuthenticationError"
+
+
+@in_a_loop
+async def test_bad_admin_requests_get_their_reason(world, write_lora) -> None:
+    async with world() as w:
+        assert (await w.api.put("/adapters/a b", json={"source": str(write_lora("x", 1.0))})).status_code == 400
+        assert (await w.api.put("/adapters/a", json={"sorce": "x"})).status_code == 422
+        for path in ("rollback", "pin", "canary"):
+            assert (await w.api.post(f"/adapters/none/{path}", json={})).status_code == 404
+
+
+@in_a_loop
+async def test_vllms_own_admin_calls_are_the_same_lifecycle(world, write_lora) -> None:
+    async with world() as w:
+        body = {"lora_name": "a", "lora_path": str(write_lora("one", 1.0))}
+        assert (await w.api.post("/v1/load_lora_adapter", json=body)).status_code == 200
+        assert w.current("a") is not None
+        assert (await w.api.post("/v1/unload_lora_adapter", json={"lora_name": "a"})).status_code == 200
+        assert w.current("a") is None
+
+
+@in_a_loop
+async def test_the_documents_file_is_followed_and_a_fault_in_it_changes_nothing(world, write_lora, tmp_path) -> None:
+    async with world() as w:
+        file = tmp_path / "adapters.yaml"
+        desired.write(document({"name": "a", "source": str(write_lora("one", 1.0))}), file)
+        following = asyncio.create_task(w.control.follow())
+        while w.current("a") is None:
+            await asyncio.sleep(0.01)
+        first = w.current("a")
+        file.write_text("adapters: [{name: a}]")
+        while w.control.fault is None:
+            await asyncio.sleep(0.01)
+        assert "adapters.0.source: Field required" in w.control.fault
+        assert w.current("a") == first
+        desired.write(document({"name": "a", "source": str(write_lora("two", 2.0))}), file)
+        while w.current("a") == first:
+            await asyncio.sleep(0.01)
+        assert (await w.api.get("/adapters")).json()["fault"] is None
+        following.cancel()
+
+
+@in_a_loop
+async def test_a_config_map_is_followed_through_its_links(world, write_lora, tmp_path) -> None:
+    """Kubernetes mounts adapters.yaml -> ..data/adapters.yaml, and swaps the link ..data."""
+    async with world() as w:
+        for number, source in enumerate((write_lora("one", 1.0), write_lora("two", 2.0))):
+            (tmp_path / f"..{number}").mkdir()
+            desired.write(document({"name": "a", "source": str(source)}), tmp_path / f"..{number}" / "adapters.yaml")
+        (tmp_path / "..data").symlink_to("..0")
+        (tmp_path / "adapters.yaml").symlink_to("..data/adapters.yaml")
+        following = asyncio.create_task(w.control.follow())
+        while w.current("a") is None:
+            await asyncio.sleep(0.01)
+        first = w.current("a")
+        (tmp_path / "new").symlink_to("..1")
+        (tmp_path / "new").replace(tmp_path / "..data")
+        while w.current("a") == first:
+            await asyncio.sleep(0.01)
+        following.cancel()
+
+
+@in_a_loop
+async def test_a_url_is_polled_with_its_etag_and_only_read(engine, store, base, write_lora, monkeypatch) -> None:
+    served = {"text": json.dumps({"adapters": [{"name": "a", "source": str(write_lora("one", 1.0))}]}), "asked": []}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        served["asked"].append(request.headers.get("if-none-match"))
+        if served["asked"][-1] == "1":
+            return httpx.Response(304)
+        return httpx.Response(200, text=served["text"], headers={"etag": "1"})
+
+    client = httpx.AsyncClient
+    monkeypatch.setattr(
+        "astra_serve.control.httpx.AsyncClient", lambda **_: client(transport=httpx.MockTransport(answer))
+    )
+    fleet = Fleet(engine, store, 2)
+    reconciler = Reconciler(fleet, engine, store, base)
+    control = Control("https://example.org/adapters.yaml", fleet, reconciler)
+    await control.refresh()
+    assert (await reconciler.settled("a")).state == "serving"
+    await control.refresh()
+    assert served["asked"] == [None, "1"]
+    with pytest.raises(Exception, match="change it there"):
+        await control.publish("a", "x")
