@@ -6,7 +6,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from astra_serve import desired
+from astra_serve import adapters_cli, desired
 from astra_serve.admission import Base, engine_rank, open_base, parse_adapter
 from astra_serve.desired import Adapter, Document
 from astra_serve.errors import ServeError
@@ -20,6 +20,9 @@ DOCUMENT_RANK = 64  # engine rank for adapters that are not known yet, unless --
 
 def main(argv: list[str] | None = None) -> int:
     """Run `astra-serve` and return its exit status: 0, or 2 with one line on stderr for bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["adapters"]:
+        return adapters_cli.main(argv[1:])
     args, extra = _parser().parse_known_args(argv)
     try:
         if args.max_loras is not None and args.max_loras < 1:
@@ -76,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="astra-serve",
         description="Serve one base model and many LoRA adapters with vLLM, OpenAI-compatible.",
-        epilog="Every other option goes to vLLM as it is: --max-model-len, --dtype, --api-key, --max-lora-rank, ...",
+        epilog="Every other option goes to vLLM as it is: --max-model-len, --dtype, --api-key, --max-lora-rank, ... "
+        "Of a running server: astra-serve adapters --help.",
         allow_abbrev=False,
     )
     parser.add_argument("--base", required=True, help="a model folder, or a hub id such as Qwen/Qwen3-0.6B")

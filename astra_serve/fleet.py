@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,6 +47,8 @@ class Version:
     failed: str | None = None
     last_used: float = 0.0
     requests: set[asyncio.Task[Any]] = field(default_factory=set)  # that hold a lease
+    coming: int = 0  # how many are about to let a name mean it
+    idle: asyncio.Event = field(default_factory=asyncio.Event)  # set while none does
     _loading: asyncio.Task[None] | None = None
 
     @property
@@ -126,13 +128,31 @@ class Fleet:
         task = asyncio.current_task()
         assert task is not None
         version.requests.add(task)
+        version.idle.clear()
         try:
             await self.make_resident(version)
             version.last_used = time.monotonic()
             yield version
         finally:
             version.requests.discard(task)
+            if not version.requests:
+                version.idle.set()
             self._released.set()
+
+    @asynccontextmanager
+    async def coming(self, version: Version) -> AsyncIterator[None]:
+        """Have a version in the engine that no name means yet; it leaves if none does when the block ends.
+
+        Raises Unavailable.
+        """
+        version.coming += 1
+        try:
+            await self.make_resident(version)
+            yield
+        finally:
+            version.coming -= 1
+            if not self._wanted(version):
+                self._retire(version, 0.0)
 
     async def make_resident(self, version: Version) -> None:
         """Wait until the engine has `version`. Raises Unavailable."""
@@ -166,10 +186,6 @@ class Fleet:
         for version in set(self.aliases.pop(name).versions()):
             self._retire(version, drain_s)
 
-    def forget(self, version: Version, drain_s: float = 0.0) -> None:
-        """Let a version that never served leave the engine."""
-        self._retire(version, drain_s)
-
     async def drained(self) -> None:
         """Wait until every version that is to leave has left."""
         while self._retiring:
@@ -195,7 +211,7 @@ class Fleet:
     async def _make_room(self) -> None:
         while len(self._resident) >= self._capacity:
             self._released.clear()
-            idle = [v for v in self._resident if not v.requests and not v.pinned]
+            idle = [v for v in self._resident if not (v.requests or v.pinned or v.coming)]
             if idle:
                 await self._unload(min(idle, key=lambda v: v.last_used))
             else:
@@ -221,14 +237,15 @@ class Fleet:
                 for task in version.requests:
                     task.cancel()  # as if the client had gone: the engine aborts what it computes for it
                 left = 1.0
-            await asyncio.wait(set(version.requests), timeout=left)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(version.idle.wait(), left)
         async with self._one_at_a_time:
             if not (version.requests or self._wanted(version)):
                 await self._unload(version)
 
     def _wanted(self, version: Version) -> bool:
         alias = self.aliases.get(version.alias)
-        return alias is not None and version in (alias.current, alias.canary)
+        return version.coming > 0 or (alias is not None and version in (alias.current, alias.canary))
 
 
 def _share(text: str) -> float:

@@ -17,6 +17,7 @@ from converter.adapter_dir import PROVENANCE, read_json
 # Nats. Kernels and dtypes of engines differ from those of the converter by some hundredths.
 MOST_DEVIATION = 0.3
 LEAST_EFFECT = 0.01
+_REMEMBERED = 256  # sets of prompts
 # Token ids that every vocabulary has, in no meaningful order: whatever changes the weights changes what follows them.
 PROMPTS = [[i * 7 % 199 + 3 for i in range(n, n + 12)] for n in range(0, 96, 12)]
 
@@ -52,27 +53,40 @@ class Verdict:
         return asdict(self)
 
 
-async def prove(engine: Engine, handle: Any, folder: Path, *, allow_no_effect: bool = False) -> Verdict:
-    """Ask the engine and return the verdict. Raises ProbeFailed."""
-    probe = _recorded(folder)
-    prompts = [prompt.token_ids for prompt in probe.prompts] if probe else PROMPTS
-    said = await engine.next_tokens(prompts, handle)
-    base = await engine.next_tokens(prompts, None)
-    effect = _mean([_between(one, other) for one, other in zip(said, base, strict=True)])
-    deviation = None
-    if probe:
-        pairs = list(zip(said, probe.prompts, strict=True))
-        deviation = _mean([_from(one, prompt.adapter) for one, prompt in pairs])
-        expected = _mean([_apart(prompt.base, prompt.adapter) for prompt in probe.prompts])
-        if deviation > max(MOST_DEVIATION, 0.0):
-            raise ProbeFailed(
-                f"the engine is {deviation:.2f} nats from what the adapter should say, allowed are {MOST_DEVIATION}: "
-                "it is not the adapter that was converted, or not its base"
-            )
-        allow_no_effect = allow_no_effect or expected < LEAST_EFFECT
-    if effect < LEAST_EFFECT and not allow_no_effect:
-        raise ProbeFailed(f"the adapter changes nothing ({effect:.4f} nats from the base): is it a trained one?")
-    return Verdict(probe is not None, len(prompts), effect, deviation)
+class Prover:
+    """Proves adapters on one engine. What its base says is asked once for each set of prompts: it never changes."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._base: dict[str, list[dict[int, float]]] = {}
+
+    async def prove(self, handle: Any, folder: Path, *, allow_no_effect: bool = False) -> Verdict:
+        """Ask the engine and return the verdict. Raises ProbeFailed."""
+        probe = _recorded(folder)
+        prompts = [prompt.token_ids for prompt in probe.prompts] if probe else PROMPTS
+        said = await self._engine.next_tokens(prompts, handle)
+        effect = _mean([_between(one, other) for one, other in zip(said, await self._of_base(prompts), strict=True)])
+        deviation = None
+        if probe:
+            deviation = _mean([_from(one, prompt.adapter) for one, prompt in zip(said, probe.prompts, strict=True)])
+            if deviation > MOST_DEVIATION:
+                raise ProbeFailed(
+                    f"the engine is {deviation:.2f} nats from what the adapter should say, allowed are "
+                    f"{MOST_DEVIATION}: it is not the adapter that was converted, or not its base"
+                )
+            expected = _mean([_apart(prompt.base, prompt.adapter) for prompt in probe.prompts])
+            allow_no_effect = allow_no_effect or expected < LEAST_EFFECT
+        if effect < LEAST_EFFECT and not allow_no_effect:
+            raise ProbeFailed(f"the adapter changes nothing ({effect:.4f} nats from the base): is it a trained one?")
+        return Verdict(probe is not None, len(prompts), effect, deviation)
+
+    async def _of_base(self, prompts: list[list[int]]) -> list[dict[int, float]]:
+        key = str(prompts)
+        if key not in self._base:
+            if len(self._base) >= _REMEMBERED:
+                self._base.clear()
+            self._base[key] = await self._engine.next_tokens(prompts, None)
+        return self._base[key]
 
 
 def _recorded(folder: Path) -> _Probe | None:

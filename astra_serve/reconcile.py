@@ -10,6 +10,7 @@ tried again, later and later; what cannot is tried again when its entry changes.
 import asyncio
 import time
 from collections import deque
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from astra_serve.desired import Adapter, Document
 from astra_serve.errors import CannotFetch, ServeError
 from astra_serve.fetch import fetch
 from astra_serve.fleet import Alias, Engine, Fleet, Version
-from astra_serve.probe import Verdict, prove
+from astra_serve.probe import Prover, Verdict
 from astra_serve.store import Store
 from converter.adapter_dir import AdapterError
 
@@ -60,7 +61,7 @@ class Reconciler:
         self.status: dict[str, Status] = {}
         self.verdicts: dict[str, Verdict] = {}  # by digest
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
-        self._fleet, self._engine, self._store, self._base = fleet, engine, store, base
+        self._fleet, self._prover, self._store, self._base = fleet, Prover(engine), store, base
         self._drain_s, self._keep, self._roots = drain_s, keep_versions, roots
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._news = asyncio.Event()  # each is set once, at the next change
@@ -153,17 +154,23 @@ class Reconciler:
 
     async def _serve(self, status: Status) -> None:
         entry = status.entry
-        current = await self._version(entry, entry.source, entry.digest, status)
-        canary, weight = None, 0.0
-        if entry.canary:
-            canary = await self._version(entry, entry.canary.version, None, status)
-            weight = entry.canary.weight
-        previous = [self._fleet.version(entry.name, d) for d in entry.previous if d != current.digest]
-        self._fleet.point(entry.name, Alias(current, previous, canary, weight), self._drain_s)
-        self._enter(status, "serving")
+        async with AsyncExitStack() as coming:
+            current = await self._version(entry, entry.source, entry.digest, status, coming)
+            canary, weight = None, 0.0
+            if entry.canary:
+                canary = await self._version(entry, entry.canary.version, None, status, coming)
+                weight = entry.canary.weight
+            previous = [self._fleet.version(entry.name, d) for d in entry.previous if d != current.digest]
+            self._fleet.point(entry.name, Alias(current, previous, canary, weight), self._drain_s)
+            self._enter(status, "serving")
 
-    async def _version(self, entry: Adapter, source: str, expected: str | None, status: Status) -> Version:
-        """Return a version that was fetched, checked, loaded and proved; the one that serves already, if it is that."""
+    async def _version(
+        self, entry: Adapter, source: str, expected: str | None, status: Status, coming: AsyncExitStack
+    ) -> Version:
+        """Return a version that was fetched, checked, loaded and proved; the one that serves already, if it is that.
+
+        It stays in the engine until `coming` ends, and then if a name means it.
+        """
         digest = source if source.startswith("sha256:") else expected
         if digest is None or digest not in self._store:
             if source.startswith("sha256:"):
@@ -171,7 +178,6 @@ class Reconciler:
             self._enter(status, "fetching")
             folder = await asyncio.to_thread(fetch, source, self._store, self._roots)
             self._enter(status, "verifying")
-            await asyncio.to_thread(self._base.check, folder)
             digest = await asyncio.to_thread(self._store.add, folder, expected)
         version = self._fleet.version(entry.name, digest)
         version.pinned = entry.pin
@@ -180,13 +186,9 @@ class Reconciler:
             return version
         await asyncio.to_thread(self._base.check, self._store.folder(digest))
         self._enter(status, "loading")
-        await self._fleet.make_resident(version)
+        await coming.enter_async_context(self._fleet.coming(version))
         self._enter(status, "probing")
-        try:
-            self.verdicts[digest] = await prove(self._engine, version.handle, self._store.folder(digest))
-        except BaseException:
-            self._fleet.forget(version)
-            raise
+        self.verdicts[digest] = await self._prover.prove(version.handle, self._store.folder(digest))
         return version
 
     def _stop(self, name: str) -> None:

@@ -192,9 +192,9 @@ async def test_many_swaps_under_load_leave_nothing_behind_and_mix_nothing(engine
     clients = [asyncio.create_task(client(n)) for n in range(8)]
     for number in range(100):
         new = fleet.version("a", digests[(number + 1) % 2])  # while it may still be leaving
-        await fleet.make_resident(new)
-        await asyncio.sleep(0.001 * (number % 4))
-        fleet.point("a", Alias(new), 5)
+        async with fleet.coming(new):
+            await asyncio.sleep(0.001 * (number % 4))
+            fleet.point("a", Alias(new), 5)
     stop = True
     await asyncio.gather(*clients)
     await fleet.drained()

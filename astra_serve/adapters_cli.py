@@ -1,0 +1,151 @@
+"""`astra-serve adapters ...`: the client of the admin API, for people and (with --json) for scripts."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+TOKEN, URL = "ASTRA_ADMIN_TOKEN", "ASTRA_ADMIN_URL"
+DEFAULT_URL = "http://127.0.0.1:8001"
+_POLL_S = 0.3
+
+
+def main(argv: list[str]) -> int:
+    """Run a command; return 0, 1 when the server refused or the adapter failed, 2 when it cannot be asked."""
+    args = _parser().parse_args(argv)
+    token = os.environ.get(TOKEN)
+    if not token:
+        print(f"astra-serve adapters: the admin token is not set: put it into {TOKEN}", file=sys.stderr)
+        return 2
+    headers = {"Authorization": f"Bearer {token}"}
+    try:
+        with httpx.Client(base_url=args.url, headers=headers, timeout=args.timeout) as client:
+            answer = _with_progress(client, args) if args.command == "publish" else _ask(client, args)
+    except httpx.HTTPError as error:
+        print(f"astra-serve adapters: {args.url} does not answer: {error}", file=sys.stderr)
+        return 2
+    try:
+        content = answer.json()
+    except ValueError:
+        content = {"error": {"message": f"{args.url} answers with {answer.status_code}: is it the admin port?"}}
+    if args.json:
+        print(json.dumps(content, indent=2))
+    elif answer.is_success:
+        _show(content)
+    if not answer.is_success:
+        message = content.get("error", {}).get("message") or json.dumps(content.get("detail", content))
+        print(f"astra-serve adapters: {message}", file=sys.stderr)
+    return 0 if answer.is_success else 1
+
+
+def _ask(client: httpx.Client, args: argparse.Namespace) -> httpx.Response:
+    match args.command:
+        case "list":
+            return client.get("/adapters")
+        case "events":
+            return client.get("/events")
+        case "get":
+            return client.get(f"/adapters/{args.name}")
+        case "remove":
+            return client.delete(f"/adapters/{args.name}")
+        case "publish":
+            wanted = {"source": args.source, "digest": args.digest, "required": args.required, "pin": args.pin}
+            return client.put(f"/adapters/{args.name}", json={k: v for k, v in wanted.items() if v is not None})
+        case "rollback":
+            return client.post(f"/adapters/{args.name}/rollback", json={"digest": args.digest} if args.digest else {})
+        case "canary":
+            body = {} if args.end else {"source": args.source, "weight": args.weight}
+            return client.post(f"/adapters/{args.name}/canary", json=body)
+        case command:
+            return client.post(f"/adapters/{args.name}/{command}")
+
+
+def _with_progress(client: httpx.Client, args: argparse.Namespace) -> httpx.Response:
+    """Ask, and say meanwhile where the adapter is on its way."""
+    console = Console(stderr=True)
+    with ThreadPoolExecutor(1) as pool, Status(f"{args.name}: asked", console=console) as line:
+        asked: Future[httpx.Response] = pool.submit(_ask, client, args)
+        while not asked.done():
+            time.sleep(_POLL_S)
+            now = client.get(f"/adapters/{args.name}")
+            if now.is_success and console.is_terminal:
+                line.update(f"{args.name}: {now.json()['state']}")
+        return asked.result()
+
+
+def _show(content: dict[str, Any]) -> None:
+    console = Console()
+    if "events" in content:
+        for event in content["events"]:
+            when = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+            reason = f": {event['reason']}" if event["reason"] else ""
+            console.print(Text(f"{when}  {event['adapter']}  {event['state']}{reason}"), soft_wrap=True)
+        return
+    adapters = content.get("adapters", [content])
+    if content.get("fault"):
+        console.print(Text(f"the document is not followed as it is now: {content['fault']}"), soft_wrap=True)
+    table = Table("adapter", "state", "version", "where", "requests", "effect", "previous")
+    for adapter in adapters:
+        version = adapter.get("version") or {}
+        probe = version.get("probe") or {}
+        table.add_row(
+            Text(adapter["name"]),
+            Text(adapter["state"]),
+            version.get("name", "").partition("@")[2],
+            version.get("residency", ""),
+            str(version.get("requests", "")),
+            f"{probe['effect']:.2f} nats" if probe else "",
+            str(len(adapter.get("previous", []))),
+        )
+    console.print(table)
+    for adapter in adapters:
+        if adapter.get("reason"):
+            console.print(Text(f"{adapter['name']}: {adapter['reason']}"), soft_wrap=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="astra-serve adapters",
+        description="What a running server serves, and how that is changed.",
+        epilog=f"The admin token comes from {TOKEN}.",
+    )
+    parser.add_argument(
+        "--url", default=os.environ.get(URL, DEFAULT_URL), help=f"the admin port ({URL}, {DEFAULT_URL})"
+    )
+    parser.add_argument("--json", action="store_true", help="the server's answer as it is")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds to wait (default: 600)")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, help_: str, *, named: bool = True) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help_, description=help_)
+        if named:
+            command.add_argument("name", metavar="NAME")
+        return command
+
+    add("list", "All adapters.", named=False)
+    add("get", "One adapter.")
+    publish = add("publish", "Serve what is at SOURCE as NAME; the version before serves until it is proved.")
+    publish.add_argument("source", metavar="SOURCE", help="a folder, hf://org/repo@revision, any fsspec URL")
+    publish.add_argument("--digest", help="refuse anything else")
+    publish.add_argument("--required", action="store_true", default=None, help="the server is not ready without it")
+    publish.add_argument("--pin", action="store_true", default=None, help="never swap it out")
+    rollback = add("rollback", "Serve the version before again.")
+    rollback.add_argument("--digest", help="or this one")
+    canary = add("canary", "Give a share of the requests to another version.")
+    canary.add_argument("source", nargs="?", metavar="SOURCE", help="or sha256:... of a version in the store")
+    canary.add_argument("weight", nargs="?", type=float, metavar="WEIGHT", help="above 0 and below 1")
+    canary.add_argument("--end", action="store_true", help="end it")
+    add("pin", "Never swap it out of the engine.")
+    add("unpin", "It may be swapped out.")
+    add("remove", "Serve it no longer.")
+    add("events", "What happened.", named=False)
+    return parser
