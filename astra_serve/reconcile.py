@@ -78,6 +78,14 @@ class Reconciler:
         if not self._tasks:
             self._store.collect(kept, self._keep)
 
+    async def serve_all(self, document: Document) -> None:
+        """Serve a document that will not change. Raises ServeError where one of its adapters fails."""
+        self.apply(document)
+        for entry in document.adapters:
+            status = await self.settled(entry.name)
+            if status.state == "failed":
+                raise ServeError(f"adapter {entry.name!r}: {status.reason}")
+
     def bring(self, entry: Adapter) -> None:
         """Start to serve one adapter as `entry` says, if that is not what is done already."""
         known = self.status.get(entry.name)

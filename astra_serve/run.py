@@ -14,7 +14,6 @@ from astra_serve import admin, engine
 from astra_serve.admission import Base
 from astra_serve.control import Control
 from astra_serve.desired import Document
-from astra_serve.errors import ServeError
 from astra_serve.fleet import Fleet
 from astra_serve.reconcile import Reconciler
 from astra_serve.store import Store
@@ -44,7 +43,7 @@ def serve(args: Namespace, base: Base, settings: Settings) -> None:
         reconciler = Reconciler(fleet, vllm, store, base, drain_s=settings.drain_s, roots=settings.roots)
         _add_health(app, reconciler)
         if isinstance(settings.document, Document):
-            await _all(reconciler, settings.document)
+            await reconciler.serve_all(settings.document)
             return fleet
         control = Control(settings.document, fleet, reconciler)
         _keep(running, control.follow())
@@ -57,15 +56,6 @@ def serve(args: Namespace, base: Base, settings: Settings) -> None:
         engine.serve(args, start)
     finally:
         store.close()
-
-
-async def _all(reconciler: Reconciler, document: Document) -> None:
-    """Serve a document that does not change. Raises ServeError where one of its adapters fails."""
-    reconciler.apply(document)
-    for entry in document.adapters:
-        status = await reconciler.settled(entry.name)
-        if status.state == "failed":
-            raise ServeError(f"adapter {entry.name!r}: {status.reason}")
 
 
 def _add_health(app: FastAPI, reconciler: Reconciler) -> None:

@@ -7,7 +7,8 @@ pause, half of them streaming. Every answer is compared with what the version th
 
     failed     the request got an error, or was cut off
     mixed      the answer is not that of the version it names, or the stream names several
-    throughput completed requests per second while swapping, over those of a steady phase before and after
+    throughput completed requests per second while swapping, over those of the steady phases before and after: the
+               median of ten blocks of swaps
     rss        the memory of all the server's processes, the last tenth of the swaps over the second tenth
 
 The rival is the same engine's own way: one folder that is written anew, and `load_inplace` from it, with the same
@@ -45,6 +46,7 @@ from trainer.embedded import tasks
 
 SEED, CLIENTS, TOKENS, NAME = 0, 8, 16, "swapped"
 EVERY_S = 0.4  # from the start of one swap to that of the next
+BLOCKS = 10  # of swaps, with steady load between them
 TASKS = ("sql", "signature")
 TOKEN = "benchmark"  # noqa: S105
 TARGETS = {"failed": 0, "mixed": 0, "throughput_ratio": 0.9, "rss_growth": 1.03}
@@ -90,37 +92,42 @@ def main() -> int:
 
 
 async def ours(folder: Path, adapters: list[Path], swaps: int) -> dict[str, Any]:
-    """Swap by publishing and by rolling back, in turn, over the admin API."""
+    """Start `astra-serve` with an empty document, and swap under load."""
     admin = free_port()
     os.environ["ASTRA_ADMIN_TOKEN"] = TOKEN
     options = ["--base", str(demo.BASE), "--adapters", str(folder / "adapters.yaml"), "--store", str(folder / "store")]
     options += ["--admin-port", str(admin), "--max-loras", "4", "--enforce-eager"]
     with astra_serve(options, folder / "ours.log") as server:
-        headers = {"Authorization": f"Bearer {TOKEN}"}
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{admin}", headers=headers, timeout=60) as api:
+        return await swapped(server, admin, TOKEN, adapters, swaps)
 
-            async def publish(number: int) -> str:
-                answer = await api.put(f"/adapters/{NAME}", json={"source": str(adapters[number % 2])})
-                answer.raise_for_status()
-                version: str = answer.json()["version"]["name"]
-                return version
 
-            known = {}
-            for number in (0, 1):
-                version = await publish(number)
-                known[version] = await _answers(server, version)
-            assert len(set(map(tuple, known.values()))) == 2, "the two adapters answer alike: nothing could be seen"
+async def swapped(server: Server, admin: int, token: str, adapters: list[Path], swaps: int) -> dict[str, Any]:
+    """Swap by publishing two adapters in turn over the admin API, and return what the clients saw."""
+    headers = {"Authorization": f"Bearer {token}"}
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{admin}", headers=headers, timeout=60) as api:
 
-            def judge(count: Count, prompt: int, _sent: float, said: tuple[set[str], str]) -> None:
-                names, text = said
-                if len(names) != 1 or known.get(next(iter(names)), [])[prompt : prompt + 1] != [text]:
-                    count.fault("mixed", f"{names} said {text!r}")
+        async def publish(number: int) -> str:
+            answer = await api.put(f"/adapters/{NAME}", json={"source": str(adapters[number % 2])})
+            answer.raise_for_status()
+            version: str = answer.json()["version"]["name"]
+            return version
 
-            found = await _measure(server, judge, publish, swaps)
-            await asyncio.sleep(1)
-            states = (await api.get("/adapters")).json()["adapters"]
-        residents = [v for a in states for v in (a["version"], *a["previous"]) if v["residency"] == "engine"]
-        return {"server": "astra-serve", **found, "left_in_engine": len(residents)}
+        known = {}
+        for number in (0, 1):
+            version = await publish(number)
+            known[version] = await _answers(server, version)
+        assert len(set(map(tuple, known.values()))) == 2, "the two adapters answer alike: nothing could be seen"
+
+        def judge(count: Count, prompt: int, _sent: float, said: tuple[set[str], str]) -> None:
+            names, text = said
+            if len(names) != 1 or known.get(next(iter(names)), [])[prompt : prompt + 1] != [text]:
+                count.fault("mixed", f"{names} said {text!r}")
+
+        found = await _measure(server, judge, publish, swaps)
+        await asyncio.sleep(1)
+        state = (await api.get(f"/adapters/{NAME}")).json()
+    left = [v["name"] for v in (state["version"], *state["previous"]) if v["residency"] == "engine"]
+    return {"server": "astra-serve", **found, "left_in_engine": len(left)}
 
 
 async def stock(folder: Path, adapters: list[Path], swaps: int) -> dict[str, Any]:
@@ -175,40 +182,41 @@ async def _measure(
     swap: Callable[[int], Any],
     swaps: int,
 ) -> dict[str, Any]:
-    """Steady load, swaps under the same load, steady load again; what the clients saw of all three."""
+    """Blocks of swaps under load, and the same load without swaps between them; what the clients saw of all."""
     count, stop = Count(), asyncio.Event()
     done: list[float] = []
     clients = [asyncio.create_task(_client(server, n, judge, count, done, stop)) for n in range(CLIENTS)]
-    steady_s = max(5.0, swaps / 50)
     await asyncio.sleep(2)
-    phases = [time.perf_counter()]
-    await asyncio.sleep(steady_s)
-    phases.append(time.perf_counter())
-    memory, durations, broken = [], [], None
+    block, memory, durations, broken = -(-swaps // BLOCKS), [], [], None
+    steady_s = min(10.0, block * EVERY_S)
+    phases = [time.perf_counter()]  # steady, swapping, steady, swapping, ... steady
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("swapping", total=swaps)
         for number in range(swaps):
+            if number % block == 0:
+                await asyncio.sleep(steady_s)
+                phases.append(time.perf_counter())
             began = time.perf_counter()
             try:
                 await swap(number)
             except httpx.HTTPError as error:
                 broken = f"swap {number}: {type(error).__name__}: {error}"[:200]
-                if server.process.poll() is not None or count.failed > 10 * CLIENTS:
-                    break
+                break
             durations.append(time.perf_counter() - began)
-            if number % max(1, swaps // 100) == 0:
-                memory.append(_rss(server.process.pid))
+            memory.append(_rss(server.process.pid))
             progress.advance(bar)
             await asyncio.sleep(max(0.0, began + EVERY_S - time.perf_counter()))
-    phases.append(time.perf_counter())
+            if number % block == block - 1 or number == swaps - 1:
+                phases.append(time.perf_counter())
     await asyncio.sleep(steady_s)
     phases.append(time.perf_counter())
     stop.set()
     await asyncio.gather(*clients, return_exceptions=True)
     rates = [sum(a <= t < b for t in done) / (b - a) for a, b in itertools.pairwise(phases)]
+    # each block of swaps against the steady load just before and just after it: the machine is not always as fast
+    ratios = [rates[i] / ((rates[i - 1] + rates[i + 1]) / 2 or 1) for i in range(1, len(rates) - 1, 2)]
     tenth = max(1, len(memory) // 10)
     late = len(memory) > 2 * tenth
-    steady = (rates[0] + rates[2]) / 2
     return {
         "swaps": len(durations),
         "requests": count.requests,
@@ -217,11 +225,12 @@ async def _measure(
         "stale": count.stale,
         "examples": count.examples,
         "broken": broken,
-        "requests_per_s": dict(zip(("before", "swapping", "after"), rates, strict=True)),
-        "throughput_ratio": rates[1] / steady if steady else 0.0,
+        "requests_per_s": rates,
+        "throughput_ratios": ratios,
+        "throughput_ratio": statistics.median(ratios) if ratios else 0.0,
         "swap_s": _quantiles(durations),
         "latency_s": _quantiles(count.latencies),
-        "rss_gib": [value / 2**30 for value in memory],
+        "rss_gib": [round(value / 2**30, 4) for value in memory[:: max(1, len(memory) // 200)]],
         "rss_growth": statistics.median(memory[-tenth:]) / statistics.median(memory[tenth : 2 * tenth])
         if late
         else None,

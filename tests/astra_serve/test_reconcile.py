@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,8 +16,11 @@ import pytest
 from astra_serve import admin, desired
 from astra_serve.control import Control
 from astra_serve.desired import Adapter, Document
+from astra_serve.errors import ServeError
 from astra_serve.fleet import Fleet
 from astra_serve.reconcile import Reconciler
+from astra_serve.store import Store
+from converter.adapter_dir import lora_digest
 from tests.astra_serve.conftest import StandInEngine
 from tests.astra_serve.test_fleet import in_a_loop
 
@@ -283,3 +289,47 @@ async def test_a_url_is_polled_with_its_etag_and_only_read(engine, store, base, 
     assert served["asked"] == [None, "1"]
     with pytest.raises(Exception, match="change it there"):
         await control.publish("a", "x")
+
+
+@in_a_loop
+async def test_a_fixed_set_serves_all_of_it_or_does_not_start(world, write_lora) -> None:
+    async with world() as w:
+        good = {"name": "a", "source": str(write_lora("one", 1.0))}
+        await w.reconciler.serve_all(document(good))
+        assert w.current("a") is not None
+        with pytest.raises(ServeError, match="adapter 'zero': the adapter changes nothing"):
+            await w.reconciler.serve_all(document(good, {"name": "zero", "source": str(write_lora("zero", 0.0))}))
+
+
+@pytest.mark.parametrize("state", ["fetching", "verifying", "loading", "probing", "serving"])
+def test_a_server_killed_while_publishing_comes_back_with_what_the_document_says(
+    engine, base, tiny_base, write_lora, tmp_path, state
+) -> None:
+    one, two = write_lora("one", 1.0), write_lora("two", 2.0)
+
+    def publish(source: Path, until: str) -> int:
+        words = [str(tmp_path), str(tiny_base), str(source), until]
+        command = [sys.executable, "-m", "tests.astra_serve.killed_while_publishing", *words]
+        return subprocess.run(command, capture_output=True, check=False).returncode
+
+    assert publish(one, "never") == 0
+    before = (tmp_path / "adapters.yaml").read_text()
+    assert publish(two, state) == -signal.SIGKILL
+    assert (tmp_path / "adapters.yaml").read_text() == before  # what was not proved to the end was never desired
+
+    @in_a_loop
+    async def restarted() -> None:
+        store = Store(tmp_path / "store")
+        fleet = Fleet(engine, store, 2)
+        reconciler = Reconciler(fleet, engine, store, base)
+        control = Control(str(tmp_path / "adapters.yaml"), fleet, reconciler)
+        await control.refresh()
+        assert (await reconciler.settled("a")).state == "serving"
+        assert fleet.aliases["a"].current.digest == lora_digest(one)
+        for version in (tmp_path / "store" / "versions").iterdir():
+            store.verify(f"sha256:{version.name}")  # whole, or not there
+        assert not list((tmp_path / "store" / "staging").iterdir())
+        assert (await control.publish("a", str(two))).state == "serving"  # and it can be done again
+        store.close()
+
+    restarted()

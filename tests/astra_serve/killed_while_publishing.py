@@ -1,0 +1,39 @@
+"""Publishes an adapter and kills its own process at a state of its way: `python -m ... ROOT BASE SOURCE STATE`."""
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+from astra_serve.admission import open_base
+from astra_serve.control import Control
+from astra_serve.fleet import Fleet
+from astra_serve.reconcile import Reconciler
+from astra_serve.store import Store
+from tests.astra_serve.conftest import StandInEngine
+
+
+class Killed(Reconciler):
+    at = ""
+
+    def _tell(self, name: str, state: str, reason: str | None = None) -> None:
+        if state == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._tell(name, state, reason)
+
+
+async def main(root: Path, base: str, source: str, state: str) -> None:
+    engine, store = StandInEngine(2), Store(root / "store")
+    fleet = Fleet(engine, store, 2)
+    reconciler = Killed(fleet, engine, store, open_base(base))
+    control = Control(str(root / "adapters.yaml"), fleet, reconciler)
+    await control.refresh()
+    if "a" in reconciler.status:
+        await reconciler.settled("a")
+    reconciler.at = state
+    print((await control.publish("a", source)).state)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1]), *sys.argv[2:]))
