@@ -10,7 +10,7 @@ import httpx
 from watchfiles import awatch
 
 from astra_serve import desired
-from astra_serve.desired import Adapter, Document
+from astra_serve.desired import Adapter, Canary, Document
 from astra_serve.errors import BadDocument, ServeError
 from astra_serve.fleet import Fleet
 from astra_serve.reconcile import Reconciler, Status
@@ -92,7 +92,7 @@ class Control:
         """Serve nothing under `name` any more. Raises ServeError."""
         self._entry(name)
         async with self._editing:
-            self._write(self._document.without(name))
+            await self._write(self._document.without(name))
 
     def _entry(self, name: str) -> Adapter:
         entry = self._document.get(name)
@@ -113,25 +113,27 @@ class Control:
                 if status.state == "failed":
                     self.reconciler.apply(self._document)
                 else:
-                    self._write(self._document.with_adapter(self._as_served(entry, old)))
+                    await self._write(self._document.with_adapter(self._as_served(entry, old)))
                     status = await self.reconciler.settled(entry.name)
         return status
 
     def _as_served(self, entry: Adapter, old: Adapter | None) -> Adapter:
         """Return the entry with the digest that serves now, and that of the `old` one among its previous versions."""
-        current = self.fleet.aliases[entry.name].current.digest
+        alias = self.fleet.aliases[entry.name]
+        current = alias.current.digest
+        canary = alias.canary and Canary(version=alias.canary.digest, weight=alias.weight)
         before = [old.digest] if old and old.digest else []
         previous = [d for d in dict.fromkeys([*before, *entry.previous]) if d != current]
-        return entry.model_copy(update={"digest": current, "previous": previous[:8]})
+        return entry.model_copy(update={"digest": current, "canary": canary, "previous": previous[:8]})
 
     def _writable(self) -> None:
         if self.file is None:
             raise ServeError(f"the desired state is at {self._where}: change it there")
 
-    def _write(self, document: Document) -> None:
+    async def _write(self, document: Document) -> None:
         self._writable()
         assert self.file is not None
-        desired.write(document, self.file)
+        await asyncio.to_thread(desired.write, document, self.file)  # it waits for the disk; streams must not
         self._document = document
         self.reconciler.apply(document)
 

@@ -191,6 +191,11 @@ class Fleet:
         while self._retiring:
             await asyncio.wait(self._retiring)
 
+    def digests(self) -> set[str]:
+        """Return the versions that a name means, or that are in the engine."""
+        named = {version for alias in self.aliases.values() for version in alias.versions()}
+        return {version.digest for version in named | self._resident}
+
     def residency(self, version: Version) -> str:
         """Return where a version is: in the engine, on disk, or nowhere."""
         if version.handle is not None:

@@ -50,19 +50,23 @@ class Leases:
             await self._app(scope, receive, send)
             return
         body, replay = await _read(receive)
-        model, user = _named(body)
-        if model is None:
-            await self._app(scope, replay, send)
+        content = _content(body)
+        model, user = content.get("model"), content.get("user")
+        if content.get("priority"):  # the engine's priorities are for its probes: callers wait for each other's turn
+            await _refuse(send, 400, "priority is not served: leave it out", "priority")
+            return
+        if not isinstance(model, str):
+            await self._app(scope, replay, send)  # the handler says what is wrong
             return
         try:
-            async with self._fleet.lease(model, _caller(scope, user)) as version:
+            async with self._fleet.lease(model, _caller(scope, user if isinstance(user, str) else "")) as version:
                 token = _held.set(None if version is None else (model, version))
                 try:
                     await self._app(scope, replay, send)
                 finally:
                     _held.reset(token)
         except Unavailable as error:
-            await _refuse(send, str(error), error.retry_after_s)
+            await _refuse(send, 503, str(error), "model", error.retry_after_s)
 
 
 async def _read(receive: Receive) -> tuple[bytes, Receive]:
@@ -80,16 +84,13 @@ async def _read(receive: Receive) -> tuple[bytes, Receive]:
     return body, replay
 
 
-def _named(body: bytes) -> tuple[str | None, str]:
-    """Return the `model` and the `user` of a JSON body; None where it names no model: its handler says so."""
+def _content(body: bytes) -> dict[str, Any]:
+    """Return a JSON body; an empty one where it is none."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
-        return None, ""
-    if not isinstance(content, dict) or not isinstance(content.get("model"), str):
-        return None, ""
-    user = content.get("user")
-    return content["model"], user if isinstance(user, str) else ""
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _caller(scope: Scope, user: str) -> str:
@@ -102,10 +103,11 @@ def _caller(scope: Scope, user: str) -> str:
     return str((scope.get("client") or ("",))[0])
 
 
-async def _refuse(send: Send, message: str, retry_after_s: int | None) -> None:
-    body = json.dumps({"error": {"message": message, "type": "ServiceUnavailableError", "param": "model", "code": 503}})
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body.encode())).encode())]
+async def _refuse(send: Send, status: int, message: str, param: str, retry_after_s: int | None = None) -> None:
+    kind = {400: "BadRequestError", 503: "ServiceUnavailableError"}[status]
+    body = json.dumps({"error": {"message": message, "type": kind, "param": param, "code": status}}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if retry_after_s is not None:
         headers.append((b"retry-after", str(retry_after_s).encode()))
-    await send({"type": "http.response.start", "status": 503, "headers": headers})
-    await send({"type": "http.response.body", "body": body.encode()})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -72,11 +72,6 @@ class Reconciler:
             self.remove(name)
         for entry in document.adapters:
             self.bring(entry)
-        kept = {digest for status in self.status.values() for digest in status.entry.previous}
-        kept |= {version.digest for alias in self._fleet.aliases.values() for version in alias.versions()}
-        kept |= {status.entry.digest for status in self.status.values() if status.entry.digest}
-        if not self._tasks:
-            self._store.collect(kept, self._keep)
 
     async def serve_all(self, document: Document) -> None:
         """Serve a document that will not change. Raises ServeError where one of its adapters fails."""
@@ -159,9 +154,13 @@ class Reconciler:
         finally:
             if self._tasks.get(name) is asyncio.current_task():
                 del self._tasks[name]
+            if not self._tasks:  # nothing is being published that nobody refers to yet
+                self._collect()
 
     async def _serve(self, status: Status) -> None:
         entry = status.entry
+        if entry.name == self._base.name:
+            raise ServeError("it has the base's name: requests for the base would get the adapter")
         async with AsyncExitStack() as coming:
             current = await self._version(entry, entry.source, entry.digest, status, coming)
             canary, weight = None, 0.0
@@ -198,6 +197,13 @@ class Reconciler:
         self._enter(status, "probing")
         self.verdicts[digest] = await self._prover.prove(version.handle, self._store.folder(digest))
         return version
+
+    def _collect(self) -> None:
+        """Remove what nothing refers to from the store, but for the newest of it."""
+        kept = self._fleet.digests()
+        for status in self.status.values():
+            kept |= {*status.entry.previous, *((status.entry.digest,) if status.entry.digest else ())}
+        self._store.collect(kept, self._keep)
 
     def _stop(self, name: str) -> None:
         task = self._tasks.pop(name, None)

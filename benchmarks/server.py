@@ -33,9 +33,12 @@ def free_port() -> int:
 def astra_serve(options: list[str], log: Path, *, timeout_s: float = 240) -> Iterator[Server]:
     """Start `astra-serve` with `options`, wait until it answers, yield it, and stop it with SIGTERM.
 
+    Its store is beside the log, unless `options` say otherwise.
     Raises RuntimeError with the end of the log when it exits or is not ready within `timeout_s` seconds.
     """
     port = free_port()
+    if "--store" not in options:
+        options = [*options, "--store", str(log.with_suffix(".store"))]
     with log.open("wb") as stream:
         command = [str(BIN / "astra-serve"), *options, "--port", str(port)]
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)

@@ -110,3 +110,16 @@ async def test_an_adapter_that_cannot_be_served_now_gets_openais_error_and_when_
         assert answer.status_code == 503
         assert "retry-after" not in answer.headers
         assert "the engine cannot load it" in answer.json()["error"]["message"]
+
+
+@in_a_loop
+async def test_nobody_gets_ahead_of_others_by_asking_for_it(fleet) -> None:
+    async def handler(_scope, receive, send) -> None:
+        await body_of(receive)
+        await say(send, "seen")
+
+    async with client(fleet, handler) as http:
+        assert (await http.post("/v1/completions", json={"model": "a", "priority": 0})).status_code == 200
+        answer = await http.post("/v1/completions", json={"model": "a", "priority": -9})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "priority"

@@ -137,6 +137,14 @@ async def test_an_adapter_must_say_what_its_probe_says(world, write_lora) -> Non
 
 
 @in_a_loop
+async def test_no_adapter_takes_the_bases_name(world, base, write_lora) -> None:
+    async with world() as w:
+        w.reconciler.apply(document({"name": base.name, "source": str(write_lora("one", 1.0))}))
+        assert "it has the base's name" in ((await w.reconciler.settled(base.name)).reason or "")
+        assert w.fleet.resolve(base.name) is None
+
+
+@in_a_loop
 async def test_what_leaves_the_document_leaves_the_engine(world, engine, write_lora) -> None:
     async with world() as w:
         entries = [{"name": n, "source": str(write_lora(n, v))} for n, v in (("a", 1.0), ("b", 2.0))]
@@ -194,6 +202,19 @@ async def test_a_failed_publication_changes_nothing(world, write_lora, tmp_path)
         assert w.fleet.resolve("new") is None
         assert (await w.api.get("/adapters/a")).json()["state"] == "serving"
         assert (await w.api.get("/adapters/new")).status_code == 404
+
+
+@in_a_loop
+async def test_the_store_keeps_what_is_referenced_and_a_few_more(world, write_lora, store) -> None:
+    async with world() as w:
+        digests = []
+        for i in range(1, 16):
+            answer = await w.api.put("/adapters/a", json={"source": str(write_lora(str(i), float(i)))})
+            digests.append(answer.json()["version"]["digest"])
+        await w.fleet.drained()
+        there = [digest in store for digest in digests]
+        assert all(there[-9:])  # the current one and the eight that a rollback may go to
+        assert sum(there) <= 9 + 3
 
 
 @in_a_loop
