@@ -13,7 +13,7 @@ POST   /v1/load_lora_adapter, /v1/unload_lora_adapter    as vLLM's, onto the sam
 
 import hmac
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
@@ -106,11 +106,13 @@ def build(control: Control, token: str) -> FastAPI:
         return await done(name, removed)
 
     @app.post("/adapters/{name}/rollback")
-    async def rollback(name: str, body: Annotated[Rollback, Depends(_rollback)]) -> dict[str, Any]:
-        return await done(name, lambda: control.rollback(name, body.digest))
+    async def rollback(name: str, body: Rollback | None = None) -> dict[str, Any]:
+        return await done(name, lambda: control.rollback(name, body.digest if body else None))
 
     @app.post("/adapters/{name}/canary")
     async def canary(name: str, body: CanaryChange) -> dict[str, Any]:
+        if (body.source is None) != (body.weight is None):
+            raise HTTPException(400, "a canary needs a source and a weight; give neither to end it")
         found = Canary(version=body.source, weight=body.weight).model_dump() if body.source and body.weight else None
         return await done(name, lambda: control.change(name, canary=found))
 
@@ -150,10 +152,6 @@ def build(control: Control, token: str) -> FastAPI:
         return describe(control, name)
 
     return app
-
-
-async def _rollback(request: Request) -> Rollback:
-    return Rollback.model_validate_json(await request.body() or b"{}")
 
 
 def describe(control: Control, name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,17 +51,21 @@ class Control:
                 watching.cancel()
 
     async def refresh(self) -> None:
-        """Read the document again and apply it if it changed."""
+        """Read the document again and apply what changed in it; what is on its way by other means goes on."""
         async with self._editing:
             try:
                 document = await self._read()
-            except (ServeError, httpx.HTTPError, OSError) as error:
-                self.fault = str(error)
+            except Exception as error:  # whatever is wrong with the file, the page or the way to it
+                self.fault = (str(error).strip() or type(error).__name__).splitlines()[0]
                 return
             self.fault = None
-            if document is not None:
-                self._document = document
-                self.reconciler.apply(document)
+            before, self._document = self._document, document
+        for gone in before.adapters:
+            if document.get(gone.name) is None:
+                self.reconciler.remove(gone.name)
+        for entry in document.adapters:
+            if before.get(entry.name) != entry:
+                self.reconciler.bring(entry)
 
     async def publish(self, name: str, source: str, **settings: Any) -> Status:
         """Let `name` mean what is at `source`, and return its status when it is served, or failed.
@@ -68,54 +73,62 @@ class Control:
         What it meant before becomes the first of its previous versions. The document is as before where it failed.
         Raises ServeError.
         """
-        old = self._document.get(name)
-        entry = (old or Adapter(name=name, source=source)).model_copy(
-            update={"source": source, "digest": None, "canary": None, **settings}
-        )
-        return await self._try(Adapter.model_validate(entry.model_dump()))
+        changed = {"source": source, "digest": None, "canary": None, **settings}
+        return await self._try(name, lambda old: {**(old.model_dump() if old else {"name": name}), **changed})
 
     async def rollback(self, name: str, digest: str | None = None) -> Status:
-        """Let `name` mean its previous version again, or the one with `digest`. Raises ServeError."""
-        entry = self._entry(name)
-        target = digest or next(iter(entry.previous), None)
-        if target is None or target not in entry.previous:
-            known = ", ".join(entry.previous) or "none"
-            raise ServeError(f"{name!r} has no such previous version; there are: {known}")
-        return await self._try(entry.model_copy(update={"source": target, "digest": target, "canary": None}))
+        """Let `name` mean its previous version again, or the one with `digest`. Raises ServeError and KeyError."""
+
+        def back(old: Adapter | None) -> dict[str, Any]:
+            entry = _there(old, name)
+            target = digest or next(iter(entry.previous), None)
+            if target is None or target not in entry.previous:
+                known = ", ".join(entry.previous) or "none"
+                raise ServeError(f"{name!r} has no such previous version; there are: {known}")
+            return {**entry.model_dump(), "source": target, "digest": target, "canary": None}
+
+        return await self._try(name, back)
 
     async def change(self, name: str, **settings: Any) -> Status:
-        """Change settings of `name`, as pin or canary. Raises ServeError."""
-        entry = self._entry(name).model_dump() | settings
-        return await self._try(Adapter.model_validate(entry))
+        """Change settings of `name`, as pin or canary. Raises ServeError and KeyError."""
+        return await self._try(name, lambda old: {**_there(old, name).model_dump(), **settings})
 
     async def remove(self, name: str) -> None:
-        """Serve nothing under `name` any more. Raises ServeError."""
-        self._entry(name)
-        async with self._editing:
+        """Serve nothing under `name` any more. Raises ServeError and KeyError."""
+        async with self._changing[name], self._editing:
+            _there(self._document.get(name), name)
             await self._write(self._document.without(name))
+        self.reconciler.remove(name)
 
-    def _entry(self, name: str) -> Adapter:
-        entry = self._document.get(name)
-        if entry is None:
-            raise KeyError(name)
-        return entry
-
-    async def _try(self, entry: Adapter) -> Status:
-        """Bring `entry` up, write it into the document once it serves, and return its status."""
+    async def _try(self, name: str, change: Callable[[Adapter | None], dict[str, Any]]) -> Status:
+        """Bring up what `change` makes of an entry, write it into the document once it serves, return its status."""
         self._writable()
-        async with self._changing[entry.name]:
-            old = self._document.get(entry.name)
-            self.reconciler.bring(entry)
-            status = await self.reconciler.settled(entry.name)
+        async with self._changing[name]:
+            old = self._document.get(name)
+            entry = Adapter.model_validate(change(old))
+            self.reconciler.bring(entry, again=True)
+            status = await self.reconciler.settled(name)
             if status.entry != entry:
-                raise ServeError(f"the document changed {entry.name!r} meanwhile: try again")
-            async with self._editing:
-                if status.state == "failed":
-                    self.reconciler.apply(self._document)
-                else:
-                    await self._write(self._document.with_adapter(self._as_served(entry, old)))
-                    status = await self.reconciler.settled(entry.name)
-        return status
+                raise ServeError(f"the document changed {name!r} meanwhile: try again")
+            if status.state == "failed":
+                await self._restore(name, old)
+                return status
+            served = self._as_served(entry, old)
+            try:
+                async with self._editing:
+                    await self._write(self._document.with_adapter(served))
+            except OSError as error:
+                await self._restore(name, old)
+                raise ServeError(f"the document cannot be written: {error.strerror}") from error
+            self.reconciler.bring(served)
+            return await self.reconciler.settled(name)
+
+    async def _restore(self, name: str, old: Adapter | None) -> None:
+        if old is None:
+            self.reconciler.remove(name)
+        else:
+            self.reconciler.bring(old)
+            await self.reconciler.settled(name)
 
     def _as_served(self, entry: Adapter, old: Adapter | None) -> Adapter:
         """Return the entry with the digest that serves now, and that of the `old` one among its previous versions."""
@@ -135,22 +148,29 @@ class Control:
         assert self.file is not None
         await asyncio.to_thread(desired.write, document, self.file)  # it waits for the disk; streams must not
         self._document = document
-        self.reconciler.apply(document)
 
-    async def _read(self) -> Document | None:
-        """Return the document if it changed. Raises ServeError, OSError and httpx.HTTPError."""
+    async def _read(self) -> Document:
+        """Return the document as it is now. Raises ServeError, OSError, httpx.HTTPError and others."""
         if self.file is not None:
             text = await asyncio.to_thread(self.file.read_text, encoding="utf-8") if self.file.exists() else ""
-        else:
-            async with httpx.AsyncClient(timeout=10, follow_redirects=True) as client:
-                answer = await client.get(self._where, headers={"If-None-Match": self._etag} if self._etag else {})
-            if answer.status_code == httpx.codes.NOT_MODIFIED:
-                return None
-            if not answer.is_success:
-                raise BadDocument(f"{self._where} answers with {answer.status_code}")
-            self._etag, text = answer.headers.get("etag", ""), answer.text
-        document = desired.parse(text, self._where)
-        return None if document == self._document else document
+            if not text.strip() and self._document.adapters:
+                raise BadDocument(f"{self.file} is empty or gone: write 'adapters: []' to serve none")
+            return desired.parse(text, self._where)
+        async with httpx.AsyncClient(timeout=10, follow_redirects=True) as client:
+            answer = await client.get(self._where, headers={"If-None-Match": self._etag} if self._etag else {})
+        if answer.status_code == httpx.codes.NOT_MODIFIED:
+            return self._document
+        if not answer.is_success:
+            raise BadDocument(f"{self._where} answers with {answer.status_code}")
+        document = desired.parse(answer.text, self._where)
+        self._etag = answer.headers.get("etag", "")
+        return document
+
+
+def _there(entry: Adapter | None, name: str) -> Adapter:
+    if entry is None:
+        raise KeyError(name)
+    return entry
 
 
 async def _watch(file: Path, due: asyncio.Event) -> None:

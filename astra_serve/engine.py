@@ -91,7 +91,12 @@ class VllmEngine:
 
     async def next_tokens(self, prompts: list[list[int]], handle: LoRARequest | None) -> list[dict[int, float]]:
         """Return the log probabilities of the likeliest next tokens after each prompt."""
-        return list(await asyncio.gather(*(self._next(prompt, handle) for prompt in prompts)))
+        asked = [self._next(prompt, handle) for prompt in prompts]
+        found = await asyncio.gather(*asked, return_exceptions=True)  # all have ended: none is left with an adapter
+        for answer in found:
+            if isinstance(answer, BaseException):
+                raise ServeError(f"the engine refuses its probe: {_first_line(answer)}") from answer
+        return [answer for answer in found if not isinstance(answer, BaseException)]
 
     async def _next(self, prompt: list[int], handle: LoRARequest | None) -> dict[int, float]:
         params = SamplingParams(max_tokens=1, temperature=0, logprobs=PROBE_TOKENS, ignore_eos=True)
@@ -102,11 +107,9 @@ class VllmEngine:
             lora_request=handle,
             priority=PROBE_PRIORITY,
         )
-        try:
-            async for output in generator:
-                found = output.outputs[0].logprobs
-        except ValueError as error:  # a prompt that the engine refuses, such as one with unknown tokens
-            raise ServeError(f"the engine refuses its probe: {_first_line(error)}") from error
+        found = None
+        async for output in generator:
+            found = output.outputs[0].logprobs
         assert found is not None
         return {token: entry.logprob for token, entry in found[0].items()}
 
@@ -180,5 +183,5 @@ async def serve_admin(app: FastAPI, host: str, port: int) -> None:
     await NoSignalServer(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)).serve()
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

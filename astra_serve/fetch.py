@@ -1,5 +1,6 @@
 """From a source as the desired state names it to a folder on this machine."""
 
+import re
 import shutil
 from pathlib import Path, PurePosixPath
 
@@ -22,7 +23,9 @@ def fetch(source: str, store: Store, roots: tuple[Path, ...] = ()) -> Path:
     scheme, _, rest = source.partition("://")
     if not rest:
         return _local(Path(source).expanduser(), roots)
-    if scheme == "file":
+    if "::" in source:
+        raise CannotFetch("a source is one URL, without '::'")
+    if scheme in ("file", "local"):
         return _local(Path(rest), roots)
     folder = store.staging()
     try:
@@ -33,7 +36,10 @@ def fetch(source: str, store: Store, roots: tuple[Path, ...] = ()) -> Path:
     except Exception as error:  # each file system has errors of its own
         shutil.rmtree(folder, ignore_errors=True)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CannotFetch(f"{source} cannot be fetched: {reason}") from error
+        raise CannotFetch(_without_secrets(f"{source} cannot be fetched: {reason}")) from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder
 
 
@@ -44,6 +50,11 @@ def _local(path: Path, roots: tuple[Path, ...]) -> Path:
     if not real.is_dir():
         raise CannotFetch(f"there is no folder {path}")
     return real
+
+
+def _without_secrets(text: str) -> str:
+    """Return `text` without what URLs may carry before an @ and behind a ?."""
+    return re.sub(r"\?[^\s'\"]*", "", re.sub(r"//[^/@\s]*@", "//", text))
 
 
 def _from_hub(rest: str, folder: Path) -> None:

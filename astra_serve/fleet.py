@@ -151,6 +151,7 @@ class Fleet:
             yield
         finally:
             version.coming -= 1
+            self._released.set()
             if not self._wanted(version):
                 self._retire(version, 0.0)
 
@@ -174,6 +175,7 @@ class Fleet:
         """Let `name` mean `alias` from now on; others leave the engine when nobody holds them."""
         old = self.aliases.get(name)
         self.aliases[name] = alias  # the flip: the next request is served by the new one
+        self._released.set()
         kept = set(alias.versions())
         for version in set(old.versions()) - kept if old else ():
             self._retire(version, drain_s)
@@ -185,6 +187,7 @@ class Fleet:
         """Serve nothing under `name` any more."""
         for version in set(self.aliases.pop(name).versions()):
             self._retire(version, drain_s)
+        self._released.set()
 
     async def drained(self) -> None:
         """Wait until every version that is to leave has left."""
@@ -216,7 +219,7 @@ class Fleet:
     async def _make_room(self) -> None:
         while len(self._resident) >= self._capacity:
             self._released.clear()
-            idle = [v for v in self._resident if not (v.requests or v.pinned or v.coming)]
+            idle = [v for v in self._resident if not (v.requests or v.coming or (v.pinned and self._wanted(v)))]
             if idle:
                 await self._unload(min(idle, key=lambda v: v.last_used))
             else:
@@ -224,9 +227,13 @@ class Fleet:
 
     async def _unload(self, version: Version) -> None:
         handle, version.handle = version.handle, None  # from here on a request loads it again
+        try:
+            if handle is not None:
+                await self._engine.unload(handle)
+        except ServeError as error:  # it is still there, and takes up room that nobody can use
+            version.failed = str(error)
+            self._capacity = max(1, self._capacity - 1)
         self._resident.discard(version)
-        if handle is not None:
-            await self._engine.unload(handle)
         self._released.set()
 
     def _retire(self, version: Version, drain_s: float) -> None:
@@ -236,10 +243,11 @@ class Fleet:
 
     async def _drain(self, version: Version, drain_s: float) -> None:
         deadline = time.monotonic() + drain_s
+        held = set(version.requests)  # who asks for it by its digest later is not cut off
         while version.requests and not self._wanted(version):
             left = deadline - time.monotonic()
             if left <= 0:
-                for task in version.requests:
+                for task in held & version.requests:
                     task.cancel()  # as if the client had gone: the engine aborts what it computes for it
                 left = 1.0
             with suppress(TimeoutError):

@@ -8,6 +8,7 @@ tried again, later and later; what cannot is tried again when its entry changes.
 """
 
 import asyncio
+import re
 import time
 from collections import deque
 from contextlib import AsyncExitStack
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from astra_serve.admission import Base
-from astra_serve.desired import Adapter, Document
-from astra_serve.errors import CannotFetch, ServeError
+from astra_serve.desired import DIGEST, Adapter, Document
+from astra_serve.errors import CannotFetch, ServeError, Unavailable
 from astra_serve.fetch import fetch
 from astra_serve.fleet import Alias, Engine, Fleet, Version
 from astra_serve.probe import Prover, Verdict
@@ -81,10 +82,10 @@ class Reconciler:
             if status.state == "failed":
                 raise ServeError(f"adapter {entry.name!r}: {status.reason}")
 
-    def bring(self, entry: Adapter) -> None:
-        """Start to serve one adapter as `entry` says, if that is not what is done already."""
+    def bring(self, entry: Adapter, *, again: bool = False) -> None:
+        """Start to serve one adapter as `entry` says, if that is not what is done already, or is wanted `again`."""
         known = self.status.get(entry.name)
-        if known is None or known.entry != entry:
+        if again or known is None or known.entry != entry:
             self._stop(entry.name)
             self._fleet.expected.add(entry.name)
             self.status[entry.name] = Status(entry)
@@ -92,6 +93,8 @@ class Reconciler:
 
     def remove(self, name: str) -> None:
         """Serve nothing under `name` any more."""
+        if name not in self.status:
+            return
         self._stop(name)
         self._fleet.expected.discard(name)
         del self.status[name]
@@ -143,6 +146,12 @@ class Reconciler:
                 except (CannotFetch, OSError) as error:
                     wait = next(waits, RETRIES_S[-1])
                     self._enter(status, "failed", f"{error}; trying again in {wait:.0f} s")
+                except Unavailable as error:
+                    if error.retry_after_s is None:
+                        self._enter(status, "failed", str(error))
+                        return
+                    wait = float(error.retry_after_s)  # the engine is full of adapters in use
+                    self._enter(status, "failed", str(error))
                 except (ServeError, AdapterError) as error:
                     self._enter(status, "failed", str(error))
                     return
@@ -154,8 +163,8 @@ class Reconciler:
         finally:
             if self._tasks.get(name) is asyncio.current_task():
                 del self._tasks[name]
-            if not self._tasks:  # nothing is being published that nobody refers to yet
-                self._collect()
+            if all(s.state in ("serving", "failed") for s in self.status.values()):
+                self._collect()  # nothing is being published that nobody refers to yet
 
     async def _serve(self, status: Status) -> None:
         entry = status.entry
@@ -178,10 +187,13 @@ class Reconciler:
 
         It stays in the engine until `coming` ends, and then if a name means it.
         """
-        digest = source if source.startswith("sha256:") else expected
-        if digest is None or digest not in self._store:
-            if source.startswith("sha256:"):
-                raise ServeError(f"the store has no version {source[:19]}: give its source")
+        stored = source.startswith("sha256:")
+        digest = source if stored else expected
+        if stored and not re.fullmatch(DIGEST, source):
+            raise ServeError(f"{source[:80]!r} is no digest: sha256: and 64 hexadecimal digits")
+        if digest is None or not await asyncio.to_thread(self._store.whole, digest):
+            if stored:
+                raise ServeError(f"the store has no version {source[:19]}, or not all of it: give its source")
             self._enter(status, "fetching")
             folder = await asyncio.to_thread(fetch, source, self._store, self._roots)
             self._enter(status, "verifying")
@@ -202,7 +214,9 @@ class Reconciler:
         """Remove what nothing refers to from the store, but for the newest of it."""
         kept = self._fleet.digests()
         for status in self.status.values():
-            kept |= {*status.entry.previous, *((status.entry.digest,) if status.entry.digest else ())}
+            entry = status.entry
+            named = (entry.digest, entry.source, entry.canary and entry.canary.version, *entry.previous)
+            kept |= {digest for digest in named if digest and digest.startswith("sha256:")}
         self._store.collect(kept, self._keep)
 
     def _stop(self, name: str) -> None:

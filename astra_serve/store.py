@@ -2,7 +2,7 @@
 
     ROOT/lock                   held by the one server that uses the store
     ROOT/staging/...            what is being published; emptied at the start
-    ROOT/versions/HEX/          a LoRA folder whose digest is sha256:HEX
+    ROOT/versions/HEX/          a LoRA folder whose `version_digest` is sha256:HEX
 
 The engine reads from here alone. What is published is copied: a link to somebody's file would change with it. What
 the server itself downloaded lies in the staging folder already, and is moved.
@@ -57,15 +57,15 @@ class Store:
         folder = source if ours else self.staging()
         try:
             there = self._already(source)
-            if there is not None and expected in (None, there):
+            if there is not None and expected in (None, there, adapter_dir.lora_digest(source)):
                 return there
             if not ours:
                 for name in _FILES:
                     if (source / name).is_file():
                         shutil.copyfile(adapter_dir.file_in(source, name), folder / name)
             adapter_dir.load_lora(folder)  # what is copied is what is checked
-            digest = adapter_dir.lora_digest(folder)
-            if expected is not None and digest != expected:
+            digest = version_digest(folder)
+            if expected not in (None, digest, adapter_dir.lora_digest(folder)):
                 raise Damaged(f"{source} has the digest {digest}, not {expected}")
             self._publish(folder, digest)
         finally:
@@ -79,11 +79,22 @@ class Store:
     def __contains__(self, digest: str) -> bool:
         return self.folder(digest).is_dir()
 
+    def whole(self, digest: str) -> bool:
+        """Whether a version is there as it was published; one that is not is removed, so that it can be published."""
+        if digest not in self:
+            return False
+        try:
+            self.verify(digest)
+        except Damaged:
+            self.discard(digest)
+            return False
+        return True
+
     def verify(self, digest: str) -> Path:
         """Return the folder of a version after reading all of it. Raises Damaged."""
         folder = self.folder(digest)
         try:
-            found = adapter_dir.lora_digest(folder)
+            found = version_digest(folder)
         except (AdapterError, OSError) as error:
             raise Damaged(f"version {digest[:19]} cannot be read in the store: {error}") from error
         if found != digest:
@@ -108,7 +119,7 @@ class Store:
     def _already(self, source: Path) -> str | None:
         """Return the digest of `source` where the store has that version already, and whole."""
         try:
-            digest = adapter_dir.lora_digest(source)
+            digest = version_digest(source)
             self.verify(digest)
         except (AdapterError, OSError, Damaged):
             return None
@@ -130,6 +141,14 @@ class Store:
                 self.discard(digest)  # it heals by being published again
         folder.chmod(0o755)
         folder.rename(self.folder(digest))
+
+
+def version_digest(folder: Path) -> str:
+    """Return the digest of all that makes a version: weights, config and, where there is one, its record and probe.
+
+    Raises AdapterError and OSError.
+    """
+    return adapter_dir.digest([adapter_dir.file_in(folder, name) for name in _FILES if (folder / name).exists()])
 
 
 def _remove(path: Path) -> None:

@@ -20,6 +20,7 @@ from converter.adapter_dir import AdapterError, BaseNotFound, Json, LoraAdapter,
 from converter.check_factors import NotTheAdapter
 from converter.sources import Factors, Source
 
+LONGEST = 512  # tokens of a prompt
 TOP = 5  # tokens of a probe's distribution
 
 # What a probe asks when nobody said what the adapter is for: prose, code, a question, an instruction, a list.
@@ -52,7 +53,11 @@ def why_not(source: Source, base: Path | None) -> str | None:
         return "the base is not at hand: give --base"
     if source.head:
         return "a classifier's labels have no probe"
-    if not any(name.endswith("ForCausalLM") for name in AutoConfig.from_pretrained(base).architectures or ()):
+    try:
+        architectures = AutoConfig.from_pretrained(base, trust_remote_code=False).architectures or ()
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseNotFound(f"base model in {base} cannot be understood: {_first_line(error)}") from error
+    if not any(name.endswith("ForCausalLM") for name in architectures):
         return "the base is no causal language model"
     return None
 
@@ -66,10 +71,10 @@ def check_model(
     """
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
-        tokenizer = AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise BaseNotFound(f"base model in {base} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False).eval()
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        raise BaseNotFound(f"base model in {base} cannot be loaded: {_first_line(error)}") from error
     rows, ids, real = tokenised(tokenizer, prompts)
     plain = logits(model, ids, real, {}, stored.scaling)
     trained = logits(model, ids, real, source.factors, lambda *_: 1.0)
@@ -106,6 +111,8 @@ def tokenised(
     if not all(rows):
         raise AdapterError("a prompt has no tokens: give --prompts a file with one prompt a line")
     longest = max(map(len, rows))
+    if longest > LONGEST:
+        raise AdapterError(f"a prompt has {longest} tokens: give prompts of up to {LONGEST}")
     ids = torch.tensor([row + (longest - len(row)) * [0] for row in rows])
     return rows, ids, torch.tensor([[i < len(row) for i in range(longest)] for row in rows])
 
@@ -160,3 +167,7 @@ def _layer(model: nn.Module, module: str) -> nn.Module:
 def _top(logits: torch.Tensor) -> dict[str, list[Any]]:
     values, ids = logits.double().log_softmax(-1).topk(min(TOP, len(logits)))
     return {"token_ids": ids.tolist(), "logprobs": [round(value, 4) for value in values.tolist()]}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         return _inspect(argv[1:]) if argv[:1] == ["inspect"] else _convert(argv)
-    except AdapterError as error:
+    except (AdapterError, OSError, UnicodeError) as error:  # the latter: a full disk, a name that no file can have
         print(f"astra-convert: {error}", file=sys.stderr)
         return 2
 
@@ -131,7 +131,12 @@ def _parser() -> argparse.ArgumentParser:
     add("adapter_dir", type=Path, metavar="ADAPTER_DIR", help="written by astra-train, PEFT or the paper's code")
     add("out_dir", type=Path, metavar="OUT_DIR", help="a new folder")
     add("--base", help="the original base, a model folder or a hub id (default: the one recorded, where it is at hand)")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="of the factors (default: auto, the base's own)")
+    add(
+        "--dtype",
+        choices=["auto", *DTYPES],
+        default="auto",
+        help="of the factors (default: auto, the base's own; a plain LoRA's stay)",
+    )
     smaller = parser.add_argument_group("a smaller rank")
     group = smaller.add_mutually_exclusive_group()
     group.add_argument("--rank", type=_rank, metavar="K", help="the best adapter of this rank")

@@ -16,13 +16,15 @@ def singular_values(lora_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
 
 
 def truncated(lora_a: torch.Tensor, lora_b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return factors (rank, d_in) and (d_out, rank), float32, of the best approximation; both are of the same size.
+    """Return factors (k, d_in) and (d_out, k), float32, of the best approximation of rank k; both are of the same size.
+
+    k is `rank`, or a side of the weight that is shorter.
 
     Each holds the roots of the singular values, so that neither leaves the range of a 16-bit float before the other.
     """
     q_b, r_b = torch.linalg.qr(lora_b.double())
     q_a, r_a = torch.linalg.qr(lora_a.double().T)
-    u, s, vt = torch.linalg.svd(r_b @ r_a.T)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     root = s[:rank].sqrt()
     return (root[:, None] * (vt[:rank] @ q_a.T)).float(), (q_b @ u[:, :rank] * root).float()
 

@@ -57,6 +57,10 @@ def convert(folder: Path, out: Path, wanted: Wanted, progress: Progress) -> Done
         check_base(folder, source, base, digest)
         identity = {"id": wanted.base, "digest": digest, "dtype": adapter_dir.base_dtype(base)} | source.base
     if wanted.merge:
+        if wanted.rank or wanted.energy or wanted.fit_engine or wanted.dtype != "auto" or wanted.prompts:
+            raise AdapterError(
+                "--merge adds the whole change to the base in its own dtype: leave rank, dtype, prompts out"
+            )
         return merged(source, base, identity, out, progress)
     dtype = _dtype(source, identity, wanted.dtype)
 
@@ -106,7 +110,8 @@ def checked(
     if base is None or why_not:
         return {**found, "unverified": why_not}
     prompts = wanted.prompts or check_model.PROMPTS
-    agreement, probe = check_model.check_model(source, stored, base, dtype, prompts, wanted.max_kl)
+    served = DTYPES.get(adapter_dir.base_dtype(base), dtype)
+    agreement, probe = check_model.check_model(source, stored, base, served, prompts, wanted.max_kl)
     return {**found, "verification": _all_short(asdict(agreement)), "probe": probe}
 
 
@@ -157,8 +162,13 @@ def check_base(folder: Path, source: Source, base: Path, digest: str) -> None:
     if source.residual is not None:
         originals, residuals = (adapter_dir.base_weights(model) for model in (base, source.residual.folder))
         for module, (a0, b0) in source.residual.start.items():
-            weight, residual = (weights[f"{module}.weight"].float() for weights in (originals, residuals))
-            if not float((weight - residual - b0 @ a0).norm()) <= _SAME * float(weight.norm()):
+            name, start = f"{module}.weight", b0 @ a0
+            weight = originals[name].float()
+            residual = residuals[name].float() if name in residuals else torch.empty(0)
+            if source.config.get("fan_in_fan_out"):
+                start = start.T
+            same = residual.shape == weight.shape
+            if not same or not float((weight - residual - start).norm()) <= _SAME * float(weight.norm()):
                 raise WrongBase(f"{module!r} of the residual model and its start do not add up to that of {base}")
 
 

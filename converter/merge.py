@@ -31,9 +31,12 @@ def merge(source: Source, base: Path, out: Path, on_layer: Callable[[], None]) -
             raise AdapterError(f"{name!r} is {weight.dtype}: nothing can be merged into a quantised base")
         lora_a, lora_b = source.factors[module]
         change = lora_b @ lora_a
+        total = weight.float().add_(change.T if source.config.get("fan_in_fan_out") else change).to(weight.dtype)
+        if not total.isfinite().all():
+            raise AdapterError(f"{name!r} with the adapter overflows {weight.dtype}")
         left.discard(module)
         on_layer()
-        return weight.float().add_(change.T if source.config.get("fan_in_fan_out") else change).to(weight.dtype)
+        return total
 
     for file in sorted(base.glob("*.safetensors")):
         tensors = base_tensors(file)

@@ -184,11 +184,12 @@ def _residual_model(folder: Path, trained: LoraAdapter) -> Path | None:
     """Return the folder of a residual model that the adapter lies in, or names as its base, where there is a start."""
     base = trained.config.get("base_model_name_or_path")
     named = [Path(base)] if isinstance(base, str) and "\0" not in base else []
-    return next((path for path in (*named, folder.parent) for name in _START_FOLDERS if (path / name).is_dir()), None)
+    near = (path for path in (*named, folder.resolve().parent) if list(path.glob("*.safetensors")))
+    return next((path for path in near for name in _START_FOLDERS if (path / name).is_dir()), None)
 
 
 def _base_of(lora: LoraAdapter) -> Json:
     recorded, named = lora.provenance.get("base"), lora.config.get("base_model_name_or_path")
     if isinstance(recorded, dict) and isinstance(recorded.get("id"), str):
-        return recorded
+        return {key: recorded[key] for key in ("id", "digest", "dtype") if isinstance(recorded.get(key), str)}
     return {"id": named} if isinstance(named, str) and named else {}

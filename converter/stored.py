@@ -43,13 +43,17 @@ def choose_rank(
     for module, (lora_a, lora_b) in source.factors.items():
         exact = max(exact, len(lora_a))
         if compresses:
+            if not (lora_a.isfinite().all() and lora_b.isfinite().all()):
+                raise AdapterError(f"{module} holds numbers that overflow float32")
             values[module] = singular_values(lora_a, lora_b)
         on_layer()
     if not compresses:
         return Rank(exact, exact, {}, 0.0)
     stored = rank or smallest_rank(values.values(), energy or ENERGY)
     if fit_engine:
-        stored = next((k for k in ENGINE_RANKS if k >= stored), stored)
+        if stored > ENGINE_RANKS[-1]:
+            raise AdapterError(f"rank {stored} is needed, and engines serve at most {ENGINE_RANKS[-1]}: give --rank")
+        stored = next(k for k in ENGINE_RANKS if k >= stored)
     stored = min(stored, exact)
     if stored == exact:
         return Rank(exact, exact, {}, 0.0)
@@ -73,16 +77,20 @@ def stored_lora(source: Source, rank: Rank, dtype: torch.dtype) -> LoraAdapter:
             found = truncated(*found, rank.stored)
         missing = rank.stored - len(found[0])
         lora_a, lora_b = F.pad(found[0], (0, 0, 0, missing)).to(dtype), F.pad(found[1], (0, missing)).to(dtype)
-        if not (lora_a.isfinite().all() and lora_b.isfinite().all()):
-            raise AdapterError(f"{module} overflows {dtype}: convert with --dtype float32 or bfloat16")
-        return lora_a, lora_b
+        return fits(module, lora_a), fits(module, lora_b)
+
+    def fits(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.isfinite().all():
+            advice = "" if dtype is torch.float32 else ": convert with --dtype float32 or bfloat16"
+            raise AdapterError(f"{name} overflows {dtype}{advice}")
+        return tensor
 
     config: Json = dict(source.config)
     if not unchanged:
         config |= {"rank_pattern": {}, "alpha_pattern": {}, "r": rank.stored, "lora_alpha": rank.stored}
         config["use_rslora"] = False
     config["inference_mode"] = True
-    head = Layers(list(source.head), lambda name: source.head[name].to(dtype))
+    head = Layers(list(source.head), lambda name: fits(name, source.head[name].to(dtype)))
     if head:
         config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in head})
     return LoraAdapter(Layers(list(source.factors), factors), config, {}, head)

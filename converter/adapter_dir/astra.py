@@ -105,5 +105,5 @@ def _check_shapes(file: TensorFile, module: str, rank: object) -> None:
     a, b, a0, b0 = (file.shapes[f"{module}.{part}"] for part in _PARTS)
     if a != a0 or b != b0:
         raise MalformedAdapter(f"{file.file}: {module!r}: A and A0, or B and B0, differ in shape")
-    if len(a) != 2 or len(b) != 2 or not a[0] == b[1] == rank:
+    if len(a) != 2 or len(b) != 2 or not a[0] == b[1] == rank or 0 in (*a, *b):
         raise MalformedAdapter(f"{file.file}: {module!r}: A is {a} and B is {b}, not ({rank}, d_in), (d_out, {rank})")

@@ -122,7 +122,7 @@ def read_lora_header(folder: Path) -> LoraHeader:
     base = _provenance(folder).get("base")
     # The engine sizes its slots by what the config says, whatever the tensors are.
     rank = max(config["r"], *(config.get("rank_pattern") or {}).values(), *(shape.rank for shape in shapes.values()))
-    digest = base.get("digest") if isinstance(base, dict) else None
+    digest = base.get("digest") if isinstance(base, dict) and isinstance(base.get("digest"), str) else None
     return LoraHeader(rank, {module: (shape.d_out, shape.d_in) for module, shape in shapes.items()}, digest)
 
 
@@ -201,7 +201,9 @@ def _open(folder: Path, allow_pickle: bool) -> TensorFile | PickledTensors:
     if (folder / LORA_WEIGHTS).exists() or not (folder / _PICKLED_WEIGHTS).is_file():
         return TensorFile(folder, LORA_WEIGHTS)
     if not allow_pickle:
-        raise UnsafeAdapter(f"{folder / _PICKLED_WEIGHTS} is a pickle, which can run code: --allow-pickle reads it")
+        raise UnsafeAdapter(
+            f"{folder / _PICKLED_WEIGHTS} is a pickle, which can run code: astra-convert --allow-pickle reads it"
+        )
     return PickledTensors(folder, _PICKLED_WEIGHTS)
 
 
@@ -211,7 +213,9 @@ def _layers(
     """Return the layers' shapes, the names of their halves in the file, and those of a head's tensors, by name."""
     keys: dict[str, dict[str, str]] = {}
     head = {}
-    saved = tuple(config.get("modules_to_save") or ())
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise MalformedAdapter(f"{folder / CONFIG}: modules_to_save must be a list of names")
     for key in shapes:
         name = key.removeprefix(_PEFT_PREFIX)
         module, _, half = name.removesuffix(".weight").rpartition(".")
@@ -235,4 +239,5 @@ def _layers(
 
 
 def _provenance(folder: Path) -> Json:
-    return read_json(folder, PROVENANCE) if (folder / PROVENANCE).is_file() else {}
+    found = read_json(folder, PROVENANCE) if (folder / PROVENANCE).is_file() else {}
+    return found if found.get("format") == LORA_FORMAT else {}

@@ -9,12 +9,12 @@ from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
-from zipfile import ZIP_STORED, BadZipFile, ZipFile
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from converter.adapter_dir.errors import MalformedAdapter, UnsafeAdapter
+from converter.adapter_dir.errors import CannotWrite, MalformedAdapter, UnsafeAdapter
 from converter.adapter_dir.folder import file_in
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -78,16 +78,27 @@ class PickledTensors(dict[str, torch.Tensor]):
             content = torch.load(self.file, map_location="cpu", weights_only=True)
         except UnpicklingError as error:
             raise UnsafeAdapter(f"{self.file} holds more than tensors: {str(error).splitlines()[0]}") from error
-        except (BadZipFile, RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
+        except UnsafeAdapter:
+            raise
+        except Exception as error:  # a broken pickle can raise anything
             raise MalformedAdapter(f"{self.file} is no PyTorch checkpoint: {str(error).splitlines()[:1]}") from error
-        good = isinstance(content, dict) and all(
-            isinstance(name, str) and isinstance(t, torch.Tensor) and t.dtype in DTYPES.values() and t.isfinite().all()
-            for name, t in content.items()
-        )
-        if not good:
+        if not isinstance(content, dict) or not all(_is_plain(name, tensor) for name, tensor in content.items()):
             raise MalformedAdapter(f"{self.file} must hold finite tensors ({', '.join(DTYPES)}) by name, nothing else")
         super().__init__(content)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.items()}
+
+
+def _is_plain(name: object, tensor: object) -> bool:
+    """Whether a tensor is what it takes up in memory, and finite: a view can claim any shape."""
+    return (
+        isinstance(name, str)
+        and isinstance(tensor, torch.Tensor)
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and tensor.dtype in DTYPES.values()
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+        and bool(tensor.isfinite().all())
+    )
 
 
 def write_tensors(
@@ -106,6 +117,8 @@ def write_tensors(
         stream.seek(8 + room)
         for name, tensor in tensors:
             data = tensor.detach().cpu().contiguous()
+            if data.dtype not in _NAMES:
+                raise CannotWrite(f"{name!r} is {data.dtype}, for which safetensors has no name here")
             begin, end = end, end + data.nbytes
             header[name] = {"dtype": _NAMES[data.dtype], "shape": list(data.shape), "data_offsets": [begin, end]}
             stream.write(data.flatten().view(torch.uint8).numpy().data)

@@ -19,8 +19,7 @@ from astra_serve.desired import Adapter, Document
 from astra_serve.errors import ServeError
 from astra_serve.fleet import Fleet
 from astra_serve.reconcile import Reconciler
-from astra_serve.store import Store
-from converter.adapter_dir import lora_digest
+from astra_serve.store import Store, version_digest
 from tests.astra_serve.conftest import StandInEngine
 from tests.astra_serve.test_fleet import in_a_loop
 
@@ -205,6 +204,80 @@ async def test_a_failed_publication_changes_nothing(world, write_lora, tmp_path)
 
 
 @in_a_loop
+async def test_changes_of_different_adapters_do_not_disturb_each_other(world, engine, write_lora) -> None:
+    async with world() as w:
+        engine.delay = 0.05
+        sources = {name: str(write_lora(name, value)) for name, value in (("a", 1.0), ("b", 2.0))}
+        answers = await asyncio.gather(*(w.api.put(f"/adapters/{n}", json={"source": s}) for n, s in sources.items()))
+        assert [answer.status_code for answer in answers] == [200, 200]
+        again = str(write_lora("again", 3.0))
+        slow, pinned = await asyncio.gather(
+            w.api.put("/adapters/a", json={"source": again}), w.api.post("/adapters/b/pin", json={})
+        )
+        assert (slow.json()["source"], pinned.json()["pin"]) == (again, True)
+
+
+@in_a_loop
+async def test_changes_of_one_adapter_follow_each_other_and_lose_nothing(world, engine, write_lora) -> None:
+    async with world() as w:
+        engine.delay = 0.02
+        one = (await w.api.put("/adapters/a", json={"source": str(write_lora("one", 1.0))})).json()
+        await asyncio.gather(
+            w.api.put("/adapters/a", json={"source": str(write_lora("two", 2.0))}), w.api.post("/adapters/a/pin")
+        )
+        found = (await w.api.get("/adapters/a")).json()
+        assert found["pin"] is True
+        assert found["version"]["digest"] != one["version"]["digest"]
+        assert [v["digest"] for v in found["previous"]] == [one["version"]["digest"]]
+
+
+@in_a_loop
+async def test_publishing_a_path_again_serves_what_is_there_now(world, write_lora, tmp_path) -> None:
+    async with world() as w:
+        place = write_lora("place", 1.0)
+        first = (await w.api.put("/adapters/a", json={"source": str(place)})).json()
+        place.rename(tmp_path / "old")
+        write_lora("place", 2.0)
+        second = (await w.api.put("/adapters/a", json={"source": str(place)})).json()
+        assert second["version"]["digest"] != first["version"]["digest"]
+
+
+@in_a_loop
+async def test_a_document_that_is_gone_or_empty_changes_nothing(world, write_lora, tmp_path) -> None:
+    async with world() as w:
+        await w.api.put("/adapters/a", json={"source": str(write_lora("one", 1.0))})
+        for spoil in (lambda f: f.write_text(""), lambda f: f.write_bytes(b"\xff"), lambda f: f.unlink()):
+            spoil(tmp_path / "adapters.yaml")
+            await w.control.refresh()
+            assert w.control.fault
+            assert w.current("a") is not None
+        (tmp_path / "adapters.yaml").write_text("adapters: []")
+        await w.control.refresh()
+        assert w.control.fault is None
+        assert w.current("a") is None
+
+
+@in_a_loop
+async def test_more_adapters_than_fit_at_once_are_all_served(world, write_lora) -> None:
+    async with world(capacity=1) as w:
+        entries = [{"name": f"a{i}", "source": str(write_lora(f"a{i}", float(i + 1)))} for i in range(4)]
+        w.reconciler.apply(document(*entries))
+        for entry in entries:
+            while w.reconciler.status[entry["name"]].state != "serving":
+                await w.reconciler.change()
+
+
+@in_a_loop
+async def test_a_pinned_version_that_was_replaced_makes_room(world, write_lora) -> None:
+    async with world(capacity=1) as w:
+        assert (await w.api.put("/adapters/a", json={"source": str(write_lora("one", 1.0)), "pin": True})).is_success
+        # the old one is pinned and the engine is full: both cannot be there at once, and the old one serves on
+        assert (await w.api.put("/adapters/a", json={"source": str(write_lora("two", 2.0))})).status_code == 422
+        assert (await w.api.delete("/adapters/a")).is_success
+        assert (await w.api.put("/adapters/b", json={"source": str(write_lora("three", 3.0))})).is_success
+
+
+@in_a_loop
 async def test_the_store_keeps_what_is_referenced_and_a_few_more(world, write_lora, store) -> None:
     async with world() as w:
         digests = []
@@ -232,6 +305,10 @@ async def test_bad_admin_requests_get_their_reason(world, write_lora) -> None:
     async with world() as w:
         assert (await w.api.put("/adapters/a b", json={"source": str(write_lora("x", 1.0))})).status_code == 400
         assert (await w.api.put("/adapters/a", json={"sorce": "x"})).status_code == 422
+        assert (await w.api.post("/adapters/a/rollback", json={"digest": "x"})).status_code == 422
+        assert (await w.api.post("/adapters/a/canary", json={"source": "x"})).status_code == 400
+        for source in ("sha256:../../etc", "simplecache::file:///etc"):
+            assert (await w.api.put("/adapters/a", json={"source": source})).status_code == 422
         for path in ("rollback", "pin", "canary"):
             assert (await w.api.post(f"/adapters/none/{path}", json={})).status_code == 404
 
@@ -346,7 +423,7 @@ def test_a_server_killed_while_publishing_comes_back_with_what_the_document_says
         control = Control(str(tmp_path / "adapters.yaml"), fleet, reconciler)
         await control.refresh()
         assert (await reconciler.settled("a")).state == "serving"
-        assert fleet.aliases["a"].current.digest == lora_digest(one)
+        assert fleet.aliases["a"].current.digest == version_digest(one)
         for version in (tmp_path / "store" / "versions").iterdir():
             store.verify(f"sha256:{version.name}")  # whole, or not there
         assert not list((tmp_path / "store" / "staging").iterdir())

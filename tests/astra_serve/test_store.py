@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from astra_serve.errors import Damaged, ServeError
-from astra_serve.store import Store
+from astra_serve.store import Store, version_digest
 from converter import adapter_dir
 from converter.adapter_dir import MalformedAdapter
 
@@ -16,7 +16,8 @@ from converter.adapter_dir import MalformedAdapter
 def test_a_version_is_a_copy_under_its_contents_digest(store, write_lora) -> None:
     source = write_lora("a", 1.0)
     digest = store.add(source)
-    assert digest == adapter_dir.lora_digest(source)
+    assert digest == version_digest(source)
+    assert store.add(source, adapter_dir.lora_digest(source)) == digest  # the one that the adapter records of itself
     assert store.verify(digest) == store.folder(digest)
     (source / "adapter_model.safetensors").write_bytes(b"changed")  # what the publisher does later does not matter
     store.verify(digest)
@@ -33,6 +34,15 @@ def test_another_content_than_the_expected_is_not_published(store, write_lora, t
         store.add(write_lora("a"), "sha256:" + 64 * "0")
     assert not list((tmp_path / "store" / "versions").iterdir())
     assert not list((tmp_path / "store" / "staging").iterdir())
+
+
+def test_the_same_weights_with_another_record_are_another_version(store, write_lora) -> None:
+    """The probe proves a version: a forged one must not take the place of the real one."""
+    real = store.add(write_lora("real", 1.0))
+    forged = write_lora("forged", 1.0)
+    (forged / "astra.json").write_text('{"format": "astra-lora/1"}')
+    assert store.add(forged) != real
+    store.verify(real)
 
 
 def test_a_broken_adapter_is_not_published(store, write_lora, tmp_path) -> None:
