@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -16,10 +17,11 @@ pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture
-def api(server: Server, admin: Admin) -> httpx.Client:
+def api(server: Server, admin: Admin) -> Iterator[httpx.Client]:
     assert server.process.poll() is None
     headers = {"Authorization": f"Bearer {admin.token}"}
-    return httpx.Client(base_url=f"http://127.0.0.1:{admin.port}", headers=headers, timeout=60)
+    with httpx.Client(base_url=f"http://127.0.0.1:{admin.port}", headers=headers, timeout=60) as client:
+        yield client
 
 
 def test_swapping_under_load_fails_no_request_and_mixes_no_versions(server, admin, loras) -> None:
