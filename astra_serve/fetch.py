@@ -8,11 +8,8 @@ import fsspec
 from huggingface_hub import snapshot_download
 
 from astra_serve.errors import CannotFetch
-from astra_serve.store import Store
-from converter.adapter_dir import CONFIG, LORA_WEIGHTS, PROVENANCE
-
-_FILES = (LORA_WEIGHTS, CONFIG, PROVENANCE)
-_OPTIONAL = (PROVENANCE,)
+from astra_serve.store import FILES, Store
+from converter.adapter_dir import PROVENANCE
 
 
 def fetch(source: str, store: Store, roots: tuple[Path, ...] = ()) -> Path:
@@ -59,16 +56,16 @@ def _without_secrets(text: str) -> str:
 
 def _from_hub(rest: str, folder: Path) -> None:
     repository, _, revision = rest.partition("@")
-    found = snapshot_download(repository, revision=revision or None, allow_patterns=list(_FILES))
-    for name in _FILES:
+    found = snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES))
+    for name in FILES:
         if (Path(found) / name).is_file():
             shutil.copyfile(Path(found) / name, folder / name)
 
 
 def _from_url(source: str, folder: Path) -> None:
     system, path = fsspec.core.url_to_fs(source)
-    for name in _FILES:
+    for name in FILES:
         remote = str(PurePosixPath(path) / name)
-        if name in _OPTIONAL and not system.exists(remote):
+        if name == PROVENANCE and not system.exists(remote):
             continue
         system.get_file(remote, str(folder / name))

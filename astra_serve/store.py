@@ -19,7 +19,7 @@ from astra_serve.errors import Damaged, ServeError
 from converter import adapter_dir
 from converter.adapter_dir import CONFIG, LORA_WEIGHTS, PROVENANCE, AdapterError
 
-_FILES = (LORA_WEIGHTS, CONFIG, PROVENANCE)
+FILES = (LORA_WEIGHTS, CONFIG, PROVENANCE)
 
 
 class Store:
@@ -57,15 +57,15 @@ class Store:
         folder = source if ours else self.staging()
         try:
             there = self._already(source)
-            if there is not None and expected in (None, there, adapter_dir.lora_digest(source)):
+            if there is not None and _is(expected, there, source):
                 return there
             if not ours:
-                for name in _FILES:
+                for name in FILES:
                     if (source / name).is_file():
                         shutil.copyfile(adapter_dir.file_in(source, name), folder / name)
             adapter_dir.load_lora(folder)  # what is copied is what is checked
             digest = version_digest(folder)
-            if expected not in (None, digest, adapter_dir.lora_digest(folder)):
+            if not _is(expected, digest, folder):
                 raise Damaged(f"{source} has the digest {digest}, not {expected}")
             self._publish(folder, digest)
         finally:
@@ -127,18 +127,14 @@ class Store:
 
     def _publish(self, folder: Path, digest: str) -> None:
         for path in folder.iterdir():
-            if path.name not in _FILES or path.is_symlink():
+            if path.name not in FILES or path.is_symlink():
                 _remove(path)
                 continue
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
             path.chmod(0o444)
-        if digest in self:
-            try:
-                self.verify(digest)
-                return
-            except Damaged:
-                self.discard(digest)  # it heals by being published again
+        if self.whole(digest):
+            return
         folder.chmod(0o755)
         folder.rename(self.folder(digest))
 
@@ -148,7 +144,12 @@ def version_digest(folder: Path) -> str:
 
     Raises AdapterError and OSError.
     """
-    return adapter_dir.digest([adapter_dir.file_in(folder, name) for name in _FILES if (folder / name).exists()])
+    return adapter_dir.digest([adapter_dir.file_in(folder, name) for name in FILES if (folder / name).exists()])
+
+
+def _is(expected: str | None, digest: str, folder: Path) -> bool:
+    """Whether `folder`, of this digest, is what was expected: by it, or by the digest that an adapter has of itself."""
+    return expected in (None, digest) or expected == adapter_dir.lora_digest(folder)
 
 
 def _remove(path: Path) -> None:

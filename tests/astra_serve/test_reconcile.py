@@ -127,6 +127,7 @@ async def test_an_adapter_must_say_what_its_probe_says(world, write_lora) -> Non
         for name, value, recorded, reason in [
             ("wrong", 2.0, probe(1.0), "nats from what the adapter should say"),
             ("broken", 3.0, {"prompts": []}, "its probe cannot be read"),
+            ("nan", 5.0, probe(float("nan")), "nan nats from what the adapter should say"),
             ("hostile", 4.0, {"prompts": [{"token_ids": [10**30]}]}, "its probe cannot be read"),
         ]:
             w.reconciler.apply(document({"name": "a", "source": str(write_lora(name, value, probe=recorded))}))
