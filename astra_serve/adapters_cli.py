@@ -14,6 +14,8 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from astra_serve import desired
+
 TOKEN, URL = "ASTRA_ADMIN_TOKEN", "ASTRA_ADMIN_URL"
 DEFAULT_URL = "http://127.0.0.1:8001"
 _POLL_S = 0.3
@@ -22,6 +24,9 @@ _POLL_S = 0.3
 def main(argv: list[str]) -> int:
     """Run a command; return 0, 1 when the server refused or the adapter failed, 2 when it cannot be asked."""
     args = _parser().parse_args(argv)
+    if args.command == "schema":
+        print(json.dumps(desired.json_schema(), indent=2))
+        return 0
     token = os.environ.get(TOKEN)
     if not token:
         print(f"astra-serve adapters: the admin token is not set: put it into {TOKEN}", file=sys.stderr)
@@ -29,6 +34,8 @@ def main(argv: list[str]) -> int:
     headers = {"Authorization": f"Bearer {token}"}
     try:
         with httpx.Client(base_url=args.url, headers=headers, timeout=args.timeout) as client:
+            if args.command == "events" and args.follow:
+                return _follow(client, args)
             answer = _with_progress(client, args) if args.command == "publish" else _ask(client, args)
     except httpx.HTTPError as error:
         print(f"astra-serve adapters: {args.url} does not answer: {error}", file=sys.stderr)
@@ -53,12 +60,22 @@ def _ask(client: httpx.Client, args: argparse.Namespace) -> httpx.Response:
             return client.get("/adapters")
         case "events":
             return client.get("/events")
+        case "drain":
+            return client.request("DELETE" if args.end else "POST", "/drain")
+        case "alias":
+            return client.post(f"/adapters/{args.name}/alias", json={"version": args.version})
         case "get":
             return client.get(f"/adapters/{args.name}")
         case "remove":
             return client.delete(f"/adapters/{args.name}")
         case "publish":
-            wanted = {"source": args.source, "digest": args.digest, "required": args.required, "pin": args.pin}
+            wanted = {
+                "source": args.source,
+                "digest": args.digest,
+                "required": args.required,
+                "pin": args.pin,
+                "allow_no_effect": args.allow_no_effect,
+            }
             return client.put(f"/adapters/{args.name}", json={k: v for k, v in wanted.items() if v is not None})
         case "rollback":
             return client.post(f"/adapters/{args.name}/rollback", json={"digest": args.digest} if args.digest else {})
@@ -82,13 +99,38 @@ def _with_progress(client: httpx.Client, args: argparse.Namespace) -> httpx.Resp
         return asked.result()
 
 
+def _follow(client: httpx.Client, args: argparse.Namespace) -> int:
+    """Show what happens until Ctrl-C, or until the server ends."""
+    try:
+        with client.stream("GET", "/events", params={"follow": True}, timeout=None) as answer:
+            if not answer.is_success:
+                print(f"astra-serve adapters: {args.url} answers with {answer.status_code}", file=sys.stderr)
+                return 1
+            for line in answer.iter_lines():
+                print(line, flush=True) if args.json else _show_event(Console(), json.loads(line))
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def _show_event(console: Console, event: dict[str, Any]) -> None:
+    when = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+    reason = f": {event['reason']}" if event["reason"] else ""
+    took = f" ({sum(event['seconds'].values()):.2f} s)" if event["seconds"] else ""
+    console.print(
+        Text(f"{when}  {event['version'] or event['adapter']}  {event['event']}{took}{reason}"), soft_wrap=True
+    )
+
+
 def _show(content: dict[str, Any]) -> None:
     console = Console()
     if "events" in content:
         for event in content["events"]:
-            when = time.strftime("%H:%M:%S", time.localtime(event["time"]))
-            reason = f": {event['reason']}" if event["reason"] else ""
-            console.print(Text(f"{when}  {event['adapter']}  {event['state']}{reason}"), soft_wrap=True)
+            _show_event(console, event)
+        return
+    if "running" in content:
+        state = "drained: /readyz says no" if content["drained"] else "in rotation"
+        console.print(f"{state}; {content['running']} requests run")
         return
     adapters = content.get("adapters", [content])
     if content.get("fault"):
@@ -138,6 +180,9 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--digest", help="refuse anything else")
     publish.add_argument("--required", action="store_true", default=None, help="the server is not ready without it")
     publish.add_argument("--pin", action="store_true", default=None, help="never swap it out")
+    publish.add_argument("--allow-no-effect", action="store_true", default=None, help="even if it changes nothing")
+    alias = add("alias", "Let NAME mean a version that is in the store already.")
+    alias.add_argument("version", metavar="VERSION", help="name@digest-prefix of one that is served, or sha256:...")
     rollback = add("rollback", "Serve the version before again.")
     rollback.add_argument("--digest", help="or this one")
     canary = add("canary", "Give a share of the requests to another version.")
@@ -146,6 +191,11 @@ def _parser() -> argparse.ArgumentParser:
     canary.add_argument("--end", action="store_true", help="end it")
     add("pin", "Never swap it out of the engine.")
     add("unpin", "It may be swapped out.")
+    add("unload", "Take it out of the engine's memory; its next request loads it again.")
     add("remove", "Serve it no longer.")
-    add("events", "What happened.", named=False)
+    drain = add("drain", "Take this server out of rotation: /readyz says no, what comes is still served.", named=False)
+    drain.add_argument("--end", action="store_true", help="put it back")
+    events = add("events", "What happened.", named=False)
+    events.add_argument("--follow", action="store_true", help="and what happens, until Ctrl-C")
+    add("schema", "The JSON Schema of the document that --adapters names.", named=False)
     return parser

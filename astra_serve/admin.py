@@ -2,26 +2,33 @@
 
 GET    /adapters                      all, with state and versions
 GET    /adapters/{name}
-PUT    /adapters/{name}               {"source": ..., "digest"?, "required"?, "pin"?}    waits until it serves
+PUT    /adapters/{name}               {"source", "digest"?, "required"?, "pin"?, "allow_no_effect"?}  until it serves
 DELETE /adapters/{name}
+POST   /adapters/{name}/alias         {"version"}: name@digest-prefix, or sha256:...
+POST   /adapters/{name}/unload        out of the engine's memory; its next request loads it again
 POST   /adapters/{name}/rollback      {"digest"?}
 POST   /adapters/{name}/canary        {"source", "weight"}, or {} to end it
 POST   /adapters/{name}/pin, /unpin
-GET    /events                        what happened, oldest first
+GET    /events                        what happened, oldest first; ?follow=true: JSON lines, as it happens
+GET    /requests                      how many run; POST /drain: not ready from now on; DELETE /drain: ready again
 POST   /v1/load_lora_adapter, /v1/unload_lora_adapter    as vLLM's, onto the same lifecycle
 """
 
 import hmac
-from collections.abc import Awaitable, Callable
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from astra_serve.control import Control
 from astra_serve.desired import Canary, Digest
 from astra_serve.errors import ServeError
+from astra_serve.gateway import Gateway
 from astra_serve.reconcile import Status
 
 
@@ -36,6 +43,13 @@ class Publish(_Body):
     digest: Digest | None = None
     required: bool | None = None
     pin: bool | None = None
+    allow_no_effect: bool | None = None
+
+
+class AliasOf(_Body):
+    """The version that a name is to mean."""
+
+    version: str = Field(min_length=1)
 
 
 class Rollback(_Body):
@@ -66,7 +80,7 @@ class VllmUnload(_Body):
     lora_int_id: int | None = None
 
 
-def build(control: Control, token: str) -> FastAPI:
+def build(control: Control, gateway: Gateway, token: str) -> FastAPI:
     """Return the admin application; every request needs `Authorization: Bearer TOKEN`."""
 
     def authorised(request: Request) -> None:
@@ -84,6 +98,7 @@ def build(control: Control, token: str) -> FastAPI:
 
     @app.get("/adapters")
     async def all_adapters() -> dict[str, Any]:
+        await look()
         adapters = [describe(control, name) for name in control.reconciler.status]
         return {"adapters": adapters, "fault": control.fault}
 
@@ -91,6 +106,7 @@ def build(control: Control, token: str) -> FastAPI:
     async def adapter(name: str) -> dict[str, Any]:
         if name not in control.reconciler.status:
             raise HTTPException(404, f"there is no adapter {name!r}")
+        await look()
         return describe(control, name)
 
     @app.put("/adapters/{name}")
@@ -124,17 +140,62 @@ def build(control: Control, token: str) -> FastAPI:
     async def unpin(name: str) -> dict[str, Any]:
         return await done(name, lambda: control.change(name, pin=False))
 
-    @app.get("/events")
-    async def events() -> dict[str, Any]:
-        return {"events": list(control.reconciler.events)}
+    @app.post("/adapters/{name}/alias")
+    async def alias(name: str, body: AliasOf) -> dict[str, Any]:
+        digest = body.version
+        if not digest.startswith("sha256:"):
+            version = control.fleet.resolve(digest)
+            if version is None:
+                raise HTTPException(404, f"there is no version {digest!r}")
+            digest = version.digest
+        return await done(name, lambda: control.publish(name, digest, digest=digest))
+
+    @app.post("/adapters/{name}/unload")
+    async def unload(name: str) -> dict[str, Any]:
+        if name not in control.fleet.aliases:
+            raise HTTPException(404, f"there is no adapter {name!r}")
+        if control.reconciler.status[name].entry.pin:
+            raise HTTPException(409, f"{name!r} is pinned: unpin it first")
+        for version in list(control.fleet.aliases[name].versions()):
+            await control.fleet.unload(version)
+        return describe(control, name)
+
+    @app.get("/events", response_model=None)
+    async def events(follow: bool = False) -> dict[str, Any] | StreamingResponse:
+        if not follow:
+            return {"events": [asdict(event) for event in control.fleet.journal.events]}
+
+        async def lines() -> AsyncIterator[str]:
+            async for event in control.fleet.journal.follow():
+                yield json.dumps(asdict(event)) + "\n"
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+    @app.get("/requests")
+    async def requests() -> dict[str, Any]:
+        return {"drained": gateway.drained, "running": len(gateway.running)}
+
+    @app.post("/drain")
+    async def drain() -> dict[str, Any]:
+        gateway.drained = True
+        return await requests()
+
+    @app.delete("/drain")
+    async def undrain() -> dict[str, Any]:
+        gateway.drained = False
+        return await requests()
 
     @app.post("/v1/load_lora_adapter")
     async def load(body: VllmLoad) -> dict[str, Any]:
         return await done(body.lora_name, lambda: control.publish(body.lora_name, body.lora_path))
 
     @app.post("/v1/unload_lora_adapter")
-    async def unload(body: VllmUnload) -> dict[str, Any]:
+    async def unload_as_vllm(body: VllmUnload) -> dict[str, Any]:
         return await remove(body.lora_name)
+
+    async def look() -> None:
+        with suppress(ServeError):  # what was known before is shown
+            await control.fleet.look()
 
     async def done(name: str, change: Callable[[], Awaitable[Status | None]]) -> dict[str, Any]:
         try:

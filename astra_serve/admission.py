@@ -8,7 +8,7 @@ from pathlib import Path
 from astra_serve.desired import NAME
 from astra_serve.errors import ServeError
 from converter import adapter_dir
-from converter.adapter_dir import ENGINE_RANKS
+from converter.adapter_dir import ENGINE_RANKS, LoraHeader
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Base:
     shapes: dict[str, tuple[int, int]]
     max_rank: int = ENGINE_RANKS[-1]
 
-    def check(self, folder: Path) -> int:
-        """Return the rank of the LoRA in `folder`, if the engine can serve it on this base.
+    def check(self, folder: Path) -> LoraHeader:
+        """Return what the LoRA in `folder` is, if the engine can serve it on this base.
 
         Raises ServeError and AdapterError.
         """
@@ -31,7 +31,7 @@ class Base:
         adapter_dir.check_shapes(folder, header.shapes, self.shapes)
         if header.rank > self.max_rank:
             raise ServeError(f"{folder} has rank {header.rank}; the engine serves at most {self.max_rank}")
-        return header.rank
+        return header
 
 
 def parse_adapter(text: str) -> tuple[str, Path]:

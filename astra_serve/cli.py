@@ -9,7 +9,7 @@ from pathlib import Path
 from astra_serve import adapters_cli, desired
 from astra_serve.admission import Base, engine_rank, open_base, parse_adapter
 from astra_serve.desired import Adapter, Document
-from astra_serve.errors import ServeError
+from astra_serve.errors import EngineDied, ServeError
 from converter.adapter_dir import AdapterError
 
 MAX_SLOTS = 8
@@ -19,7 +19,10 @@ DOCUMENT_RANK = 64  # engine rank for adapters that are not known yet, unless --
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `astra-serve` and return its exit status: 0, or 2 with one line on stderr for bad input."""
+    """Run `astra-serve` and return its exit status.
+
+    0 after SIGTERM; with one line on stderr 2 for bad input, and 1 when the engine has died.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["adapters"]:
         return adapters_cli.main(argv[1:])
@@ -40,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         slots = args.max_loras or min(known, MAX_SLOTS)
         resident = max(args.resident or known, slots)
         options = ["--host", args.host, "--port", str(args.port), *extra]
+        if args.log_format == "json" or (args.log_format is None and not sys.stderr.isatty()):
+            options = ["--logging-config.formatter", "json", *options]
         settings = engine.parse(args.base, rank, slots, resident, options)
         run.serve(
             settings,
@@ -51,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
     except (ServeError, AdapterError) as error:
         print(f"astra-serve: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, EngineDied) else 2
     return 0
 
 
@@ -70,7 +75,7 @@ def _document(args: argparse.Namespace, base: Base, adapters: list[tuple[str, Pa
             raise ServeError(f"two adapters are named {name!r}: names must differ")
         if name == base.name:
             raise ServeError(f"adapter {name!r} has the base's name: requests for the base would get the adapter")
-    ranks = [base.check(folder) for _, folder in adapters]
+    ranks = [base.check(folder).rank for _, folder in adapters]
     entries = [Adapter(name=name, source=str(folder.resolve()), required=True) for name, folder in adapters]
     return Document(adapters=entries), engine_rank(ranks) if ranks else 0
 
@@ -114,7 +119,14 @@ def _parser() -> argparse.ArgumentParser:
         help="adapters from local folders must lie in it; repeatable",
     )
     parser.add_argument(
-        "--drain-seconds", type=float, default=600.0, metavar="S", help="what a replaced version's requests may take"
+        "--drain-seconds",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="what requests may take of a version that was replaced, and of all after SIGTERM (default: 600)",
+    )
+    parser.add_argument(
+        "--log-format", choices=["json", "text"], help="default: text on a terminal, JSON lines everywhere else"
     )
     parser.add_argument("--admin-port", type=int, metavar="PORT", help=f"the admin API, with the token in {TOKEN}")
     parser.add_argument("--admin-host", default="127.0.0.1", help="where it listens (default: 127.0.0.1)")

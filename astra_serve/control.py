@@ -60,12 +60,7 @@ class Control:
                 return
             self.fault = None
             before, self._document = self._document, document
-        for gone in before.adapters:
-            if document.get(gone.name) is None:
-                self.reconciler.remove(gone.name)
-        for entry in document.adapters:
-            if before.get(entry.name) != entry:
-                self.reconciler.bring(entry)
+        self._follow(before, document)
 
     async def publish(self, name: str, source: str, **settings: Any) -> Status:
         """Let `name` mean what is at `source`, and return its status when it is served, or failed.
@@ -95,14 +90,14 @@ class Control:
 
     async def remove(self, name: str) -> None:
         """Serve nothing under `name` any more. Raises ServeError and KeyError."""
-        async with self._changing[name], self._editing:
+        async with self._changing[name]:
             _there(self._document.get(name), name)
-            await self._write(self._document.without(name))
-        self.reconciler.remove(name)
+            await self._edit(lambda document: document.without(name))
 
     async def _try(self, name: str, change: Callable[[Adapter | None], dict[str, Any]]) -> Status:
         """Bring up what `change` makes of an entry, write it into the document once it serves, return its status."""
         self._writable()
+        await self.refresh()
         async with self._changing[name]:
             old = self._document.get(name)
             entry = Adapter.model_validate(change(old))
@@ -115,13 +110,12 @@ class Control:
                 return status
             served = self._as_served(entry, old)
             try:
-                async with self._editing:
-                    await self._write(self._document.with_adapter(served))
-            except OSError as error:
+                await self._edit(lambda document: document.with_adapter(served), served)
+            except (OSError, ServeError) as error:
                 await self._restore(name, old)
-                raise ServeError(f"the document cannot be written: {error.strerror}") from error
-            self.reconciler.bring(served)
-            return await self.reconciler.settled(name)
+                reason = getattr(error, "strerror", None) or error
+                raise ServeError(f"the document cannot be changed: {reason}") from error
+            return status
 
     async def _restore(self, name: str, old: Adapter | None) -> None:
         if old is None:
@@ -143,11 +137,28 @@ class Control:
         if self.file is None:
             raise ServeError(f"the desired state is at {self._where}: change it there")
 
-    async def _write(self, document: Document) -> None:
+    async def _edit(self, change: Callable[[Document], Document], served: Adapter | None = None) -> None:
+        """Write what `change` makes of the document as it is now; what others have changed in it is followed, too.
+
+        `served` is what the change says of an adapter that serves already. Raises ServeError and OSError.
+        """
         self._writable()
         assert self.file is not None
-        await asyncio.to_thread(desired.write, document, self.file)  # it waits for the disk; streams must not
-        self._document = document
+        async with self._editing:
+            document = change(await self._read())
+            await asyncio.to_thread(desired.write, document, self.file)  # it waits for the disk; streams must not
+            before, self._document = self._document, document
+            if served:
+                self.reconciler.adopt(served)
+        self._follow(before, document)
+
+    def _follow(self, before: Document, document: Document) -> None:
+        for gone in before.adapters:
+            if document.get(gone.name) is None:
+                self.reconciler.remove(gone.name)
+        for entry in document.adapters:
+            if before.get(entry.name) != entry:
+                self.reconciler.bring(entry)
 
     async def _read(self) -> Document:
         """Return the document as it is now. Raises ServeError, OSError, httpx.HTTPError and others."""

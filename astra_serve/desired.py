@@ -6,6 +6,7 @@
         digest: sha256:3f2a...              # optional: nothing else is served
         required: true                      # the server is not ready without it
         pin: true                           # never swapped out
+        allow_no_effect: true               # served even if it changes nothing
         previous: [sha256:91bc...]          # what a rollback goes back to, newest first
         canary: {version: sha256:77d0..., weight: 0.1}
 
@@ -49,6 +50,7 @@ class Adapter(_Strict):
     digest: Digest | None = Field(default=None, description="the only content that is served under this name")
     required: bool = Field(default=False, description="the server is not ready without it")
     pin: bool = Field(default=False, description="never swapped out of the engine")
+    allow_no_effect: bool = Field(default=False, description="served even if it changes none of the base's answers")
     previous: list[Digest] = Field(default_factory=list, description="versions to roll back to, newest first")
     canary: Canary | None = Field(default=None, description="a version that gets a share of the requests")
 

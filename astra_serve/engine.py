@@ -1,34 +1,33 @@
-"""The vLLM engine behind its own OpenAI handlers. Only this module and the engine's plugin beside it import vllm."""
+"""The vLLM engine behind its own OpenAI handlers. Only this module, `server` and the engine's plugin import vllm."""
 
-import asyncio
 import itertools
 import os
-import signal
+import time
 from argparse import Namespace
-from collections.abc import Awaitable, Callable, Sequence
+from asyncio import gather
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import uvicorn
-import uvloop
 from fastapi import FastAPI
-from vllm import SamplingParams, TokensPrompt, envs
+from vllm import SamplingParams, TokensPrompt
 from vllm.engine.protocol import EngineClient
-from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
-from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.entrypoints.launchers.launcher import NoSignalServer, serve_http, setup_server
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.metrics.stats import RequestStateStats
 
+from astra_serve import request as requests
 from astra_serve.admission import base_name
 from astra_serve.errors import ServeError
 from astra_serve.fleet import Fleet
-from astra_serve.gateway import Leases, Served
+from astra_serve.gateway import Gateway, Served
+from astra_serve.slots import Slots
 
 # Adapters reach the engine through this process alone: vLLM's own load and unload routes would take any path.
 os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "0"
@@ -38,6 +37,15 @@ if (os.cpu_count() or 1) <= 4:
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
 
 CPU_KV_CACHE = 2**30  # bytes; vLLM's own default is 92 % of the machine's memory, which a laptop does not have free
+OURS = (
+    "model",
+    "served_model_name",
+    "revision",
+    "lora_modules",
+    "enable_lora",
+    "max_cpu_loras",
+    "worker_extension_cls",
+)
 PROBE_PRIORITY = 100  # after every request of a user, whose priority is 0
 PROBE_TOKENS = 20  # of which log probabilities are asked: vLLM's default maximum
 
@@ -49,6 +57,7 @@ def parse(base: str, rank: int, slots: int, resident: int, extra: Sequence[str])
     message and status 2. Raises ServeError when `extra` would serve what was not admitted.
     """
     ours = ["--model", base, "--served-model-name", base_name(base), "--scheduling-policy", "priority"]
+    ours += ["--worker-extension-cls", f"{Slots.__module__}.{Slots.__qualname__}"]
     if rank:
         ours += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots)]
         ours += ["--max-cpu-loras", str(max(resident, slots))]
@@ -57,7 +66,7 @@ def parse(base: str, rank: int, slots: int, resident: int, extra: Sequence[str])
         ours += ["--kv-cache-memory-bytes", str(CPU_KV_CACHE)]
     parser = make_arg_parser(FlexibleArgumentParser(prog="astra-serve"))
     alone, args = parser.parse_args(ours), parser.parse_args([*ours, *extra])
-    for option in ("model", "served_model_name", "revision", "lora_modules", "enable_lora", "max_cpu_loras"):
+    for option in OURS:
         if getattr(args, option) != getattr(alone, option):
             raise ServeError(f"--{option.replace('_', '-')} is not for vLLM here: use --base and --adapter")
     validate_parsed_serve_args(args)
@@ -70,6 +79,7 @@ class VllmEngine:
 
     def __init__(self, client: EngineClient, base: str) -> None:
         self._client, self._base = client, base
+        self._names: dict[int, str] = {}
         self._ids = itertools.count(1)  # never used twice: the engine's caches know an adapter by its number and name
 
     async def load(self, name: str, folder: Path) -> LoRARequest:
@@ -81,31 +91,47 @@ class VllmEngine:
             await self._client.add_lora(request)
         except Exception as error:  # whatever reading it raised in the engine's process
             raise ServeError(f"the engine cannot load it: {_first_line(error)}") from error
+        self._names[request.lora_int_id] = name
         return request
 
     async def unload(self, handle: LoRARequest) -> None:
         """Forget an adapter, and make sure that it is forgotten. Raises ServeError."""
-        await self._client.remove_lora(handle.lora_int_id)
-        if handle.lora_int_id in await self._client.list_loras():
+        try:
+            await self._client.remove_lora(handle.lora_int_id)
+            there = handle.lora_int_id in await self._client.list_loras()
+        except Exception as error:  # the engine has died, or is about to
+            raise ServeError(f"the engine cannot unload it: {_first_line(error)}") from error
+        if there:
             raise ServeError(f"the engine still holds {handle.lora_name}")
+        self._names.pop(handle.lora_int_id, None)
 
-    async def next_tokens(self, prompts: list[list[int]], handle: LoRARequest | None) -> list[dict[int, float]]:
-        """Return the log probabilities of the likeliest next tokens after each prompt."""
-        asked = [self._next(prompt, handle) for prompt in prompts]
-        found = await asyncio.gather(*asked, return_exceptions=True)  # all have ended: none is left with an adapter
+    async def in_slots(self) -> set[str]:
+        """Return the names of the adapters that have a slot in the engine's batches. Raises ServeError."""
+        try:
+            (found, *_) = await self._client.collective_rpc("adapters_in_slots")
+        except Exception as error:
+            raise ServeError(f"the engine does not say what is in its slots: {_first_line(error)}") from error
+        return {self._names[number] for number in found if number in self._names}
+
+    async def next_tokens(
+        self, prompts: list[list[int]], handle: LoRARequest | None, *, urgent: bool = False
+    ) -> list[dict[int, float]]:
+        """Return the log probabilities of the likeliest next tokens after each prompt. Raises ServeError."""
+        asked = [self._next(prompt, handle, 0 if urgent else PROBE_PRIORITY) for prompt in prompts]
+        found = await gather(*asked, return_exceptions=True)  # all have ended: none is left with an adapter
         for answer in found:
             if isinstance(answer, BaseException):
                 raise ServeError(f"the engine refuses its probe: {_first_line(answer)}") from answer
         return [answer for answer in found if not isinstance(answer, BaseException)]
 
-    async def _next(self, prompt: list[int], handle: LoRARequest | None) -> dict[int, float]:
+    async def _next(self, prompt: list[int], handle: LoRARequest | None, priority: int) -> dict[int, float]:
         params = SamplingParams(max_tokens=1, temperature=0, logprobs=PROBE_TOKENS, ignore_eos=True)
         generator = self._client.generate(
             TokensPrompt(prompt_token_ids=prompt),
             params,
             f"probe-{uuid4().hex}",
             lora_request=handle,
-            priority=PROBE_PRIORITY,
+            priority=priority,
         )
         found = None
         async for output in generator:
@@ -114,51 +140,53 @@ class VllmEngine:
         return {token: entry.logprob for token, entry in found[0].items()}
 
 
-# What runs beside the HTTP server: given the engine and the application, it starts, and is cancelled at the end.
-Start = Callable[[VllmEngine, FastAPI], Awaitable[Fleet]]
+def metered(generate: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:
+    """Return the engine's `generate`, which also tells the running request what is computed for it, and how fast."""
+
+    async def counted(
+        prompt: Any, sampling_params: SamplingParams, request_id: str, **settings: Any
+    ) -> AsyncGenerator[Any, None]:
+        answers = generate(prompt, sampling_params, request_id, **settings)
+        request = requests.current.get()
+        if request is None:
+            async for answer in answers:
+                yield answer
+            return
+        began = time.monotonic() - request.began
+        told: dict[int, int] = {}  # tokens by the answer's number
+        answer = None
+        try:
+            with request.computes(request_id):
+                async with aclosing(answers):
+                    async for answer in answers:
+                        for output in answer.outputs:
+                            new = len(output.token_ids)
+                            only_new = sampling_params.output_kind == RequestOutputKind.DELTA
+                            told[output.index] = told.get(output.index, 0) + new if only_new else new
+                        yield answer
+        except Exception:
+            request.broke = True
+            raise
+        finally:
+            if answer is not None:
+                request.prompt_tokens += len(answer.prompt_token_ids or ())
+                request.output_tokens += sum(told.values())
+                _time(request, answer.metrics, began)
+
+    return counted
 
 
-def serve(args: Namespace, start: Start) -> None:
-    """Run engine and HTTP server until SIGTERM or SIGINT, with what `start` makes of them."""
-    uvloop.run(_serve(args, start))
+def _time(request: requests.Request, stats: RequestStateStats | None, began: float) -> None:
+    """Note the engine's own times of an answer; there are none with --disable-log-stats."""
+    if stats is None or not stats.num_generation_tokens:
+        return
+    request.first_token_s.append(began + stats.first_token_latency)
+    if stats.num_generation_tokens > 1:
+        seconds = stats.last_token_ts - stats.first_token_ts
+        request.between_tokens_s.append(seconds / (stats.num_generation_tokens - 1))
 
 
-async def _serve(args: Namespace, start: Start) -> None:
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt("terminated")
-
-    signal.signal(signal.SIGTERM, interrupt)  # until the HTTP server has handlers of its own
-    _, sock = setup_server(args, reuse_port=False)
-    async with build_async_engine_client(args) as client:
-        tasks = await client.get_supported_tasks()
-        app = build_app(args, tasks, client.model_config)
-        await init_app_state(client, app.state, args, tasks)
-        fleet = await start(VllmEngine(client, base_name(args.model)), app)
-        _install(app, fleet)
-        ended = await serve_http(
-            app,
-            sock=sock,
-            enable_ssl_refresh=args.enable_ssl_refresh,
-            host=args.host,
-            port=args.port,
-            log_level=args.uvicorn_log_level,
-            access_log=not args.disable_uvicorn_access_log,
-            timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
-            ssl_keyfile=args.ssl_keyfile,
-            ssl_certfile=args.ssl_certfile,
-            ssl_ca_certs=args.ssl_ca_certs,
-            ssl_cert_reqs=args.ssl_cert_reqs,
-            ssl_ciphers=args.ssl_ciphers,
-            h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
-            h11_max_header_count=args.h11_max_header_count,
-        )
-    try:
-        await ended
-    finally:
-        sock.close()
-
-
-def _install(app: FastAPI, fleet: Fleet) -> None:
+def install(app: FastAPI, client: EngineClient, fleet: Fleet, gateway: Gateway) -> None:
     """Put the fleet between the names in requests and the engine's adapters."""
     models = app.state.openai_serving_models
     models.lora_requests = Served()
@@ -174,13 +202,9 @@ def _install(app: FastAPI, fleet: Fleet) -> None:
         return found
 
     models.show_available_models = show_available_models
+    gateway.abort = client.abort
     # Behind all of vLLM's middleware: what that refuses, as a request without an API key, must not load anything.
-    app.router.middleware_stack = Leases(app.router.middleware_stack, fleet)
-
-
-async def serve_admin(app: FastAPI, host: str, port: int) -> None:
-    """Serve the admin API until cancelled."""
-    await NoSignalServer(uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)).serve()
+    app.router.middleware_stack = gateway.around(app.router.middleware_stack)  # type: ignore[assignment]
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,7 +9,8 @@ class ServeError(ValueError):
     ├── CannotFetch   an adapter's source cannot be read
     ├── Damaged       a version in the store is no longer what was published
     ├── ProbeFailed   the engine does not answer as the adapter should
-    └── Unavailable   an adapter that is known cannot answer now
+    ├── Unavailable   an adapter that is known cannot answer now
+    └── EngineDied    the engine's process has ended by itself
     """
 
 
@@ -35,3 +36,7 @@ class Unavailable(ServeError):
     def __init__(self, message: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s  # None: trying again does not help
+
+
+class EngineDied(ServeError):
+    """The engine's process has ended by itself; a supervisor should start the server again."""

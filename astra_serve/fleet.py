@@ -4,83 +4,53 @@ A name is an alias of one version; moving it is one assignment. A request resolv
 and holds a lease on that version until its last byte. A version leaves the engine when nobody holds it.
 
 The engine is never asked for more adapters than it has room for: it would push one out, read it again from disk in the
-middle of a step, and die if it could not. It reads a version when this module says so, and at no other time.
+middle of a step, and die if it could not. It reads a version when this module says so, and at no other time. Whatever
+it has read is admitted and proved before a request gets to it, the first time and every time after.
 """
 
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
-from astra_serve.errors import ServeError, Unavailable
+from astra_serve.admission import Base
+from astra_serve.errors import ProbeFailed, ServeError, Unavailable
+from astra_serve.interface import Engine
+from astra_serve.journal import Event, Journal
+from astra_serve.probe import Prover
 from astra_serve.store import Store
+from astra_serve.version import Alias, Version
+from converter.adapter_dir import AdapterError
 
+# The message of a cancellation: whose version is replaced, or whose server ends, and who has had time enough.
+PAST_DEADLINE = "the request was not finished before the deadline of its version, or of the server"
 SHORTEST_PREFIX = 6  # hex digits by which a request may name a version
-
-
-class Engine(Protocol):
-    """What is asked of the engine; `handle` is whatever it needs to know an adapter by."""
-
-    async def load(self, name: str, folder: Path) -> Any:
-        """Read an adapter and return its handle. Raises ServeError."""
-
-    async def unload(self, handle: Any) -> None:
-        """Forget an adapter, and make sure that it is forgotten. Raises ServeError."""
-
-    async def next_tokens(self, prompts: list[list[int]], handle: Any) -> list[dict[int, float]]:
-        """Return the log probabilities of the likeliest next tokens after each prompt; a handle of None is the base."""
-
-
-@dataclass(eq=False)
-class Version:
-    """One immutable version of an adapter, under the name that it serves; `Fleet.version` makes them."""
-
-    alias: str
-    digest: str
-    pinned: bool = False
-    handle: Any = None  # while the engine has it
-    failed: str | None = None
-    last_used: float = 0.0
-    requests: set[asyncio.Task[Any]] = field(default_factory=set)  # that hold a lease
-    coming: int = 0  # how many are about to let a name mean it
-    idle: asyncio.Event = field(default_factory=asyncio.Event)  # set while none does
-    _loading: asyncio.Task[None] | None = None
-
-    @property
-    def name(self) -> str:
-        """Return what answers call it, and requests may."""
-        return f"{self.alias}@{self.digest.removeprefix('sha256:')[:12]}"
-
-
-@dataclass
-class Alias:
-    """A public name: what it means now, what it may go back to, and who else gets a share of its requests."""
-
-    current: Version
-    previous: list[Version] = field(default_factory=list)
-    canary: Version | None = None
-    weight: float = 0.0
-
-    def versions(self) -> Iterator[Version]:
-        """Yield every version that a request may name."""
-        yield self.current
-        if self.canary:
-            yield self.canary
-        yield from self.previous
 
 
 class Fleet:
     """The adapters of one engine, of which at most `capacity` are loaded at a time."""
 
-    def __init__(self, engine: Engine, store: Store, capacity: int, *, wait_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        base: Base,
+        capacity: int,
+        *,
+        wait_s: float = 30.0,
+        patience_s: float = 1.0,
+    ) -> None:
+        """`wait_s` is how long a request waits for its version, `patience_s` how long a version for an idle place."""
         self.aliases: dict[str, Alias] = {}
         self.expected: set[str] = set()  # names that are to be served, and may not be yet
-        self._engine, self._store, self._capacity, self._wait_s = engine, store, capacity, wait_s
+        self.journal = Journal()
+        self.capacity = capacity
+        self.base = base
+        self._engine, self._store, self._prover = engine, store, Prover(engine)
+        self._wait_s, self._patience_s = wait_s, patience_s
+        self._in_slots: set[str] = set()
         self._resident: set[Version] = set()
         self._one_at_a_time = asyncio.Lock()
         self._released = asyncio.Event()
@@ -132,7 +102,11 @@ class Fleet:
         try:
             await self.make_resident(version)
             version.last_used = time.monotonic()
-            yield version
+            version.served += 1
+            try:
+                yield version
+            finally:
+                version.served -= 1
         finally:
             version.requests.discard(task)
             if not version.requests:
@@ -140,14 +114,14 @@ class Fleet:
             self._released.set()
 
     @asynccontextmanager
-    async def coming(self, version: Version) -> AsyncIterator[None]:
+    async def coming(self, version: Version, tell: Callable[[str], None] = lambda _: None) -> AsyncIterator[None]:
         """Have a version in the engine that no name means yet; it leaves if none does when the block ends.
 
-        Raises Unavailable.
+        `tell` gets to know the states on its way. Raises Unavailable.
         """
         version.coming += 1
         try:
-            await self.make_resident(version)
+            await self.make_resident(version, tell)
             yield
         finally:
             version.coming -= 1
@@ -155,21 +129,21 @@ class Fleet:
             if not self._wanted(version):
                 self._retire(version, 0.0)
 
-    async def make_resident(self, version: Version) -> None:
-        """Wait until the engine has `version`. Raises Unavailable."""
-        if version.failed is not None:
-            raise Unavailable(f"{version.name} cannot be served: {version.failed}")
-        if version.handle is not None:
-            return
-        if version._loading is None:
-            version._loading = asyncio.create_task(self._load(version))
-            version._loading.add_done_callback(lambda _: setattr(version, "_loading", None))
-        try:
-            await asyncio.wait_for(asyncio.shield(version._loading), self._wait_s)
-        except TimeoutError as error:
-            raise Unavailable(
-                f"{version.name} is waiting for room in the engine: try again", retry_after_s=5
-            ) from error
+    async def make_resident(self, version: Version, tell: Callable[[str], None] = lambda _: None) -> None:
+        """Wait until the engine has `version`, proved. Raises Unavailable."""
+        deadline = time.monotonic() + self._wait_s
+        while version.handle is None or version.leaving:
+            if version.failed is not None:
+                raise Unavailable(f"{version.name} cannot be served: {version.failed}")
+            if version.loading is None:
+                version.loading = asyncio.create_task(self._load(version, tell))
+                version.loading.add_done_callback(lambda _: setattr(version, "loading", None))
+            try:
+                await asyncio.wait_for(asyncio.shield(version.loading), deadline - time.monotonic())
+            except TimeoutError as error:
+                raise Unavailable(
+                    f"{version.name} is waiting for room in the engine: try again", retry_after_s=5
+                ) from error
 
     def point(self, name: str, alias: Alias, drain_s: float) -> None:
         """Let `name` mean `alias` from now on; others leave the engine when nobody holds them."""
@@ -199,42 +173,111 @@ class Fleet:
         named = {version for alias in self.aliases.values() for version in alias.versions()}
         return {version.digest for version in named | self._resident}
 
+    @property
+    def resident(self) -> int:
+        """Return how many adapters the engine has."""
+        return len(self._resident)
+
+    async def look(self) -> None:
+        """Ask the engine which adapters have a slot of its batches now, for `residency`. Raises ServeError."""
+        self._in_slots = await self._engine.in_slots()
+
     def residency(self, version: Version) -> str:
-        """Return where a version is: in the engine, on disk, or nowhere."""
+        """Return where a version is.
+
+        slot: in one of the slots of the engine's batches, on its device; memory: in the engine, ready for a slot; disk:
+        in the store; absent: nowhere.
+        """
         if version.handle is not None:
-            return "engine"
+            return "slot" if version.name in self._in_slots else "memory"
         return "disk" if version.digest in self._store else "absent"
 
-    async def _load(self, version: Version) -> None:
+    async def unload(self, version: Version) -> None:
+        """Take a version out of the engine's memory as soon as nobody holds it; its next request loads it again."""
+        version.leaving = version.handle is not None
+        while version.leaving and version.served:
+            self._released.clear()
+            await self._released.wait()
         async with self._one_at_a_time:
-            await self._make_room()
-            try:
+            if version.leaving and not version.served:
+                await self._unload(version)
+
+    async def _load(self, version: Version, tell: Callable[[str], None]) -> None:
+        """Verify, admit, read and prove a version; a fault is its own, and the engine is as before."""
+        try:
+            async with self._one_at_a_time:
+                if version.handle is not None and version.leaving and not version.served:
+                    await self._unload(version)
+                if version.handle is not None:  # others have found a place elsewhere, or somebody uses it
+                    version.leaving = False
+                    return
+                await self._make_room()
+                tell("loading")
+                began = time.monotonic()
                 folder = await asyncio.to_thread(self._store.verify, version.digest)
-                version.handle = await self._engine.load(version.name, folder)
-            except ServeError as error:
-                version.failed = str(error)
-                raise Unavailable(f"{version.name} cannot be served: {error}") from error
-            self._resident.add(version)
+                if version.proof is None:
+                    header = await asyncio.to_thread(self.base.check, folder)
+                    version.adapts_head = any(module.endswith("lm_head") for module in header.shapes)
+                handle = await self._engine.load(version.name, folder)
+                self._resident.add(version)
+            read = time.monotonic()
+            tell("probing")
+            # Others are read meanwhile. A first request that waits for it does not wait for everybody else's.
+            try:
+                urgent = bool(version.requests)
+                if version.proof is None:
+                    allowed = version.may_change_nothing
+                    version.proof = await self._prover.prove(handle, folder, may_change_nothing=allowed, urgent=urgent)
+                else:
+                    await self._prover.again(handle, version.proof, urgent=urgent)
+            except BaseException:
+                await self._forget(version, handle)
+                raise
+        except (ServeError, AdapterError) as error:
+            version.failed = str(error)
+            event = "probe_failed" if isinstance(error, ProbeFailed) else "load_failed"
+            self.journal.tell(Event(version.alias, event, version.name, str(error)))
+            raise Unavailable(f"{version.name} cannot be served: {error}") from error
+        version.handle, version.leaving, version.loaded_at = handle, False, time.monotonic()
+        seconds = {"loading": read - began, "probing": version.loaded_at - read}
+        self._released.set()
+        self.journal.tell(Event(version.alias, "loaded", version.name, seconds=seconds))
 
     async def _make_room(self) -> None:
-        while len(self._resident) >= self._capacity:
+        patient_until = time.monotonic() + self._patience_s
+        asked: Version | None = None  # to make room
+        while len(self._resident) >= self.capacity:
             self._released.clear()
-            idle = [v for v in self._resident if not (v.requests or v.coming or (v.pinned and self._wanted(v)))]
+            there = [v for v in self._resident if v.handle is not None and not v.coming]
+            there = [v for v in there if not (v.pinned and self._wanted(v))]
+            idle = [v for v in there if not v.requests or (v.leaving and not v.served)]
             if idle:
                 await self._unload(min(idle, key=lambda v: v.last_used))
-            else:
-                await self._released.wait()
+                continue
+            left = patient_until - time.monotonic()
+            if left <= 0 and there and asked not in there:
+                # All are in use without a pause. The one that had its place longest lets no more requests in.
+                asked = min(there, key=lambda v: v.loaded_at)
+                asked.leaving = True
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._released.wait(), left if left > 0 else None)
+        if asked:
+            asked.leaving = False
 
     async def _unload(self, version: Version) -> None:
-        handle, version.handle = version.handle, None  # from here on a request loads it again
+        handle, version.handle, version.leaving = version.handle, None, False  # from here on a request loads it again
+        if handle is not None:
+            await self._forget(version, handle)
+
+    async def _forget(self, version: Version, handle: object) -> None:
         try:
-            if handle is not None:
-                await self._engine.unload(handle)
+            await self._engine.unload(handle)
         except ServeError as error:  # it is still there, and takes up room that nobody can use
             version.failed = str(error)
-            self._capacity = max(1, self._capacity - 1)
+            self.capacity = max(1, self.capacity - 1)
         self._resident.discard(version)
         self._released.set()
+        self.journal.tell(Event(version.alias, "unloaded", version.name))
 
     def _retire(self, version: Version, drain_s: float) -> None:
         task = asyncio.create_task(self._drain(version, drain_s))
@@ -248,10 +291,12 @@ class Fleet:
             left = deadline - time.monotonic()
             if left <= 0:
                 for task in held & version.requests:
-                    task.cancel()  # as if the client had gone: the engine aborts what it computes for it
+                    task.cancel(PAST_DEADLINE)  # as if the client had gone: the engine aborts what it computes for it
                 left = 1.0
             with suppress(TimeoutError):
                 await asyncio.wait_for(version.idle.wait(), left)
+        while version.loading:
+            await asyncio.wait([version.loading])
         async with self._one_at_a_time:
             if not (version.requests or self._wanted(version)):
                 await self._unload(version)

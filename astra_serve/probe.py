@@ -1,7 +1,8 @@
 """Does the engine answer as the adapter should? Asked before an adapter gets its first request.
 
 A LoRA that `astra-convert` wrote carries what its base and it say after a few prompts. The engine must say the same as
-the adapter, and not what the base says. Of any other LoRA it is only known that it must change something.
+the adapter, and not what the base says. Of any other LoRA it is only known that it must change something. When the
+engine reads a proved version again, one prompt tells whether it says what it said before.
 """
 
 from dataclasses import dataclass
@@ -11,12 +12,13 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from astra_serve.errors import ProbeFailed
-from astra_serve.fleet import Engine
+from astra_serve.interface import Engine
 from converter.adapter_dir import PROVENANCE, read_json
 
 # Nats. Kernels and dtypes of engines differ from those of the converter by some hundredths.
 MOST_DEVIATION = 0.3
 LEAST_EFFECT = 0.01
+NOISE = 0.05  # between two answers of one engine to one prompt, in batches of different sizes
 _REMEMBERED = 256  # sets of prompts
 # Token ids that every vocabulary has, in no meaningful order: whatever changes the weights changes what follows them.
 PROMPTS = [[i * 7 % 199 + 3 for i in range(n, n + 12)] for n in range(0, 96, 12)]
@@ -49,6 +51,16 @@ class Verdict:
     deviation: float | None  # the engine with the adapter, from what was recorded
 
 
+@dataclass(frozen=True)
+class Proof:
+    """A verdict, and how to see with one prompt that the same weights were read again."""
+
+    verdict: Verdict
+    prompt: list[int]  # after which the adapter is furthest from the base
+    said: dict[int, float]
+    most_deviation: float
+
+
 class Prover:
     """Proves adapters on one engine. What its base says is asked once for each set of prompts: it never changes."""
 
@@ -56,13 +68,15 @@ class Prover:
         self._engine = engine
         self._base: dict[str, list[dict[int, float]]] = {}
 
-    async def prove(self, handle: Any, folder: Path) -> Verdict:
-        """Ask the engine and return the verdict. Raises ProbeFailed."""
+    async def prove(
+        self, handle: Any, folder: Path, *, may_change_nothing: bool = False, urgent: bool = False
+    ) -> Proof:
+        """Ask the engine what its adapter `handle`, read from `folder`, says. Raises ProbeFailed and ServeError."""
         probe = _recorded(folder)
         prompts = [prompt.token_ids for prompt in probe.prompts] if probe else PROMPTS
-        said = await self._engine.next_tokens(prompts, handle)
-        effect = _mean([_between(one, other) for one, other in zip(said, await self._of_base(prompts), strict=True)])
-        deviation, may_change_nothing = None, False
+        said = await self._engine.next_tokens(prompts, handle, urgent=urgent)
+        effects = [_between(one, other) for one, other in zip(said, await self._of_base(prompts), strict=True)]
+        effect, deviation = _mean(effects), None
         if probe:
             deviation = _mean([_from(one, prompt.adapter) for one, prompt in zip(said, probe.prompts, strict=True)])
             if not deviation <= MOST_DEVIATION:  # a recorded NaN fails, too
@@ -71,10 +85,24 @@ class Prover:
                     f"{MOST_DEVIATION}: it is not the adapter that was converted, or not its base"
                 )
             expected = _mean([_apart(prompt.base, prompt.adapter) for prompt in probe.prompts])
-            may_change_nothing = expected < LEAST_EFFECT
+            may_change_nothing = may_change_nothing or expected < LEAST_EFFECT
         if not (effect >= LEAST_EFFECT or may_change_nothing):
-            raise ProbeFailed(f"the adapter changes nothing ({effect:.4f} nats from the base): is it a trained one?")
-        return Verdict(probe is not None, len(prompts), effect, deviation)
+            raise ProbeFailed(
+                f"the adapter changes nothing ({effect:.4f} nats from the base): is it a trained one? "
+                "allow_no_effect admits it all the same"
+            )
+        most = max(range(len(prompts)), key=effects.__getitem__)
+        tolerance = min(MOST_DEVIATION, max(NOISE, effects[most] / 2))
+        return Proof(Verdict(probe is not None, len(prompts), effect, deviation), prompts[most], said[most], tolerance)
+
+    async def again(self, handle: Any, proof: Proof, *, urgent: bool = False) -> None:
+        """Make sure that an adapter that the engine has read again is the one that was proved. Raises ProbeFailed."""
+        (said,) = await self._engine.next_tokens([proof.prompt], handle, urgent=urgent)
+        deviation = _between(said, proof.said)
+        if not deviation <= proof.most_deviation:
+            raise ProbeFailed(
+                f"the engine is {deviation:.2f} nats from what it said with this version before: publish it again"
+            )
 
     async def _of_base(self, prompts: list[list[int]]) -> list[dict[int, float]]:
         key = str(prompts)

@@ -10,23 +10,21 @@ tried again, later and later; what cannot is tried again when its entry changes.
 import asyncio
 import re
 import time
-from collections import deque
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from astra_serve.admission import Base
 from astra_serve.desired import DIGEST, Adapter, Document
 from astra_serve.errors import CannotFetch, ServeError, Unavailable
 from astra_serve.fetch import fetch
-from astra_serve.fleet import Alias, Engine, Fleet, Version
-from astra_serve.probe import Prover, Verdict
+from astra_serve.fleet import Fleet
+from astra_serve.journal import Event
 from astra_serve.store import Store
+from astra_serve.version import Alias, Version
 from converter.adapter_dir import AdapterError
 
 RETRIES_S = (1.0, 5.0, 30.0, 120.0)  # waits between tries; the last one over and over
-EVENTS = 1000
 
 
 @dataclass
@@ -51,21 +49,16 @@ class Reconciler:
     def __init__(
         self,
         fleet: Fleet,
-        engine: Engine,
         store: Store,
-        base: Base,
         *,
         drain_s: float = 600.0,
         keep_versions: int = 3,
         roots: tuple[Path, ...] = (),
     ) -> None:
         self.status: dict[str, Status] = {}
-        self.verdicts: dict[str, Verdict] = {}  # by digest
-        self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
-        self._fleet, self._prover, self._store, self._base = fleet, Prover(engine), store, base
+        self._fleet, self._store = fleet, store
         self._drain_s, self._keep, self._roots = drain_s, keep_versions, roots
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._news = asyncio.Event()  # each is set once, at the next change
 
     def apply(self, document: Document) -> None:
         """Start to make `document` true; entries that are as they were are left alone."""
@@ -91,6 +84,26 @@ class Reconciler:
             self.status[entry.name] = Status(entry)
             self._tasks[entry.name] = asyncio.create_task(self._bring(self.status[entry.name]))
 
+    def adopt(self, entry: Adapter) -> None:
+        """Take what serves for what `entry` says, if that is the version which it names."""
+        alias, status = self._fleet.aliases.get(entry.name), self.status.get(entry.name)
+        if alias and status and status.state == "serving" and alias.current.digest == entry.digest:
+            status.entry = entry
+            self._fleet.point(entry.name, self._alias(entry, alias.current, alias.canary), self._drain_s)
+
+    def tend(self) -> None:
+        """Do what has to be done from time to time: bring up again what was damaged, and remove old versions."""
+        for name, status in self.status.items():
+            alias = self._fleet.aliases.get(name)
+            if alias is None or status.state != "serving":
+                continue
+            reason = alias.current.failed or (alias.canary and alias.canary.failed)
+            if reason:
+                self._enter(status, "failed", reason)
+                self.bring(status.entry, again=True)
+        if all(status.state in ("serving", "failed") for status in self.status.values()):
+            self._collect()  # nothing is being published that nobody refers to yet
+
     def remove(self, name: str) -> None:
         """Serve nothing under `name` any more."""
         if name not in self.status:
@@ -100,7 +113,7 @@ class Reconciler:
         del self.status[name]
         if name in self._fleet.aliases:
             self._fleet.drop(name, self._drain_s)
-        self._tell(name, "removed")
+        self._fleet.journal.tell(Event(name, "removed"))
 
     def ready(self) -> list[str]:
         """Return why the server is not ready: the required adapters that are not served."""
@@ -110,23 +123,18 @@ class Reconciler:
     async def settled(self, name: str) -> Status:
         """Wait until an adapter is served or failed, and return its status. Raises KeyError."""
         while (status := self.status[name]).state not in ("serving", "failed"):
-            await self.change()
+            await self._fleet.journal.change()
         return status
-
-    async def change(self) -> None:
-        """Wait until something changes its state."""
-        await self._news.wait()
 
     def record(self, version: Version) -> dict[str, Any]:
         """Return what is known of a version."""
-        verdict = self.verdicts.get(version.digest)
         return {
             "name": version.name,
             "digest": version.digest,
             "residency": self._fleet.residency(version),
             "requests": len(version.requests),
             "failed": version.failed,
-            "probe": asdict(verdict) if verdict else None,
+            "probe": asdict(version.proof.verdict) if version.proof else None,
         }
 
     async def close(self) -> None:
@@ -148,7 +156,7 @@ class Reconciler:
                     self._enter(status, "failed", f"{error}; trying again in {wait:.0f} s")
                 except Unavailable as error:
                     if error.retry_after_s is None:
-                        self._enter(status, "failed", str(error))
+                        self._enter(status, "failed", str(error.__cause__ or error))
                         return
                     wait = float(error.retry_after_s)  # the engine is full of adapters in use
                     self._enter(status, "failed", str(error))
@@ -163,22 +171,23 @@ class Reconciler:
         finally:
             if self._tasks.get(name) is asyncio.current_task():
                 del self._tasks[name]
-            if all(s.state in ("serving", "failed") for s in self.status.values()):
-                self._collect()  # nothing is being published that nobody refers to yet
 
     async def _serve(self, status: Status) -> None:
         entry = status.entry
-        if entry.name == self._base.name:
+        if entry.name == self._fleet.base.name:
             raise ServeError("it has the base's name: requests for the base would get the adapter")
         async with AsyncExitStack() as coming:
             current = await self._version(entry, entry.source, entry.digest, status, coming)
-            canary, weight = None, 0.0
+            canary = None
             if entry.canary:
                 canary = await self._version(entry, entry.canary.version, None, status, coming)
-                weight = entry.canary.weight
-            previous = [self._fleet.version(entry.name, d) for d in entry.previous if d != current.digest]
-            self._fleet.point(entry.name, Alias(current, previous, canary, weight), self._drain_s)
+            self._fleet.point(entry.name, self._alias(entry, current, canary), self._drain_s)
             self._enter(status, "serving")
+
+    def _alias(self, entry: Adapter, current: Version, canary: Version | None) -> Alias:
+        previous = [self._fleet.version(entry.name, d) for d in entry.previous if d != current.digest]
+        weight = entry.canary.weight if entry.canary else 0.0
+        return Alias(current, previous, canary, weight)
 
     async def _version(
         self, entry: Adapter, source: str, expected: str | None, status: Status, coming: AsyncExitStack
@@ -199,15 +208,8 @@ class Reconciler:
             self._enter(status, "verifying")
             digest = await asyncio.to_thread(self._store.add, folder, expected)
         version = self._fleet.version(entry.name, digest)
-        version.pinned = entry.pin
-        alias = self._fleet.aliases.get(entry.name)
-        if alias and version in (alias.current, alias.canary) and version.handle is not None:
-            return version
-        await asyncio.to_thread(self._base.check, self._store.folder(digest))
-        self._enter(status, "loading")
-        await coming.enter_async_context(self._fleet.coming(version))
-        self._enter(status, "probing")
-        self.verdicts[digest] = await self._prover.prove(version.handle, self._store.folder(digest))
+        version.pinned, version.may_change_nothing = entry.pin, entry.allow_no_effect
+        await coming.enter_async_context(self._fleet.coming(version, lambda state: self._enter(status, state)))
         return version
 
     def _collect(self) -> None:
@@ -226,9 +228,7 @@ class Reconciler:
 
     def _enter(self, status: Status, state: str, reason: str | None = None) -> None:
         status.enter(state, reason)
-        self._tell(status.entry.name, state, reason)
-
-    def _tell(self, name: str, state: str, reason: str | None = None) -> None:
-        self.events.append({"time": time.time(), "adapter": name, "state": state, "reason": reason})
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+        alias = self._fleet.aliases.get(status.entry.name)
+        version = alias.current.name if alias and state == "serving" else None
+        seconds = status.seconds if state in ("serving", "failed") else {}
+        self._fleet.journal.tell(Event(status.entry.name, state, version, reason, dict(seconds)))

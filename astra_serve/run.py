@@ -1,20 +1,26 @@
-"""The server put together: store, fleet, reconciliation, admin API, and the engine in the middle."""
+"""The server put together: store, fleet, reconciliation, gateway, admin API, metrics, log, and the engine."""
 
 import asyncio
 from argparse import Namespace
 from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
+from prometheus_client import REGISTRY
+from vllm.engine.protocol import EngineClient
 
-from astra_serve import admin, engine
+from astra_serve import admin, engine, log, server
 from astra_serve.admission import Base
-from astra_serve.control import Control
+from astra_serve.control import TIMER_S, Control
 from astra_serve.desired import Document
+from astra_serve.errors import ServeError
 from astra_serve.fleet import Fleet
+from astra_serve.gateway import Gateway
+from astra_serve.metrics import Metrics
 from astra_serve.reconcile import Reconciler
 from astra_serve.store import Store
 
@@ -34,40 +40,57 @@ class Settings:
 
 
 def serve(args: Namespace, base: Base, settings: Settings) -> None:
-    """Run until SIGTERM or SIGINT. Raises ServeError where the store cannot be used, or a fixed adapter fails."""
+    """Run until SIGTERM or SIGINT.
+
+    Raises ServeError where the store cannot be used, or a fixed adapter fails; EngineDied when the engine has died.
+    """
     store = Store(settings.store)
     running: set[asyncio.Task[None]] = set()
 
-    async def start(vllm: engine.VllmEngine, app: FastAPI) -> Fleet:
-        fleet = Fleet(vllm, store, settings.resident)
-        reconciler = Reconciler(fleet, vllm, store, base, drain_s=settings.drain_s, roots=settings.roots)
-        _add_health(app, reconciler)
+    async def start(vllm: engine.VllmEngine, client: EngineClient, app: FastAPI) -> Gateway:
+        fleet = Fleet(vllm, store, base, settings.resident)
+        reconciler = Reconciler(fleet, store, drain_s=settings.drain_s, roots=settings.roots)
+        gateway = Gateway(fleet)
+        metrics = Metrics(fleet, reconciler, gateway, REGISTRY)
+        gateway.ended += [metrics.count, log.request]
+        fleet.journal.readers += [metrics.note, log.event]
+        _add_health(app, reconciler, gateway)
+        engine.install(app, client, fleet, gateway)
+        _keep(running, _tend(fleet, reconciler))
         if isinstance(settings.document, Document):
             await reconciler.serve_all(settings.document)
-            return fleet
+            return gateway
         control = Control(settings.document, fleet, reconciler)
         _keep(running, control.follow())
         if settings.admin_port is not None and settings.admin_token:
-            admin_app = admin.build(control, settings.admin_token)
-            _keep(running, engine.serve_admin(admin_app, settings.admin_host, settings.admin_port))
-        return fleet
+            admin_app = admin.build(control, gateway, settings.admin_token)
+            _keep(running, server.serve_admin(admin_app, settings.admin_host, settings.admin_port))
+        return gateway
 
     try:
-        engine.serve(args, start)
+        server.serve(args, start, settings.drain_s)
     finally:
         store.close()
 
 
-def _add_health(app: FastAPI, reconciler: Reconciler) -> None:
+def _add_health(app: FastAPI, reconciler: Reconciler, gateway: Gateway) -> None:
     async def livez() -> JSONResponse:
         return JSONResponse({"alive": True})
 
     async def readyz() -> JSONResponse:
-        reasons = reconciler.ready()
+        reasons = [*gateway.not_ready(), *reconciler.ready()]
         return JSONResponse({"ready": not reasons, "reasons": reasons}, status_code=503 if reasons else 200)
 
     app.add_api_route("/livez", livez, methods=["GET"], include_in_schema=False)
     app.add_api_route("/readyz", readyz, methods=["GET"], include_in_schema=False)
+
+
+async def _tend(fleet: Fleet, reconciler: Reconciler) -> None:
+    while True:
+        await asyncio.sleep(TIMER_S)
+        reconciler.tend()
+        with suppress(ServeError):
+            await fleet.look()
 
 
 def _keep(running: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:

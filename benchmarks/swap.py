@@ -126,7 +126,7 @@ async def swapped(server: Server, admin: int, token: str, adapters: list[Path], 
         found = await _measure(server, judge, publish, swaps)
         await asyncio.sleep(1)
         state = (await api.get(f"/adapters/{NAME}")).json()
-    left = [v["name"] for v in (state["version"], *state["previous"]) if v["residency"] == "engine"]
+    left = [v["name"] for v in (state["version"], *state["previous"]) if v["residency"] in ("slot", "memory")]
     return {"server": "astra-serve", **found, "left_in_engine": len(left)}
 
 

@@ -52,6 +52,7 @@ class StandInEngine:
         self.loads: list[str] = []
         self.refuse: set[str] = set()
         self.silent: set[str] = set()  # adapters that change nothing
+        self.asked: list[tuple[str | None, int, bool]] = []
         self.delay = 0.0
 
     async def load(self, name: str, folder: Path) -> str:
@@ -69,7 +70,13 @@ class StandInEngine:
         await asyncio.sleep(self.delay)
         del self.loaded[handle]
 
-    async def next_tokens(self, prompts: list[list[int]], handle: str | None) -> list[dict[int, float]]:
+    async def in_slots(self) -> set[str]:
+        return set(self.loaded)
+
+    async def next_tokens(
+        self, prompts: list[list[int]], handle: str | None, *, urgent: bool = False
+    ) -> list[dict[int, float]]:
+        self.asked.append((handle, len(prompts), urgent))
         await asyncio.sleep(0)
         shift = 0.0 if handle is None else self.loaded[handle]
         return [{token: -1.0 - token / 10 - shift for token in range(20)} for _ in prompts]

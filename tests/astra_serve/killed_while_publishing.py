@@ -9,29 +9,26 @@ from pathlib import Path
 from astra_serve.admission import open_base
 from astra_serve.control import Control
 from astra_serve.fleet import Fleet
+from astra_serve.journal import Event
 from astra_serve.reconcile import Reconciler
 from astra_serve.store import Store
 from tests.astra_serve.conftest import StandInEngine
 
 
-class Killed(Reconciler):
-    at = ""
-
-    def _tell(self, name: str, state: str, reason: str | None = None) -> None:
-        if state == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        super()._tell(name, state, reason)
-
-
 async def main(root: Path, base: str, source: str, state: str) -> None:
     engine, store = StandInEngine(2), Store(root / "store")
-    fleet = Fleet(engine, store, 2)
-    reconciler = Killed(fleet, engine, store, open_base(base))
+    fleet = Fleet(engine, store, open_base(base), 2)
+    reconciler = Reconciler(fleet, store)
     control = Control(str(root / "adapters.yaml"), fleet, reconciler)
     await control.refresh()
     if "a" in reconciler.status:
         await reconciler.settled("a")
-    reconciler.at = state
+
+    def kill(event: Event) -> None:
+        if event.event == state:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    fleet.journal.readers.append(kill)
     print((await control.publish("a", source)).state)
 
 

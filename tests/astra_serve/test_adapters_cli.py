@@ -13,6 +13,7 @@ from astra_serve import admin
 from astra_serve.cli import main
 from astra_serve.control import Control
 from astra_serve.fleet import Fleet
+from astra_serve.gateway import Gateway
 from astra_serve.reconcile import Reconciler
 from benchmarks.server import free_port
 
@@ -26,9 +27,9 @@ def port(engine, store, base, tmp_path: Path, monkeypatch) -> Iterator[int]:
     number, started, servers = free_port(), threading.Event(), []
 
     async def serve() -> None:
-        fleet = Fleet(engine, store, 2)
-        control = Control(str(tmp_path / "adapters.yaml"), fleet, Reconciler(fleet, engine, store, base))
-        app = admin.build(control, TOKEN)
+        fleet = Fleet(engine, store, base, 2)
+        control = Control(str(tmp_path / "adapters.yaml"), fleet, Reconciler(fleet, store))
+        app = admin.build(control, Gateway(fleet), TOKEN)
         servers.append(uvicorn.Server(uvicorn.Config(app, port=number, log_level="warning")))
         started.set()
         await servers[0].serve()
@@ -55,7 +56,7 @@ def test_publish_list_roll_back_and_remove(port: int, write_lora, capsys) -> Non
     assert adapters(port, "list") == 0
     shown = capsys.readouterr().out
     assert "serving" in shown
-    assert "engine" in shown
+    assert "slot" in shown
     assert adapters(port, "--json", "get", "a") == 0
     second = json.loads(capsys.readouterr().out)
     assert adapters(port, "rollback", "a") == 0

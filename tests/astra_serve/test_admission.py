@@ -27,7 +27,7 @@ def test_adapters_that_fit_are_admitted_with_their_rank(tiny_base: Path, tmp_pat
     plain = write_lora(tmp_path / "plain", None, rank=20)
     (plain / "astra.json").unlink()  # somebody else's LoRA
     base = open_base(str(tiny_base))
-    assert [base.check(ours), base.check(plain)] == [4, 20]
+    assert [base.check(ours).rank, base.check(plain).rank] == [4, 20]
 
 
 def test_the_engines_rank_is_the_smallest_that_holds_every_adapter() -> None:

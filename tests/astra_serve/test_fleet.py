@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from astra_serve.errors import Unavailable
-from astra_serve.fleet import Alias, Fleet, Version
+from astra_serve.fleet import Fleet
 from astra_serve.store import Store
+from astra_serve.version import Alias, Version
 from tests.astra_serve.conftest import StandInEngine
 
 
@@ -35,8 +36,8 @@ async def answer(fleet: Fleet, engine: StandInEngine, model: str, caller: str = 
 
 
 @in_a_loop
-async def test_a_name_means_its_current_version_and_a_digest_pins_one(engine, store, version) -> None:
-    fleet = Fleet(engine, store, 2)
+async def test_a_name_means_its_current_version_and_a_digest_pins_one(engine, store, base, version) -> None:
+    fleet = Fleet(engine, store, base, 2)
     one, two = version("a", 1.0), version("a", 2.0)
     fleet.point("a", Alias(two, [one]), 1)
     assert await answer(fleet, engine, "a") == (two.name, 2.0)
@@ -48,8 +49,8 @@ async def test_a_name_means_its_current_version_and_a_digest_pins_one(engine, st
 
 
 @in_a_loop
-async def test_a_request_finishes_on_the_version_it_started_on_and_then_it_leaves(engine, store, version) -> None:
-    fleet = Fleet(engine, store, 2)
+async def test_a_request_finishes_on_the_version_it_started_on_and_then_it_leaves(engine, store, base, version) -> None:
+    fleet = Fleet(engine, store, base, 2)
     one, two = version("a", 1.0), version("a", 2.0)
     fleet.point("a", Alias(one), 1)
     async with fleet.lease("a") as held:
@@ -64,8 +65,8 @@ async def test_a_request_finishes_on_the_version_it_started_on_and_then_it_leave
 
 
 @in_a_loop
-async def test_who_does_not_finish_before_the_deadline_is_cancelled(engine, store, version) -> None:
-    fleet = Fleet(engine, store, 2)
+async def test_who_does_not_finish_before_the_deadline_is_cancelled(engine, store, base, version) -> None:
+    fleet = Fleet(engine, store, base, 2)
     one, two = version("a", 1.0), version("a", 2.0)
     fleet.point("a", Alias(one), 1)
     ended = asyncio.Event()
@@ -87,9 +88,9 @@ async def test_who_does_not_finish_before_the_deadline_is_cancelled(engine, stor
 
 
 @in_a_loop
-async def test_the_engine_never_holds_more_than_it_has_room_for(engine, store, version) -> None:
+async def test_the_engine_never_holds_more_than_it_has_room_for(engine, store, base, version) -> None:
     """The stand-in fails where an engine would have pushed an adapter out."""
-    fleet = Fleet(engine, store, 2)
+    fleet = Fleet(engine, store, base, 2)
     engine.delay = 0.002
     for i in range(6):
         fleet.point(str(i), Alias(version(str(i), float(i + 1))), 1)
@@ -102,8 +103,8 @@ async def test_the_engine_never_holds_more_than_it_has_room_for(engine, store, v
 
 
 @in_a_loop
-async def test_the_least_recently_used_goes_and_a_pinned_one_or_one_in_use_stays(engine, store, version) -> None:
-    fleet = Fleet(engine, store, 2)
+async def test_the_least_recently_used_goes_and_a_pinned_one_or_one_in_use_stays(engine, store, base, version) -> None:
+    fleet = Fleet(engine, store, base, 2)
     pinned, b, c = version("pinned", 1.0, pinned=True), version("b", 2.0), version("c", 3.0)
     for v in (pinned, b, c):
         fleet.point(v.alias, Alias(v), 1)
@@ -118,8 +119,8 @@ async def test_the_least_recently_used_goes_and_a_pinned_one_or_one_in_use_stays
 
 
 @in_a_loop
-async def test_who_waits_too_long_for_room_is_told_to_try_again(engine, store, version) -> None:
-    fleet = Fleet(engine, store, 1, wait_s=0.05)
+async def test_who_waits_too_long_for_room_is_told_to_try_again(engine, store, base, version) -> None:
+    fleet = Fleet(engine, store, base, 1, wait_s=0.05)
     for name, value in (("a", 1.0), ("b", 2.0)):
         fleet.point(name, Alias(version(name, value)), 1)
     async with fleet.lease("a"):
@@ -131,8 +132,8 @@ async def test_who_waits_too_long_for_room_is_told_to_try_again(engine, store, v
 
 
 @in_a_loop
-async def test_a_version_that_was_changed_on_disk_fails_alone(engine, store, version) -> None:
-    fleet = Fleet(engine, store, 1)
+async def test_a_version_that_was_changed_on_disk_fails_alone(engine, store, base, version) -> None:
+    fleet = Fleet(engine, store, base, 1)
     bad, good = version("bad", 1.0), version("good", 2.0)
     for v in (bad, good):
         fleet.point(v.alias, Alias(v), 1)
@@ -149,8 +150,8 @@ async def test_a_version_that_was_changed_on_disk_fails_alone(engine, store, ver
 
 
 @in_a_loop
-async def test_an_adapter_that_the_engine_refuses_fails_alone(engine, store, version) -> None:
-    fleet = Fleet(engine, store, 2)
+async def test_an_adapter_that_the_engine_refuses_fails_alone(engine, store, base, version) -> None:
+    fleet = Fleet(engine, store, base, 2)
     engine.refuse = {"bad"}
     for name, value in (("bad", 1.0), ("good", 2.0)):
         fleet.point(name, Alias(version(name, value)), 1)
@@ -160,8 +161,8 @@ async def test_an_adapter_that_the_engine_refuses_fails_alone(engine, store, ver
 
 
 @in_a_loop
-async def test_a_canary_gets_its_share_and_each_caller_stays_with_one_version(engine, store, version) -> None:
-    fleet = Fleet(engine, store, 2)
+async def test_a_canary_gets_its_share_and_each_caller_stays_with_one_version(engine, store, base, version) -> None:
+    fleet = Fleet(engine, store, base, 2)
     one, two = version("a", 1.0), version("a", 2.0)
     fleet.point("a", Alias(one, canary=two, weight=0.3), 1)
     got = {f"user{i}": fleet.resolve("a", f"user{i}") for i in range(2000)}
@@ -170,8 +171,8 @@ async def test_a_canary_gets_its_share_and_each_caller_stays_with_one_version(en
 
 
 @in_a_loop
-async def test_many_swaps_under_load_leave_nothing_behind_and_mix_nothing(engine, store, version) -> None:
-    fleet = Fleet(engine, store, 2)
+async def test_many_swaps_under_load_leave_nothing_behind_and_mix_nothing(engine, store, base, version) -> None:
+    fleet = Fleet(engine, store, base, 2)
     engine.delay = 0.0005
     digests = [version("a", value).digest for value in (1.0, 2.0)]
     fleet.point("a", Alias(fleet.version("a", digests[0])), 5)

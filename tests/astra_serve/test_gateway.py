@@ -7,20 +7,21 @@ from typing import Any
 import httpx
 import pytest
 
-from astra_serve.fleet import Alias, Fleet
-from astra_serve.gateway import Leases, Served
+from astra_serve.fleet import Fleet
+from astra_serve.gateway import Gateway, Served
+from astra_serve.version import Alias
 from tests.astra_serve.test_fleet import in_a_loop
 
 
 @pytest.fixture
-def fleet(engine, store, write_lora) -> Fleet:
-    found = Fleet(engine, store, 2, wait_s=0.1)
+def fleet(engine, store, base, write_lora) -> Fleet:
+    found = Fleet(engine, store, base, 2, wait_s=0.1)
     found.point("a", Alias(found.version("a", store.add(write_lora("one", 1.0)))), 1)
     return found
 
 
 def client(fleet: Fleet, handler: Any) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(Leases(handler, fleet)), base_url="http://x")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(Gateway(fleet).around(handler)), base_url="http://x")
 
 
 async def say(send: Any, content: Any, status: int = 200) -> None:

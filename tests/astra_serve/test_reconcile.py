@@ -18,6 +18,7 @@ from astra_serve.control import Control
 from astra_serve.desired import Adapter, Document
 from astra_serve.errors import ServeError
 from astra_serve.fleet import Fleet
+from astra_serve.gateway import Gateway
 from astra_serve.reconcile import Reconciler
 from astra_serve.store import Store, version_digest
 from tests.astra_serve.conftest import StandInEngine
@@ -40,10 +41,10 @@ def world(engine: StandInEngine, store, base, tmp_path: Path) -> Callable[[], An
     @asynccontextmanager
     async def make(capacity: int = 2) -> AsyncIterator[World]:
         engine.capacity = capacity
-        fleet = Fleet(engine, store, capacity, wait_s=2)
-        reconciler = Reconciler(fleet, engine, store, base, drain_s=1)
+        fleet = Fleet(engine, store, base, capacity, wait_s=2)
+        reconciler = Reconciler(fleet, store, drain_s=1)
         control = Control(str(tmp_path / "adapters.yaml"), fleet, reconciler)
-        transport = httpx.ASGITransport(admin.build(control, TOKEN))
+        transport = httpx.ASGITransport(admin.build(control, Gateway(fleet), TOKEN))
         headers = {"Authorization": f"Bearer {TOKEN}"}
         async with httpx.AsyncClient(transport=transport, base_url="http://admin", headers=headers) as api:
             yield World(fleet, reconciler, control, api)
@@ -71,8 +72,8 @@ async def test_a_document_is_made_true_and_one_bad_entry_delays_nobody(world, wr
         assert bad.state == "failed"
         assert "there is no folder /not/there; trying again in 1 s" in (bad.reason or "")
         assert w.reconciler.ready() == []
-        assert [e["state"] for e in w.reconciler.events if e["adapter"] == "good"] == [
-            "fetching", "verifying", "loading", "probing", "serving",
+        assert [e.event for e in w.fleet.journal.events if e.adapter == "good"] == [
+            "fetching", "verifying", "loading", "probing", "loaded", "serving",
         ]  # fmt: skip
 
 
@@ -83,7 +84,7 @@ async def test_a_source_that_comes_later_is_served_then(world, write_lora, tmp_p
         assert (await w.reconciler.settled("a")).state == "failed"
         write_lora("later", 1.0)
         while w.reconciler.status["a"].state != "serving":
-            await w.reconciler.change()
+            await w.fleet.journal.change()
 
 
 @in_a_loop
@@ -265,7 +266,7 @@ async def test_more_adapters_than_fit_at_once_are_all_served(world, write_lora) 
         w.reconciler.apply(document(*entries))
         for entry in entries:
             while w.reconciler.status[entry["name"]].state != "serving":
-                await w.reconciler.change()
+                await w.fleet.journal.change()
 
 
 @in_a_loop
@@ -286,6 +287,7 @@ async def test_the_store_keeps_what_is_referenced_and_a_few_more(world, write_lo
             answer = await w.api.put("/adapters/a", json={"source": str(write_lora(str(i), float(i)))})
             digests.append(answer.json()["version"]["digest"])
         await w.fleet.drained()
+        w.reconciler.tend()
         there = [digest in store for digest in digests]
         assert all(there[-9:])  # the current one and the eight that a rollback may go to
         assert sum(there) <= 9 + 3
@@ -379,8 +381,8 @@ async def test_a_url_is_polled_with_its_etag_and_only_read(engine, store, base, 
     monkeypatch.setattr(
         "astra_serve.control.httpx.AsyncClient", lambda **_: client(transport=httpx.MockTransport(answer))
     )
-    fleet = Fleet(engine, store, 2)
-    reconciler = Reconciler(fleet, engine, store, base)
+    fleet = Fleet(engine, store, base, 2)
+    reconciler = Reconciler(fleet, store)
     control = Control("https://example.org/adapters.yaml", fleet, reconciler)
     await control.refresh()
     assert (await reconciler.settled("a")).state == "serving"
@@ -419,8 +421,8 @@ def test_a_server_killed_while_publishing_comes_back_with_what_the_document_says
     @in_a_loop
     async def restarted() -> None:
         store = Store(tmp_path / "store")
-        fleet = Fleet(engine, store, 2)
-        reconciler = Reconciler(fleet, engine, store, base)
+        fleet = Fleet(engine, store, base, 2)
+        reconciler = Reconciler(fleet, store)
         control = Control(str(tmp_path / "adapters.yaml"), fleet, reconciler)
         await control.refresh()
         assert (await reconciler.settled("a")).state == "serving"

@@ -1,0 +1,124 @@
+"""The HTTP server around the engine, from its start to its orderly end."""
+
+import asyncio
+import signal
+from argparse import Namespace
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+from vllm import envs
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.launcher import NoSignalServer, setup_server
+from vllm.entrypoints.launchers.utils.constants import (
+    H11_MAX_HEADER_COUNT_DEFAULT,
+    H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT,
+)
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
+
+from astra_serve.admission import base_name
+from astra_serve.engine import VllmEngine, metered
+from astra_serve.errors import EngineDied, ServeError
+from astra_serve.gateway import Gateway
+
+PULSE_S = 0.5  # how soon it is seen that the engine has died
+FAILING_S = 10.0  # for its requests to get their errors then
+
+# Starts what runs beside the HTTP server, given the engine, its client and the application.
+Start = Callable[[VllmEngine, EngineClient, FastAPI], Awaitable[Gateway]]
+
+
+def serve(args: Namespace, start: Start, finish_s: float) -> None:
+    """Run engine and HTTP server, with what `start` makes of them, until SIGTERM or SIGINT.
+
+    Requests that run then have `finish_s` seconds to end. Raises EngineDied, and ServeError.
+    """
+    uvloop.run(_serve(args, start, finish_s))
+
+
+async def serve_admin(app: FastAPI, host: str, port: int) -> None:
+    """Serve the admin API until cancelled."""
+    config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, lifespan="off")
+    await NoSignalServer(config).serve()
+
+
+async def _serve(args: Namespace, start: Start, finish_s: float) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt("terminated")
+
+    signal.signal(signal.SIGTERM, interrupt)  # until the HTTP server runs
+    _, sock = setup_server(args, reuse_port=False)
+    try:
+        async with build_async_engine_client(args) as client:
+            client.generate = metered(client.generate)
+            tasks = await client.get_supported_tasks()
+            app = build_app(args, tasks, client.model_config)
+            await init_app_state(client, app.state, args, tasks)
+            gateway = await start(VllmEngine(client, base_name(args.model)), client, app)
+            await _answer(_server(app, args), sock, client, gateway, finish_s)
+    finally:
+        sock.close()
+
+
+async def _answer(server: NoSignalServer, sock: Any, client: EngineClient, gateway: Gateway, finish_s: float) -> None:
+    """Answer requests until a signal comes or the engine dies; then let those that run end, and the others know."""
+    told, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    ends = {serving, asyncio.create_task(told.wait()), asyncio.create_task(_death(client))}
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    died = client.errored and not told.is_set()
+    if told.is_set():
+        told.clear()
+        closing = asyncio.create_task(gateway.close("the server is shutting down", finish_s))
+        await asyncio.wait({closing, asyncio.create_task(told.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        if not closing.done():  # told again: now
+            closing.cancel()
+    elif died:
+        await gateway.close("the engine has died", FAILING_S)
+    server.should_exit = True
+    await serving
+    for task in ends:
+        task.cancel()
+    if died:
+        raise EngineDied("the engine has died: its log says why; start the server again")
+    if not server.started:
+        raise ServeError("the HTTP server did not start")
+
+
+async def _death(client: EngineClient) -> None:
+    while not client.errored:
+        await asyncio.sleep(PULSE_S)
+
+
+def _server(app: FastAPI, args: Namespace) -> NoSignalServer:
+    config = uvicorn.Config(
+        app,
+        host=args.host,
+        port=args.port,
+        log_level=args.uvicorn_log_level,
+        access_log=False,  # `log` has a line for each request to a model
+        timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        timeout_graceful_shutdown=1,  # the gateway has waited for what runs
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        ssl_ca_certs=args.ssl_ca_certs,
+        ssl_cert_reqs=args.ssl_cert_reqs,
+        ssl_ciphers=args.ssl_ciphers,
+        **({"log_config": found} if (found := get_uvicorn_log_config(args)) else {}),
+    )
+    config.h11_max_incomplete_event_size = args.h11_max_incomplete_event_size or H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT
+    # vLLM's own, which its uvicorn reads
+    config.h11_max_header_count = args.h11_max_header_count or H11_MAX_HEADER_COUNT_DEFAULT  # type: ignore[attr-defined]
+    config.load()
+    if args.enable_ssl_refresh:
+        app.state.ssl_refresher = SSLCertRefresher(config.ssl, args.ssl_keyfile, args.ssl_certfile, args.ssl_ca_certs)
+    app.state.server = NoSignalServer(config)
+    return app.state.server
