@@ -27,6 +27,7 @@ class Control:
         self.fault: str | None = None  # why the document as it is now is not followed
         self._where = where
         self._document = Document()
+        self._text = ""  # as the file was read or written last
         self._etag = ""
         self._editing = asyncio.Lock()  # of the document, for as long as it takes to write it
         self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # of an adapter, until it serves
@@ -146,8 +147,9 @@ class Control:
         assert self.file is not None
         async with self._editing:
             document = change(await self._read())
-            await asyncio.to_thread(desired.write, document, self.file)  # it waits for the disk; streams must not
-            before, self._document = self._document, document
+            # In a thread: it waits for the disk, streams must not.
+            text = await asyncio.to_thread(desired.write, document, self.file)
+            before, self._document, self._text = self._document, document, text
             if served:
                 self.reconciler.adopt(served)
         self._follow(before, document)
@@ -164,9 +166,12 @@ class Control:
         """Return the document as it is now. Raises ServeError, OSError, httpx.HTTPError and others."""
         if self.file is not None:
             text = await asyncio.to_thread(self.file.read_text, encoding="utf-8") if self.file.exists() else ""
+            if text and text == self._text:
+                return self._document
             if not text.strip() and self._document.adapters:
                 raise BadDocument(f"{self.file} is empty or gone: write 'adapters: []' to serve none")
-            return desired.parse(text, self._where)
+            document, self._text = desired.parse(text, self._where), text
+            return document
         async with httpx.AsyncClient(timeout=10, follow_redirects=True) as client:
             answer = await client.get(self._where, headers={"If-None-Match": self._etag} if self._etag else {})
         if answer.status_code == httpx.codes.NOT_MODIFIED:

@@ -25,7 +25,7 @@ from vllm.v1.metrics.stats import RequestStateStats
 from astra_serve import request as requests
 from astra_serve.admission import base_name
 from astra_serve.errors import ServeError
-from astra_serve.fleet import Fleet
+from astra_serve.fleet import HEADROOM, Fleet
 from astra_serve.gateway import Gateway, Served
 from astra_serve.slots import Slots
 
@@ -60,7 +60,7 @@ def parse(base: str, rank: int, slots: int, resident: int, extra: Sequence[str])
     ours += ["--worker-extension-cls", f"{Slots.__module__}.{Slots.__qualname__}"]
     if rank:
         ours += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots)]
-        ours += ["--max-cpu-loras", str(max(resident, slots))]
+        ours += ["--max-cpu-loras", str(max(resident, slots) + HEADROOM)]
     sized = any(option.startswith(("--kv-cache-memory-bytes", "--gpu-memory-utilization")) for option in extra)
     if current_platform.is_cpu() and not sized and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         ours += ["--kv-cache-memory-bytes", str(CPU_KV_CACHE)]

@@ -4,15 +4,16 @@ A name is an alias of one version; moving it is one assignment. A request resolv
 and holds a lease on that version until its last byte. A version leaves the engine when nobody holds it.
 
 The engine is never asked for more adapters than it has room for: it would push one out, read it again from disk in the
-middle of a step, and die if it could not. It reads a version when this module says so, and at no other time. Whatever
-it has read is admitted and proved before a request gets to it, the first time and every time after.
+middle of a step, and die if it could not. It reads a version when this module says so, and at no other time. What it
+reads has the bytes that were published, and was proved on it before its first request.
 """
 
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 from weakref import WeakValueDictionary
 
 from astra_serve.admission import Base
@@ -26,6 +27,7 @@ from converter.adapter_dir import AdapterError
 
 # The message of a cancellation: whose version is replaced, or whose server ends, and who has had time enough.
 PAST_DEADLINE = "the request was not finished before the deadline of its version, or of the server"
+HEADROOM = 4  # adapters that the engine has room for beyond the fleet's capacity: they come while others go
 SHORTEST_PREFIX = 6  # hex digits by which a request may name a version
 
 
@@ -52,7 +54,8 @@ class Fleet:
         self._wait_s, self._patience_s = wait_s, patience_s
         self._in_slots: set[str] = set()
         self._resident: set[Version] = set()
-        self._one_at_a_time = asyncio.Lock()
+        self._moving = asyncio.Semaphore(HEADROOM)  # held while an adapter comes or goes
+        self._choosing = asyncio.Lock()  # of who makes room; first come, first served
         self._released = asyncio.Event()
         self._retiring: set[asyncio.Task[None]] = set()
         self._versions: WeakValueDictionary[tuple[str, str], Version] = WeakValueDictionary()
@@ -198,61 +201,79 @@ class Fleet:
         while version.leaving and version.served:
             self._released.clear()
             await self._released.wait()
-        async with self._one_at_a_time:
+        async with self._moving:
             if version.leaving and not version.served:
-                await self._unload(version)
+                await self._forget(version, self._give_up(version))
 
     async def _load(self, version: Version, tell: Callable[[str], None]) -> None:
-        """Verify, admit, read and prove a version; a fault is its own, and the engine is as before."""
+        """Have the engine read a version, in the place of another if need be. A fault is the version's own."""
+        await self._moving.acquire()
+        going: asyncio.Task[None] | None = None
         try:
-            async with self._one_at_a_time:
+            async with self._choosing:
                 if version.handle is not None and version.leaving and not version.served:
-                    await self._unload(version)
+                    await self._forget(version, self._give_up(version))
                 if version.handle is not None:  # others have found a place elsewhere, or somebody uses it
                     version.leaving = False
                     return
-                await self._make_room()
-                tell("loading")
-                began = time.monotonic()
-                folder = await asyncio.to_thread(self._store.verify, version.digest)
-                if version.proof is None:
-                    header = await asyncio.to_thread(self.base.check, folder)
-                    version.adapts_head = any(module.endswith("lm_head") for module in header.shapes)
-                handle = await self._engine.load(version.name, folder)
+                gone = await self._make_room()
                 self._resident.add(version)
-            read = time.monotonic()
-            tell("probing")
-            # Others are read meanwhile. A first request that waits for it does not wait for everybody else's.
+            if gone:
+                going = self._later(self._forget(gone, self._give_up(gone)))
             try:
-                urgent = bool(version.requests)
-                if version.proof is None:
-                    allowed = version.may_change_nothing
-                    version.proof = await self._prover.prove(handle, folder, may_change_nothing=allowed, urgent=urgent)
-                else:
-                    await self._prover.again(handle, version.proof, urgent=urgent)
+                await self._read(version, tell)
             except BaseException:
-                await self._forget(version, handle)
+                self._resident.discard(version)
                 raise
         except (ServeError, AdapterError) as error:
             version.failed = str(error)
             event = "probe_failed" if isinstance(error, ProbeFailed) else "load_failed"
             self.journal.tell(Event(version.alias, event, version.name, str(error)))
             raise Unavailable(f"{version.name} cannot be served: {error}") from error
+        finally:
+            self._released.set()
+            if going:
+                going.add_done_callback(lambda _: self._moving.release())
+            else:
+                self._moving.release()
+
+    async def _read(self, version: Version, tell: Callable[[str], None]) -> None:
+        """Verify, admit, read and prove a version. Raises ServeError and AdapterError; then the engine is as before."""
+        tell("loading")
+        began = time.monotonic()
+        folder = await asyncio.to_thread(self._store.verify, version.digest)
+        if version.proof is None:
+            header = await asyncio.to_thread(self.base.check, folder)
+            version.adapts_head = any(module.endswith("lm_head") for module in header.shapes)
+        handle = await self._engine.load(version.name, folder)
+        read = time.monotonic()
+        tell("probing")
+        try:
+            urgent = bool(version.requests)  # who waits for it does not wait for everybody else's requests
+            if version.proof is None:
+                allowed = version.may_change_nothing
+                version.proof = await self._prover.prove(handle, folder, may_change_nothing=allowed, urgent=urgent)
+            elif version.coming:  # it is published again; what is only read again has the bytes that were proved
+                await self._prover.again(handle, version.proof, urgent=urgent)
+        except BaseException:
+            await self._forget(version, handle)
+            raise
         version.handle, version.leaving, version.loaded_at = handle, False, time.monotonic()
         seconds = {"loading": read - began, "probing": version.loaded_at - read}
-        self._released.set()
         self.journal.tell(Event(version.alias, "loaded", version.name, seconds=seconds))
 
-    async def _make_room(self) -> None:
+    async def _make_room(self) -> Version | None:
+        """Wait until there is a place; return who has to leave for it, if anybody has to."""
         patient_until = time.monotonic() + self._patience_s
         asked: Version | None = None  # to make room
-        while len(self._resident) >= self.capacity:
+        gone: Version | None = None
+        while len(self._resident) >= self.capacity and gone is None:
             self._released.clear()
             there = [v for v in self._resident if v.handle is not None and not v.coming]
             there = [v for v in there if not (v.pinned and self._wanted(v))]
             idle = [v for v in there if not v.requests or (v.leaving and not v.served)]
             if idle:
-                await self._unload(min(idle, key=lambda v: v.last_used))
+                gone = min(idle, key=lambda v: v.last_used)
                 continue
             left = patient_until - time.monotonic()
             if left <= 0 and there and asked not in there:
@@ -263,26 +284,31 @@ class Fleet:
                 await asyncio.wait_for(self._released.wait(), left if left > 0 else None)
         if asked:
             asked.leaving = False
+        return gone
 
-    async def _unload(self, version: Version) -> None:
+    def _give_up(self, version: Version) -> Any:
+        """Give a version's place to others, and return its handle for the engine to forget."""
         handle, version.handle, version.leaving = version.handle, None, False  # from here on a request loads it again
-        if handle is not None:
-            await self._forget(version, handle)
+        self._resident.discard(version)
+        return handle
 
-    async def _forget(self, version: Version, handle: object) -> None:
+    async def _forget(self, version: Version, handle: Any) -> None:
         try:
             await self._engine.unload(handle)
         except ServeError as error:  # it is still there, and takes up room that nobody can use
             version.failed = str(error)
             self.capacity = max(1, self.capacity - 1)
-        self._resident.discard(version)
         self._released.set()
         self.journal.tell(Event(version.alias, "unloaded", version.name))
 
     def _retire(self, version: Version, drain_s: float) -> None:
-        task = asyncio.create_task(self._drain(version, drain_s))
+        self._later(self._drain(version, drain_s))
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
+        return task
 
     async def _drain(self, version: Version, drain_s: float) -> None:
         deadline = time.monotonic() + drain_s
@@ -297,9 +323,9 @@ class Fleet:
                 await asyncio.wait_for(version.idle.wait(), left)
         while version.loading:
             await asyncio.wait([version.loading])
-        async with self._one_at_a_time:
-            if not (version.requests or self._wanted(version)):
-                await self._unload(version)
+        async with self._moving:
+            if version.handle is not None and not (version.requests or self._wanted(version)):
+                await self._forget(version, self._give_up(version))
 
     def _wanted(self, version: Version) -> bool:
         alias = self.aliases.get(version.alias)

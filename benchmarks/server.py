@@ -1,15 +1,17 @@
-"""A running `astra-serve` process, for the demo, the benchmarks and the end-to-end tests."""
+"""A running `astra-serve` process, or a rival's, for the demo, the benchmarks and the end-to-end tests."""
 
+import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 
 BIN = Path(sys.executable).parent  # where the console scripts of this environment are
 
@@ -36,23 +38,45 @@ def astra_serve(options: list[str], log: Path, *, timeout_s: float = 240) -> Ite
     Its store is beside the log, unless `options` say otherwise.
     Raises RuntimeError with the end of the log when it exits or is not ready within `timeout_s` seconds.
     """
-    port = free_port()
     if "--store" not in options:
         options = [*options, "--store", str(log.with_suffix(".store"))]
+    with _running([str(BIN / "astra-serve"), *options], {}, log, timeout_s) as server:
+        yield server
+
+
+@contextmanager
+def vllm_serve(
+    options: list[str], log: Path, environment: dict[str, str], *, timeout_s: float = 240
+) -> Iterator[Server]:
+    """Start vLLM's own server, the rival, on both cores."""
+    environment = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **environment}
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options]
+    with _running([*command, "--kv-cache-memory-bytes", str(2**30)], environment, log, timeout_s) as server:
+        yield server
+
+
+@contextmanager
+def _running(command: list[str], environment: dict[str, str], log: Path, timeout_s: float) -> Iterator[Server]:
+    port = free_port()
     with log.open("wb") as stream:
-        command = [str(BIN / "astra-serve"), *options, "--port", str(port)]
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], env={**os.environ, **environment}, stdout=stream, stderr=subprocess.STDOUT
+        )
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:
         _wait_until_ready(server, timeout_s)
         yield server
     finally:
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.terminate()
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
 
 
 def _wait_until_ready(server: Server, timeout_s: float) -> None:

@@ -3,34 +3,33 @@
     python -m benchmarks.swap --out FILE.json [--quick] [--swaps 1000] [--adapters DIR DIR]
 
 One name is swapped between two adapters whose greedy answers differ, every 0.4 seconds, while clients ask it without a
-pause, half of them streaming. Every answer is compared with what the version that it names is known to say:
+pause, half of them streaming. Every answer is compared with what the version that it names is known to say
+(`benchmarks.load` has the kinds of wrong answers). Beside that:
 
-    failed     the request got an error, or was cut off
-    mixed      the answer is not that of the version it names, or the stream names several
     throughput completed requests per second while swapping, over those of the steady phases before and after: the
                median of ten blocks of swaps
     rss        the memory of all the server's processes, the last tenth of the swaps over the second tenth
+    first      from the publishing call to the first token of a request that came after it and that the new version
+               answers; the server's own times of its parts beside it
 
 The rival is the same engine's own way: one folder that is written anew, and `load_inplace` from it, with the same
-clients. It has one name and no versions, so an answer counts as `mixed` when it is neither adapter's, and as `stale`
-when the old adapter answers a request that was sent after the swap had been confirmed.
+clients. It has one name and no versions, so an answer counts as `mixed` when it is neither adapter's.
 
 Both servers run in processes of their own, one after the other. Without --adapters two are trained first (a minute).
 """
 
 import argparse
 import asyncio
+import bisect
 import contextlib
 import itertools
-import json
 import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import demo, report
-from benchmarks.server import Server, astra_serve, free_port
+from benchmarks.load import Answer, Load, ask, quantiles
+from benchmarks.server import Server, astra_serve, free_port, vllm_serve
 from trainer.embedded import tasks
 
 SEED, CLIENTS, TOKENS, NAME = 0, 8, 16, "swapped"
@@ -50,24 +50,8 @@ BLOCKS = 10  # of swaps, with steady load between them
 TASKS = ("sql", "signature")
 TOKEN = "benchmark"  # noqa: S105
 TARGETS = {"failed": 0, "mixed": 0, "throughput_ratio": 0.9, "rss_growth": 1.03}
+PARTS = ("fetching", "verifying", "loading", "probing")  # of a swap, as the server names them
 console = Console()
-
-
-@dataclass
-class Count:
-    """What the clients saw."""
-
-    requests: int = 0
-    failed: int = 0
-    mixed: int = 0
-    stale: int = 0
-    latencies: list[float] = field(default_factory=list)
-    examples: list[str] = field(default_factory=list)
-
-    def fault(self, kind: str, example: str) -> None:
-        setattr(self, kind, getattr(self, kind) + 1)
-        if len(self.examples) < 5:
-            self.examples.append(f"{kind}: {example}"[:300])
 
 
 def main() -> int:
@@ -104,11 +88,14 @@ async def ours(folder: Path, adapters: list[Path], swaps: int) -> dict[str, Any]
 async def swapped(server: Server, admin: int, token: str, adapters: list[Path], swaps: int) -> dict[str, Any]:
     """Swap by publishing two adapters in turn over the admin API, and return what the clients saw."""
     headers = {"Authorization": f"Bearer {token}"}
+    parts: dict[str, list[float]] = {part: [] for part in PARTS}
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{admin}", headers=headers, timeout=60) as api:
 
         async def publish(number: int) -> str:
             answer = await api.put(f"/adapters/{NAME}", json={"source": str(adapters[number % 2])})
             answer.raise_for_status()
+            for part in PARTS:
+                parts[part].append(answer.json()["seconds"].get(part, 0.0))
             version: str = answer.json()["version"]["name"]
             return version
 
@@ -118,76 +105,70 @@ async def swapped(server: Server, admin: int, token: str, adapters: list[Path], 
             known[version] = await _answers(server, version)
         assert len(set(map(tuple, known.values()))) == 2, "the two adapters answer alike: nothing could be seen"
 
-        def judge(count: Count, prompt: int, _sent: float, said: tuple[set[str], str]) -> None:
-            names, text = said
-            if len(names) != 1 or known.get(next(iter(names)), [])[prompt : prompt + 1] != [text]:
-                count.fault("mixed", f"{names} said {text!r}")
+        def judge(_: str, prompt: str, answer: Answer) -> str | None:
+            (name,) = answer.names if len(answer.names) == 1 else ("",)
+            return None if known.get(name, {}).get(prompt) == answer.text else "mixed"
 
         found = await _measure(server, judge, publish, swaps)
         await asyncio.sleep(1)
         state = (await api.get(f"/adapters/{NAME}")).json()
     left = [v["name"] for v in (state["version"], *state["previous"]) if v["residency"] in ("slot", "memory")]
-    return {"server": "astra-serve", **found, "left_in_engine": len(left)}
+    of_parts = {part: quantiles(seconds[2:]) for part, seconds in parts.items()}
+    return {"server": "astra-serve", **found, "parts_s": of_parts, "left_in_engine": len(left)}
 
 
 async def stock(folder: Path, adapters: list[Path], swaps: int) -> dict[str, Any]:
     """Swap by writing one folder anew and `load_inplace` from it, as vLLM offers."""
     place = folder / "inplace"
     shutil.copytree(adapters[0], place)
-    port = free_port()
-    environment = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(demo.BASE), "--enforce-eager"]
-    command += ["--served-model-name", "base", "--enable-lora", "--max-lora-rank", "64", "--max-loras", "4"]
-    command += ["--port", str(port), "--kv-cache-memory-bytes", str(2**30)]
-    async with (
-        _process(command, environment, folder / "stock.log", port) as server,
-        httpx.AsyncClient(base_url=server.url, timeout=60) as api,
-    ):
-        current = [0]
+    options = ["--model", str(demo.BASE), "--enforce-eager", "--served-model-name", "base", "--enable-lora"]
+    options += ["--max-lora-rank", "64", "--max-loras", "4"]
+    confirmed: list[tuple[float, int]] = []
+    with vllm_serve(options, folder / "stock.log", {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}) as server:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as api:
 
-        async def load(number: int) -> str:
-            for file in adapters[number % 2].iterdir():
-                shutil.copyfile(file, place / file.name)
-            body = {"lora_name": NAME, "lora_path": str(place), "load_inplace": True}
-            answer = await api.post("/v1/load_lora_adapter", json=body)
-            answer.raise_for_status()
-            current[0] = number % 2
-            confirmed.append((time.perf_counter(), number % 2))
-            return NAME
+            async def load(number: int) -> str:
+                for file in adapters[number % 2].iterdir():
+                    shutil.copyfile(file, place / file.name)
+                body = {"lora_name": NAME, "lora_path": str(place), "load_inplace": True}
+                answer = await api.post("/v1/load_lora_adapter", json=body)
+                answer.raise_for_status()
+                confirmed.append((time.perf_counter(), number % 2))
+                return NAME
 
-        confirmed: list[tuple[float, int]] = []
-        known = []
-        for number in (0, 1):
-            await load(number)
-            await asyncio.sleep(0.5)
-            known.append(await _answers(server, NAME, salt=str(number)))
+            known = []
+            for number in (0, 1):
+                await load(number)
+                await asyncio.sleep(0.5)
+                known.append(await _answers(server, NAME, salt=str(number)))
 
-        def judge(count: Count, prompt: int, sent: float, said: tuple[set[str], str]) -> None:
-            _, text = said
-            whose = [number for number in (0, 1) if known[number][prompt] == text]
-            since = [number for when, number in confirmed if when <= sent][-1:]
-            later = {number for when, number in confirmed if when > sent}
-            if not whose:
-                count.fault("mixed", text)
-            elif since and not {*since, *later} & set(whose):
-                count.fault("stale", text)
+            def judge(_: str, prompt: str, answer: Answer) -> str | None:
+                whose = {number for number in (0, 1) if known[number][prompt] == answer.text}
+                since = [number for when, number in confirmed if when <= answer.sent][-1:]
+                later = {number for when, number in confirmed if when > answer.sent}
+                if not whose:
+                    return "mixed"
+                return "stale" if since and not {*since, *later} & whose else None
 
-        found = await _measure(server, judge, load, swaps)
-        return {"server": "vllm load_inplace", **found, "alive": server.process.poll() is None}
+            found = await _measure(server, judge, load, swaps)
+            return {"server": "vllm load_inplace", **found, "alive": server.process.poll() is None}
 
 
 async def _measure(
     server: Server,
-    judge: Callable[[Count, int, float, tuple[set[str], str]], None],
-    swap: Callable[[int], Any],
+    judge: Callable[[str, str, Answer], str | None],
+    swap: Callable[[int], Awaitable[str]],
     swaps: int,
 ) -> dict[str, Any]:
     """Blocks of swaps under load, and the same load without swaps between them; what the clients saw of all."""
-    count, stop = Count(), asyncio.Event()
-    done: list[float] = []
-    clients = [asyncio.create_task(_client(server, n, judge, count, done, stop)) for n in range(CLIENTS)]
+    load = Load(
+        server.url, CLIENTS, lambda number, turn: (NAME, PROMPTS[(number + turn) % len(PROMPTS)]), judge, TOKENS
+    )
+    stop = asyncio.Event()
+    running = asyncio.create_task(load.run(stop))
     await asyncio.sleep(2)
-    block, memory, durations, broken = -(-swaps // BLOCKS), [], [], None
+    block, memory, broken = -(-swaps // BLOCKS), [], None
+    done: list[tuple[float, float, str]] = []  # each swap's begin, its end, and the name that answers have since
     steady_s = min(10.0, block * EVERY_S)
     phases = [time.perf_counter()]  # steady, swapping, steady, swapping, ... steady
     with Progress(console=console, transient=True) as progress:
@@ -198,11 +179,11 @@ async def _measure(
                 phases.append(time.perf_counter())
             began = time.perf_counter()
             try:
-                await swap(number)
+                name = await swap(number)
             except httpx.HTTPError as error:
                 broken = f"swap {number}: {type(error).__name__}: {error}"[:200]
                 break
-            durations.append(time.perf_counter() - began)
+            done.append((began, time.perf_counter(), name))
             memory.append(_rss(server.process.pid))
             progress.advance(bar)
             await asyncio.sleep(max(0.0, began + EVERY_S - time.perf_counter()))
@@ -211,25 +192,24 @@ async def _measure(
     await asyncio.sleep(steady_s)
     phases.append(time.perf_counter())
     stop.set()
-    await asyncio.gather(*clients, return_exceptions=True)
-    rates = [sum(a <= t < b for t in done) / (b - a) for a, b in itertools.pairwise(phases)]
+    await running
+    rates = [sum(a <= answer.ended < b for answer in load.answers) / (b - a) for a, b in itertools.pairwise(phases)]
     # each block of swaps against the steady load just before and just after it: the machine is not always as fast
     ratios = [rates[i] / ((rates[i - 1] + rates[i + 1]) / 2 or 1) for i in range(1, len(rates) - 1, 2)]
     tenth = max(1, len(memory) // 10)
     late = len(memory) > 2 * tenth
     return {
-        "swaps": len(durations),
-        "requests": count.requests,
-        "failed": count.failed,
-        "mixed": count.mixed,
-        "stale": count.stale,
-        "examples": count.examples,
+        "swaps": len(done),
+        "requests": load.requests,
+        **load.faults,
+        "examples": load.examples,
         "broken": broken,
         "requests_per_s": rates,
         "throughput_ratios": ratios,
         "throughput_ratio": statistics.median(ratios) if ratios else 0.0,
-        "swap_s": _quantiles(durations),
-        "latency_s": _quantiles(count.latencies),
+        "swap_s": quantiles([end - began for began, end, _ in done]),
+        "first_token_s": quantiles(_first_tokens(done, load.answers)),
+        "latency_s": quantiles([answer.ended - answer.sent for answer in load.answers]),
         "rss_gib": [round(value / 2**30, 4) for value in memory[:: max(1, len(memory) // 200)]],
         "rss_growth": statistics.median(memory[-tenth:]) / statistics.median(memory[tenth : 2 * tenth])
         if late
@@ -237,85 +217,22 @@ async def _measure(
     }
 
 
-async def _client(
-    server: Server,
-    number: int,
-    judge: Callable[[Count, int, float, tuple[set[str], str]], None],
-    count: Count,
-    done: list[float],
-    stop: asyncio.Event,
-) -> None:
+def _first_tokens(done: list[tuple[float, float, str]], answers: list[Answer]) -> list[float]:
+    """Return for each swap, to a name of its own, how long after its call that name first said something."""
+    by_sent = sorted(answers, key=lambda answer: answer.sent)
+    starts = [answer.sent for answer in by_sent]
+    found = []
+    for number, (began, _, name) in enumerate(done):
+        until = done[number + 1][0] if number + 1 < len(done) else float("inf")
+        after = by_sent[bisect.bisect(starts, began) : bisect.bisect(starts, until)]
+        found += sorted(answer.first - began for answer in after if answer.names == {name})[:1]
+    return found
+
+
+async def _answers(server: Server, model: str, salt: str | None = None) -> dict[str, str]:
+    """Return what `model` says after each prompt; with a `salt` past the rival's prefix cache, which may be stale."""
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-        for turn in itertools.count():
-            if stop.is_set():
-                return
-            prompt, sent = (number + turn) % len(PROMPTS), time.perf_counter()
-            count.requests += 1
-            try:
-                said = await _ask(client, NAME, PROMPTS[prompt], stream=number % 2 == 0)
-            except (httpx.HTTPError, ValueError, KeyError) as error:
-                count.fault("failed", f"{type(error).__name__}: {error}")
-                await asyncio.sleep(0.05)
-                continue
-            done.append(time.perf_counter())
-            count.latencies.append(done[-1] - sent)
-            judge(count, prompt, sent, said)
-
-
-async def _ask(client: httpx.AsyncClient, model: str, prompt: str, *, stream: bool, salt: str | None = None) -> Any:
-    """Return the names that the answer gives itself, and its text. Raises for a status, or an end without a finish."""
-    body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": stream}
-    if salt is not None:
-        body["cache_salt"] = salt  # of the rival's reference answers: its prefix cache may be stale
-    if not stream:
-        answer = await client.post("/v1/completions", json=body)
-        answer.raise_for_status()
-        content = answer.json()
-        return {content["model"]}, content["choices"][0]["text"]
-    names, text, finished = set(), "", False
-    async with client.stream("POST", "/v1/completions", json=body) as answer:
-        answer.raise_for_status()
-        async for line in answer.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk = json.loads(line.removeprefix("data: "))
-            if "error" in chunk:
-                raise ValueError(chunk["error"])
-            names.add(chunk["model"])
-            for choice in chunk["choices"]:
-                text += choice["text"]
-                finished = finished or choice["finish_reason"] is not None
-    if not finished:
-        raise ValueError("the stream ended without a finish")
-    return names, text
-
-
-async def _answers(server: Server, model: str, salt: str | None = None) -> list[str]:
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-        return [(await _ask(client, model, prompt, stream=False, salt=salt))[1] for prompt in PROMPTS]
-
-
-@contextlib.asynccontextmanager
-async def _process(command: list[str], environment: dict[str, str], log: Path, port: int) -> AsyncIterator[Server]:
-    with log.open("wb") as stream:
-        process = psutil.Popen(command, env=environment, stdout=stream, stderr=stream)
-    server = Server(f"http://127.0.0.1:{port}", process, log)
-    try:
-        async with httpx.AsyncClient() as client:
-            deadline = time.monotonic() + 240
-            while True:
-                with contextlib.suppress(httpx.TransportError):
-                    if (await client.get(f"{server.url}/health")).is_success:
-                        break
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"the rival did not start; see {log.read_text(errors='replace')[-2000:]}")
-                await asyncio.sleep(0.5)
-        yield server
-    finally:
-        for child in process.children(recursive=True):
-            child.kill()
-        process.kill()
-        process.wait()
+        return {p: (await ask(client, model, p, TOKENS, stream=False, salt=salt)).text for p in PROMPTS}
 
 
 def _train(folder: Path) -> list[Path]:
@@ -332,19 +249,17 @@ def _rss(pid: int) -> int:
     return total
 
 
-def _quantiles(values: list[float]) -> dict[str, float]:
-    if len(values) < 2:
-        return {}
-    cuts = statistics.quantiles(values, n=100)
-    return {"p50": cuts[49], "p99": cuts[98], "max": max(values)}
-
-
 def summarise(cases: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the headline figures, and the rival's beside them."""
     keys = ("swaps", "requests", "failed", "mixed", "throughput_ratio", "rss_growth")
     mine = cases[0]
     found: dict[str, Any] = {key: mine[key] for key in keys}
-    found["swap_p50_s"], found["swap_p99_s"] = mine["swap_s"].get("p50"), mine["swap_s"].get("p99")
+    for key in ("swap_s", "first_token_s"):
+        found[f"{key.removesuffix('_s')}_p50_s"], found[f"{key.removesuffix('_s')}_p99_s"] = (
+            mine[key].get("p50"), mine[key].get("p99"),
+        )  # fmt: skip
+    found["parts_p50_s"] = {part: seconds.get("p50") for part, seconds in mine["parts_s"].items()}
+    found["parts_p99_s"] = {part: seconds.get("p99") for part, seconds in mine["parts_s"].items()}
     if len(cases) > 1:
         found["stock"] = {key: cases[1][key] for key in (*keys, "stale", "alive", "broken")}
     return {**found, "targets": TARGETS}
@@ -354,8 +269,11 @@ def show(cases: list[dict[str, Any]]) -> None:
     table = Table("", *(case["server"] for case in cases), title=f"{CLIENTS} clients, one name, two adapters")
     for key in ("swaps", "requests", "failed", "mixed", "stale", "throughput_ratio", "rss_growth"):
         table.add_row(key, *(f"{case[key]:.3g}" if isinstance(case[key], float) else str(case[key]) for case in cases))
-    for key in ("p50", "p99"):
-        table.add_row(f"swap, {key}", *(f"{case['swap_s'].get(key, float('nan')):.3f} s" for case in cases))
+    for name, key in (("publishing call", "swap_s"), ("to the first new token", "first_token_s")):
+        for p in ("p50", "p99"):
+            table.add_row(f"{name}, {p}", *(f"{case[key].get(p, float('nan')):.3f} s" for case in cases))
+    for part, seconds in cases[0].get("parts_s", {}).items():
+        table.add_row(f"  {part}, p50 / p99", f"{seconds.get('p50', 0):.4f} / {seconds.get('p99', 0):.4f} s")
     console.print(table)
     for case in cases:
         for line in (*case["examples"], *([case["broken"]] if case["broken"] else [])):

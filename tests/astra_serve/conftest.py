@@ -10,6 +10,7 @@ import torch
 
 from astra_serve.admission import Base, open_base
 from astra_serve.errors import ServeError
+from astra_serve.fleet import HEADROOM
 from astra_serve.store import Store
 from converter import adapter_dir
 from converter.adapter_dir import LoraAdapter
@@ -60,7 +61,7 @@ class StandInEngine:
         if any(name.startswith(refused) for refused in self.refuse):
             raise ServeError("the engine cannot load it: it said no")
         assert name not in self.loaded, f"{name} is loaded twice"
-        assert len(self.loaded) < self.capacity, "the engine would have pushed an adapter out"
+        assert len(self.loaded) < self.capacity + HEADROOM, "the engine would have pushed an adapter out"
         factors = adapter_dir.load_lora(folder).layers[MODULE]
         self.loaded[name] = 0.0 if any(name.startswith(s) for s in self.silent) else float(factors[0][0, 0])
         self.loads.append(name)

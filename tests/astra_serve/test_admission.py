@@ -8,6 +8,7 @@ import torch
 from astra_serve.admission import ENGINE_RANKS, engine_rank, open_base, parse_adapter
 from astra_serve.cli import main
 from astra_serve.errors import ServeError
+from astra_serve.fleet import HEADROOM
 from converter import adapter_dir
 from converter.adapter_dir import LoraAdapter
 
@@ -95,8 +96,8 @@ def test_the_engine_gets_the_slots_and_the_memory_that_the_flags_say(tiny_base: 
     from astra_serve import engine
 
     args = engine.parse(str(tiny_base), 32, 2, 3, ["--max-model-len", "64"])
-    assert (args.max_loras, args.max_cpu_loras, args.max_lora_rank, args.max_model_len) == (2, 3, 32, 64)
-    assert engine.parse(str(tiny_base), 32, 5, 3, []).max_cpu_loras == 5
+    assert (args.max_loras, args.max_cpu_loras, args.max_lora_rank, args.max_model_len) == (2, 3 + HEADROOM, 32, 64)
+    assert engine.parse(str(tiny_base), 32, 5, 3, []).max_cpu_loras == 5 + HEADROOM
     assert not engine.parse(str(tiny_base), 0, 1, 0, []).enable_lora
 
 
