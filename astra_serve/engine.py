@@ -124,6 +124,27 @@ class VllmEngine:
                 raise ServeError(f"the engine refuses its probe: {_first_line(answer)}") from answer
         return [answer for answer in found if not isinstance(answer, BaseException)]
 
+    def install(self, app: FastAPI, fleet: Fleet, gateway: Gateway) -> None:
+        """Put the fleet between the names in requests and the engine's adapters, and the gateway around it all."""
+        self._client.generate = _metered(self._client.generate)
+        models = app.state.openai_serving_models
+        models.lora_requests = Served()
+        only_base = models.registry.show_available_models
+
+        async def show_available_models() -> ModelList:
+            found: ModelList = await only_base()
+            parent = found.data[0].id
+            found.data += [
+                ModelCard(id=name, root=alias.current.name, parent=parent, permission=[ModelPermission()])
+                for name, alias in fleet.aliases.items()
+            ]
+            return found
+
+        models.show_available_models = show_available_models
+        gateway.abort = self._client.abort
+        # Behind all of vLLM's middleware: what that refuses, as a request without an API key, must not load anything.
+        app.router.middleware_stack = gateway.around(app.router.middleware_stack)  # type: ignore[assignment]
+
     async def _next(self, prompt: list[int], handle: LoRARequest | None, priority: int) -> dict[int, float]:
         params = SamplingParams(max_tokens=1, temperature=0, logprobs=PROBE_TOKENS, ignore_eos=True)
         generator = self._client.generate(
@@ -140,7 +161,7 @@ class VllmEngine:
         return {token: entry.logprob for token, entry in found[0].items()}
 
 
-def metered(generate: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:
+def _metered(generate: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:
     """Return the engine's `generate`, which also tells the running request what is computed for it, and how fast."""
 
     async def counted(
@@ -184,27 +205,6 @@ def _time(request: requests.Request, stats: RequestStateStats | None, began: flo
     if stats.num_generation_tokens > 1:
         seconds = stats.last_token_ts - stats.first_token_ts
         request.between_tokens_s.append(seconds / (stats.num_generation_tokens - 1))
-
-
-def install(app: FastAPI, client: EngineClient, fleet: Fleet, gateway: Gateway) -> None:
-    """Put the fleet between the names in requests and the engine's adapters."""
-    models = app.state.openai_serving_models
-    models.lora_requests = Served()
-    only_base = models.registry.show_available_models
-
-    async def show_available_models() -> ModelList:
-        found: ModelList = await only_base()
-        parent = found.data[0].id
-        found.data += [
-            ModelCard(id=name, root=alias.current.name, parent=parent, permission=[ModelPermission()])
-            for name, alias in fleet.aliases.items()
-        ]
-        return found
-
-    models.show_available_models = show_available_models
-    gateway.abort = client.abort
-    # Behind all of vLLM's middleware: what that refuses, as a request without an API key, must not load anything.
-    app.router.middleware_stack = gateway.around(app.router.middleware_stack)  # type: ignore[assignment]
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from prometheus_client import REGISTRY
-from vllm.engine.protocol import EngineClient
 
 from astra_serve import admin, engine, log, server
 from astra_serve.admission import Base
@@ -47,7 +46,7 @@ def serve(args: Namespace, base: Base, settings: Settings) -> None:
     store = Store(settings.store)
     running: set[asyncio.Task[None]] = set()
 
-    async def start(vllm: engine.VllmEngine, client: EngineClient, app: FastAPI) -> Gateway:
+    async def start(vllm: engine.VllmEngine, app: FastAPI) -> Gateway:
         fleet = Fleet(vllm, store, base, settings.resident)
         reconciler = Reconciler(fleet, store, drain_s=settings.drain_s, roots=settings.roots)
         gateway = Gateway(fleet)
@@ -55,7 +54,7 @@ def serve(args: Namespace, base: Base, settings: Settings) -> None:
         gateway.ended += [metrics.count, log.request]
         fleet.journal.readers += [metrics.note, log.event]
         _add_health(app, reconciler, gateway)
-        engine.install(app, client, fleet, gateway)
+        vllm.install(app, fleet, gateway)
         _keep(running, _tend(fleet, reconciler))
         if isinstance(settings.document, Document):
             await reconciler.serve_all(settings.document)

@@ -23,15 +23,15 @@ from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
 
 from astra_serve.admission import base_name
-from astra_serve.engine import VllmEngine, metered
+from astra_serve.engine import VllmEngine
 from astra_serve.errors import EngineDied, ServeError
 from astra_serve.gateway import Gateway
 
 PULSE_S = 0.5  # how soon it is seen that the engine has died
 FAILING_S = 10.0  # for its requests to get their errors then
 
-# Starts what runs beside the HTTP server, given the engine, its client and the application.
-Start = Callable[[VllmEngine, EngineClient, FastAPI], Awaitable[Gateway]]
+# Starts what runs beside the HTTP server, given the engine and the application.
+Start = Callable[[VllmEngine, FastAPI], Awaitable[Gateway]]
 
 
 def serve(args: Namespace, start: Start, finish_s: float) -> None:
@@ -56,11 +56,10 @@ async def _serve(args: Namespace, start: Start, finish_s: float) -> None:
     _, sock = setup_server(args, reuse_port=False)
     try:
         async with build_async_engine_client(args) as client:
-            client.generate = metered(client.generate)
             tasks = await client.get_supported_tasks()
             app = build_app(args, tasks, client.model_config)
             await init_app_state(client, app.state, args, tasks)
-            gateway = await start(VllmEngine(client, base_name(args.model)), client, app)
+            gateway = await start(VllmEngine(client, base_name(args.model)), app)
             await _answer(_server(app, args), sock, client, gateway, finish_s)
     finally:
         sock.close()

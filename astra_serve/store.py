@@ -93,6 +93,8 @@ class Store:
     def verify(self, digest: str) -> Path:
         """Return the folder of a version after reading all of it. Raises Damaged."""
         folder = self.folder(digest)
+        if digest not in self:
+            raise Damaged(f"version {digest[:19]} is gone from the store: publish it again")
         try:
             found = version_digest(folder)
         except (AdapterError, OSError) as error:

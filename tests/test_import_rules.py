@@ -34,14 +34,15 @@ def test_a_package_imports_of_its_neighbours_only_the_adapter_format(package: st
                 assert name == SHARED or name.startswith(f"{SHARED}."), f"{file.relative_to(ROOT)} imports {name}"
 
 
-def test_only_the_engine_and_its_plugin_import_vllm() -> None:
+def test_only_the_engine_its_server_and_its_plugin_import_vllm() -> None:
     users = {
         str(file.relative_to(ROOT))
         for package in PACKAGES
         for file in (ROOT / package).rglob("*.py")
         if any(name.partition(".")[0] == "vllm" for name in imports(file))
     }
-    assert users == {"astra_serve/engine.py", "astra_serve/cpu_lora/__init__.py", "astra_serve/cpu_lora/wrapper.py"}
+    plugin = {"astra_serve/cpu_lora/__init__.py", "astra_serve/cpu_lora/wrapper.py"}
+    assert users == {"astra_serve/engine.py", "astra_serve/server.py", *plugin}
 
 
 def test_only_the_loop_imports_trl() -> None:

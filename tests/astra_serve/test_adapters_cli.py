@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from astra_serve.control import Control
 from astra_serve.fleet import Fleet
 from astra_serve.gateway import Gateway
 from astra_serve.reconcile import Reconciler
-from benchmarks.server import free_port
+from benchmarks.server import BIN, free_port
 
 TOKEN = "secret"  # noqa: S105
 
@@ -70,7 +72,33 @@ def test_publish_list_roll_back_and_remove(port: int, write_lora, capsys) -> Non
     assert adapters(port, "canary", "a", "--end") == 0
     assert adapters(port, "events") == 0
     assert "probing" in capsys.readouterr().out
+    assert adapters(port, "alias", "b", second["version"]["name"]) == 0
+    assert adapters(port, "unload", "b") == 0
+    assert adapters(port, "drain") == 0
+    assert "/readyz says no" in capsys.readouterr().out
+    assert adapters(port, "drain", "--end") == 0
     assert adapters(port, "remove", "a") == 0
+
+
+def test_events_are_followed_as_they_happen(port: int, write_lora) -> None:
+    command = [str(BIN / "astra-serve"), "adapters", "--url", f"http://127.0.0.1:{port}", "--json"]
+    with subprocess.Popen([*command, "events", "--follow"], stdout=subprocess.PIPE, text=True) as following:
+        assert following.stdout
+        assert adapters(port, "publish", "a", write_lora("one", 1.0)) == 0
+        seen = []
+        while "serving" not in seen:
+            seen.append(json.loads(following.stdout.readline())["event"])
+        assert seen == ["fetching", "verifying", "loading", "probing", "loaded", "serving"]
+        following.send_signal(signal.SIGINT)
+        assert following.wait(20) == 0
+
+
+def test_the_documents_schema_is_printed_without_a_server(capsys, monkeypatch) -> None:
+    monkeypatch.delenv("ASTRA_ADMIN_TOKEN", raising=False)
+    assert main(["adapters", "schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["additionalProperties"] is False
+    assert set(schema["$defs"]["Adapter"]["required"]) == {"name", "source"}
 
 
 def test_the_exit_status_tells_the_outcome(port: int, write_lora, capsys, monkeypatch) -> None:

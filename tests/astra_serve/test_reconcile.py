@@ -16,7 +16,7 @@ import pytest
 from astra_serve import admin, desired
 from astra_serve.control import Control
 from astra_serve.desired import Adapter, Document
-from astra_serve.errors import ServeError
+from astra_serve.errors import ServeError, Unavailable
 from astra_serve.fleet import Fleet
 from astra_serve.gateway import Gateway
 from astra_serve.reconcile import Reconciler
@@ -242,6 +242,69 @@ async def test_publishing_a_path_again_serves_what_is_there_now(world, write_lor
         write_lora("place", 2.0)
         second = (await w.api.put("/adapters/a", json={"source": str(place)})).json()
         assert second["version"]["digest"] != first["version"]["digest"]
+
+
+@in_a_loop
+async def test_what_others_change_in_the_document_meanwhile_is_kept_and_followed(world, write_lora, tmp_path) -> None:
+    async with world(capacity=3) as w:
+        sources = {name: str(write_lora(name, value)) for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
+        await w.api.put("/adapters/a", json={"source": sources["a"]})
+        file = tmp_path / "adapters.yaml"
+        by_hand = desired.parse(file.read_text(), "x").with_adapter(Adapter(name="b", source=sources["b"]))
+        desired.write(by_hand, file)  # and nobody has read it yet
+        assert (await w.api.put("/adapters/c", json={"source": sources["c"]})).is_success
+        assert {entry.name for entry in desired.parse(file.read_text(), "x").adapters} == {"a", "b", "c"}
+        assert (await w.reconciler.settled("b")).state == "serving"
+        file.write_text("adapters: [{name: half}")
+        answer = await w.api.put("/adapters/a", json={"source": sources["b"]})
+        assert answer.status_code == 409
+        assert "the document cannot be changed" in answer.json()["error"]["message"]
+        assert file.read_text() == "adapters: [{name: half}"
+
+
+@in_a_loop
+async def test_what_was_damaged_while_it_served_is_fetched_again(world, engine, write_lora, store) -> None:
+    async with world(capacity=1) as w:
+        source = write_lora("one", 1.0)
+        await w.api.put("/adapters/a", json={"source": str(source)})
+        current = w.fleet.aliases["a"].current
+        await w.fleet.unload(current)
+        store.discard(current.digest)
+        with pytest.raises(Unavailable):
+            async with w.fleet.lease("a"):
+                pass
+        w.reconciler.tend()
+        assert (await w.reconciler.settled("a")).state == "serving"
+        events = [event for event in w.fleet.journal.events if event.event == "failed"]
+        assert "is gone from the store" in (events[-1].reason or "")
+        async with w.fleet.lease("a") as held:
+            assert held is not None
+            assert engine.loaded[held.handle] == 1.0
+
+
+@in_a_loop
+async def test_an_adapter_that_is_meant_to_change_nothing_is_served_when_that_is_said(world, write_lora) -> None:
+    async with world() as w:
+        zero = str(write_lora("zero", 0.0))
+        refused = await w.api.put("/adapters/a", json={"source": zero})
+        assert "allow_no_effect" in refused.json()["error"]["message"]
+        assert (await w.api.put("/adapters/a", json={"source": zero, "allow_no_effect": True})).is_success
+
+
+@in_a_loop
+async def test_an_alias_a_place_and_the_whole_server_can_be_given_up(world, write_lora) -> None:
+    async with world() as w:
+        await w.api.put("/adapters/a", json={"source": str(write_lora("one", 1.0))})
+        one = w.fleet.aliases["a"].current
+        other = (await w.api.post("/adapters/b/alias", json={"version": one.name})).json()
+        assert other["version"]["digest"] == one.digest
+        assert (await w.api.post("/adapters/b/alias", json={"version": "a@000000"})).status_code == 404
+        assert (await w.api.post("/adapters/a/unload")).json()["version"]["residency"] == "disk"
+        await w.api.post("/adapters/a/pin")
+        assert (await w.api.post("/adapters/a/unload")).status_code == 409
+        assert (await w.api.post("/drain")).json() == {"drained": True, "running": 0}
+        assert (await w.api.get("/requests")).json()["drained"] is True
+        assert (await w.api.delete("/drain")).json()["drained"] is False
 
 
 @in_a_loop
