@@ -47,7 +47,7 @@ from trainer.embedded import tasks
 SEED, CLIENTS, TOKENS, NAME = 0, 8, 16, "swapped"
 EVERY_S = 0.4  # from the start of one swap to that of the next
 BLOCKS = 10  # of swaps, with steady load between them
-TASKS = ("sql", "signature")
+TASKS = ("sql", "intent")
 TOKEN = "benchmark"  # noqa: S105
 TARGETS = {"failed": 0, "mixed": 0, "throughput_ratio": 0.9, "rss_growth": 1.03}
 PARTS = ("fetching", "verifying", "loading", "probing")  # of a swap, as the server names them

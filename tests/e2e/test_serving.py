@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import demo
 from benchmarks.server import Server
+from tests.e2e.conftest import TASKS
 from trainer.embedded import tasks
 
 pytestmark = pytest.mark.timeout(500)
-TASKS = list(tasks.TASKS)
 # bfloat16 has 8 significant bits: two logits of about 20 that are this close may swap between two correct engines.
 NEAR_TIE = 0.25
 

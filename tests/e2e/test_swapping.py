@@ -1,8 +1,8 @@
 """Hot-swapping on the real engine, under load; benchmarks.swap does it longer, and against vLLM's own way."""
 
 import asyncio
+import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -10,18 +10,9 @@ import pytest
 
 from benchmarks import demo, swap
 from benchmarks.server import Server
-from tests.e2e.conftest import Admin
 from trainer.embedded import tasks
 
 pytestmark = pytest.mark.timeout(400)
-
-
-@pytest.fixture
-def api(server: Server, admin: Admin) -> Iterator[httpx.Client]:
-    assert server.process.poll() is None
-    headers = {"Authorization": f"Bearer {admin.token}"}
-    with httpx.Client(base_url=f"http://127.0.0.1:{admin.port}", headers=headers, timeout=60) as client:
-        yield client
 
 
 def test_swapping_under_load_fails_no_request_and_mixes_no_versions(server, admin, loras) -> None:
@@ -45,7 +36,7 @@ def test_what_the_engine_says_is_what_the_converter_recorded(api: httpx.Client, 
 def test_weights_that_are_not_those_of_the_probe_never_serve(api: httpx.Client, loras, tmp_path: Path) -> None:
     """Another adapter's weights under a probe that was recorded of this one: only the engine can tell."""
     forged = tmp_path / "forged"
-    shutil.copytree(loras["signature"], forged)
+    shutil.copytree(loras["intent"], forged)
     shutil.copyfile(loras["sql"] / "astra.json", forged / "astra.json")
     answer = api.put("/adapters/forged", json={"source": str(forged)})
     assert answer.status_code == 422
@@ -57,7 +48,7 @@ def test_a_version_damaged_in_the_store_fails_alone_when_it_has_to_be_read_again
     api: httpx.Client, client, server, loras
 ) -> None:
     assert api.put("/adapters/damaged", json={"source": str(loras["sql"])}).is_success
-    assert api.put("/adapters/damaged", json={"source": str(loras["signature"])}).is_success
+    assert api.put("/adapters/damaged", json={"source": str(loras["intent"])}).is_success
     # The version before has left the engine: its next request reads it from the store.
     before = api.get("/adapters/damaged").json()["previous"][0]
     store = Path(server.log).parent / "store" / "versions" / before["digest"].removeprefix("sha256:")
@@ -77,3 +68,46 @@ def test_a_version_damaged_in_the_store_fails_alone_when_it_has_to_be_read_again
         assert demo.ask(client, task, row)
     assert server.process.poll() is None
     assert api.delete("/adapters/damaged").is_success
+
+
+def test_the_engine_alone_knows_which_adapters_have_slots(api: httpx.Client, client, loras) -> None:
+    for task in loras:
+        assert demo.ask(client, task, tasks.rows(task, test=True, n=1)[0])
+        assert api.get(f"/adapters/{task}").json()["version"]["residency"] == "slot"
+    assert api.post("/adapters/sql/unload").json()["version"]["residency"] == "disk"
+    assert demo.ask(client, "sql", tasks.rows("sql", test=True, n=1)[0])
+    assert api.get("/adapters/sql").json()["version"]["residency"] == "slot"
+
+
+def test_the_metrics_page_tells_of_adapters_and_of_the_engine(server: Server, api: httpx.Client, client) -> None:
+    before = metrics(server)
+    demo.ask(client, "sql", tasks.rows("sql", test=True, n=1)[0])
+    after = metrics(server)
+    requests = 'astra_requests_total{adapter="sql",outcome="ok"}'
+    assert after[requests] == before[requests] + 1
+    for name in ("astra_prompt_tokens_total", "astra_output_tokens_total"):
+        assert after[f'{name}{{adapter="sql"}}'] > before[f'{name}{{adapter="sql"}}']
+    for name in ("astra_time_to_first_token_seconds", "astra_inter_token_latency_seconds"):
+        assert after[f'{name}_count{{adapter="sql"}}'] == before[f'{name}_count{{adapter="sql"}}'] + 1
+        assert after[f'{name}_sum{{adapter="sql"}}'] > 0
+    version = api.get("/adapters/sql").json()["version"]["name"]
+    assert after[f'astra_adapter_info{{adapter="sql",state="serving",version="{version}"}}'] == 1
+    assert after["astra_ready"] == 1
+    assert any(name.startswith("vllm:") for name in after)
+
+
+def metrics(server: Server) -> dict[str, float]:
+    page = httpx.get(f"{server.url}/metrics").text
+    lines = (line.rpartition(" ") for line in page.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, _, value in lines}
+
+
+def test_every_request_has_a_line_of_json_in_the_log_with_its_id_adapter_and_version(server: Server) -> None:
+    body = {"model": "sql", "prompt": "x", "max_tokens": 3}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, headers={"X-Request-Id": "find-me"}, timeout=60)
+    assert answer.headers["x-request-id"] == "find-me"
+    lines = [json.loads(line) for line in server.log.read_text().splitlines() if '"request_id": "find-me"' in line]
+    (line,) = lines
+    assert (line["adapter"], line["version"], line["outcome"]) == ("sql", answer.json()["model"], "ok")
+    assert (line["output_tokens"], line["status"]) == (3, 200)
+    assert "e2e-token" not in server.log.read_text()
