@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import httpx
 from watchfiles import awatch
 
@@ -35,7 +36,7 @@ class Control:
     @property
     def file(self) -> Path | None:
         """Return the document's file; None where it is a page somewhere, and only read."""
-        return None if self._where.startswith(("http://", "https://")) else Path(self._where)
+        return None if "://" in self._where else Path(self._where)
 
     async def follow(self) -> None:
         """Read the document and follow it until cancelled; what cannot be read changes nothing."""
@@ -164,12 +165,12 @@ class Control:
 
     async def _read(self) -> Document:
         """Return the document as it is now. Raises ServeError, OSError, httpx.HTTPError and others."""
-        if self.file is not None:
-            text = await asyncio.to_thread(self.file.read_text, encoding="utf-8") if self.file.exists() else ""
+        if not self._where.startswith(("http://", "https://")):
+            text = await asyncio.to_thread(_text, self._where)
             if text and text == self._text:
                 return self._document
             if not text.strip() and self._document.adapters:
-                raise BadDocument(f"{self.file} is empty or gone: write 'adapters: []' to serve none")
+                raise BadDocument(f"{self._where} is empty or gone: write 'adapters: []' to serve none")
             document, self._text = desired.parse(text, self._where), text
             return document
         async with httpx.AsyncClient(timeout=10, follow_redirects=True) as client:
@@ -181,6 +182,15 @@ class Control:
         document = desired.parse(answer.text, self._where)
         self._etag = answer.headers.get("etag", "")
         return document
+
+
+def _text(where: str) -> str:
+    """Return what is in a file, or in an object of any store that fsspec knows; nothing where it is not there."""
+    try:
+        with fsspec.open(where, "rb") as stream:
+            return str(stream.read().decode("utf-8"))
+    except FileNotFoundError:
+        return ""
 
 
 def _there(entry: Adapter | None, name: str) -> Adapter:

@@ -1,8 +1,8 @@
 """Does swapping adapters under load serve the wrong weights, or cost throughput? Against vLLM's own `load_inplace`.
 
-    python -m benchmarks.swap --out FILE.json [--quick] [--swaps 1000] [--adapters DIR DIR]
+    python -m benchmarks.swap --out FILE.json [--quick] [--swaps 1000] [--every 1] [--adapters DIR DIR]
 
-One name is swapped between two adapters whose greedy answers differ, every 0.4 seconds, while clients ask it without a
+One name is swapped between two adapters whose greedy answers differ, once a second, while clients ask it without a
 pause, half of them streaming. Every answer is compared with what the version that it names is known to say
 (`benchmarks.load` has the kinds of wrong answers). Beside that:
 
@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ from benchmarks.server import Server, astra_serve, free_port, vllm_serve
 from trainer.embedded import tasks
 
 SEED, CLIENTS, TOKENS, NAME = 0, 8, 16, "swapped"
-EVERY_S = 0.4  # from the start of one swap to that of the next
+# Of load before the first swap: the engine's worker grows by 200 MB in its first minute, whatever it is asked.
+WARM_UP_S = 60.0
 BLOCKS = 10  # of swaps, with steady load between them
 TASKS = ("sql", "intent")
 TOKEN = "benchmark"  # noqa: S105
@@ -58,34 +60,44 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--swaps", type=int, default=1000)
-    parser.add_argument("--quick", action="store_true", help="40 swaps: shows that it runs")
+    parser.add_argument("--every", type=float, default=1.0, help="seconds from one swap to the next (default: 1)")
+    parser.add_argument("--quick", action="store_true", help="40 swaps, no warm-up: shows that it runs")
     parser.add_argument("--adapters", nargs=2, type=Path, metavar="DIR", help="two LoRAs of the embedded base")
     parser.add_argument("--no-stock", action="store_true", help="without the rival")
     args = parser.parse_args()
-    swaps = 40 if args.quick else args.swaps
+    pace = Pace(40, args.every, 2.0) if args.quick else Pace(args.swaps, args.every, WARM_UP_S)
     env = report.environment(SEED)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         adapters = args.adapters or _train(folder)
-        cases = [asyncio.run(ours(folder, adapters, swaps))]
+        cases = [asyncio.run(ours(folder, adapters, pace))]
         if not args.no_stock:
-            cases.append(asyncio.run(stock(folder, adapters, swaps)))
+            cases.append(asyncio.run(stock(folder, adapters, pace)))
     report.write(args.out, summarise(cases), cases, env)
     show(cases)
     return 0
 
 
-async def ours(folder: Path, adapters: list[Path], swaps: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Pace:
+    """How many swaps, how often, and after how long."""
+
+    swaps: int
+    every_s: float  # from the start of one to that of the next
+    warm_up_s: float
+
+
+async def ours(folder: Path, adapters: list[Path], pace: Pace) -> dict[str, Any]:
     """Start `astra-serve` with an empty document, and swap under load."""
     admin = free_port()
     os.environ["ASTRA_ADMIN_TOKEN"] = TOKEN
     options = ["--base", str(demo.BASE), "--adapters", str(folder / "adapters.yaml"), "--store", str(folder / "store")]
     options += ["--admin-port", str(admin), "--max-loras", "4", "--enforce-eager"]
     with astra_serve(options, folder / "ours.log") as server:
-        return await swapped(server, admin, TOKEN, adapters, swaps)
+        return await swapped(server, admin, TOKEN, adapters, pace)
 
 
-async def swapped(server: Server, admin: int, token: str, adapters: list[Path], swaps: int) -> dict[str, Any]:
+async def swapped(server: Server, admin: int, token: str, adapters: list[Path], pace: Pace) -> dict[str, Any]:
     """Swap by publishing two adapters in turn over the admin API, and return what the clients saw."""
     headers = {"Authorization": f"Bearer {token}"}
     parts: dict[str, list[float]] = {part: [] for part in PARTS}
@@ -103,13 +115,15 @@ async def swapped(server: Server, admin: int, token: str, adapters: list[Path], 
         for number in (0, 1):
             version = await publish(number)
             known[version] = await _answers(server, version)
-        assert len(set(map(tuple, known.values()))) == 2, "the two adapters answer alike: nothing could be seen"
+        assert len({tuple(said.values()) for said in known.values()}) == 2, (
+            "the two adapters answer alike: nothing could be seen"
+        )
 
         def judge(_: str, prompt: str, answer: Answer) -> str | None:
             (name,) = answer.names if len(answer.names) == 1 else ("",)
             return None if known.get(name, {}).get(prompt) == answer.text else "mixed"
 
-        found = await _measure(server, judge, publish, swaps)
+        found = await _measure(server, judge, publish, pace)
         await asyncio.sleep(1)
         state = (await api.get(f"/adapters/{NAME}")).json()
     left = [v["name"] for v in (state["version"], *state["previous"]) if v["residency"] in ("slot", "memory")]
@@ -117,7 +131,7 @@ async def swapped(server: Server, admin: int, token: str, adapters: list[Path], 
     return {"server": "astra-serve", **found, "parts_s": of_parts, "left_in_engine": len(left)}
 
 
-async def stock(folder: Path, adapters: list[Path], swaps: int) -> dict[str, Any]:
+async def stock(folder: Path, adapters: list[Path], pace: Pace) -> dict[str, Any]:
     """Swap by writing one folder anew and `load_inplace` from it, as vLLM offers."""
     place = folder / "inplace"
     shutil.copytree(adapters[0], place)
@@ -150,7 +164,7 @@ async def stock(folder: Path, adapters: list[Path], swaps: int) -> dict[str, Any
                     return "mixed"
                 return "stale" if since and not {*since, *later} & whose else None
 
-            found = await _measure(server, judge, load, swaps)
+            found = await _measure(server, judge, load, pace)
             return {"server": "vllm load_inplace", **found, "alive": server.process.poll() is None}
 
 
@@ -158,7 +172,7 @@ async def _measure(
     server: Server,
     judge: Callable[[str, str, Answer], str | None],
     swap: Callable[[int], Awaitable[str]],
-    swaps: int,
+    pace: Pace,
 ) -> dict[str, Any]:
     """Blocks of swaps under load, and the same load without swaps between them; what the clients saw of all."""
     load = Load(
@@ -166,14 +180,14 @@ async def _measure(
     )
     stop = asyncio.Event()
     running = asyncio.create_task(load.run(stop))
-    await asyncio.sleep(2)
-    block, memory, broken = -(-swaps // BLOCKS), [], None
+    await asyncio.sleep(pace.warm_up_s)
+    block, memory, broken = -(-pace.swaps // BLOCKS), [], None
     done: list[tuple[float, float, str]] = []  # each swap's begin, its end, and the name that answers have since
-    steady_s = min(10.0, block * EVERY_S)
+    steady_s = min(10.0, block * pace.every_s)
     phases = [time.perf_counter()]  # steady, swapping, steady, swapping, ... steady
     with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("swapping", total=swaps)
-        for number in range(swaps):
+        bar = progress.add_task("swapping", total=pace.swaps)
+        for number in range(pace.swaps):
             if number % block == 0:
                 await asyncio.sleep(steady_s)
                 phases.append(time.perf_counter())
@@ -186,8 +200,8 @@ async def _measure(
             done.append((began, time.perf_counter(), name))
             memory.append(_rss(server.process.pid))
             progress.advance(bar)
-            await asyncio.sleep(max(0.0, began + EVERY_S - time.perf_counter()))
-            if number % block == block - 1 or number == swaps - 1:
+            await asyncio.sleep(max(0.0, began + pace.every_s - time.perf_counter()))
+            if number % block == block - 1 or number == pace.swaps - 1:
                 phases.append(time.perf_counter())
     await asyncio.sleep(steady_s)
     phases.append(time.perf_counter())
@@ -200,6 +214,7 @@ async def _measure(
     late = len(memory) > 2 * tenth
     return {
         "swaps": len(done),
+        "every_s": pace.every_s,
         "requests": load.requests,
         **load.faults,
         "examples": load.examples,
@@ -251,7 +266,7 @@ def _rss(pid: int) -> int:
 
 def summarise(cases: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the headline figures, and the rival's beside them."""
-    keys = ("swaps", "requests", "failed", "mixed", "throughput_ratio", "rss_growth")
+    keys = ("swaps", "every_s", "requests", "failed", "mixed", "throughput_ratio", "rss_growth")
     mine = cases[0]
     found: dict[str, Any] = {key: mine[key] for key in keys}
     for key in ("swap_s", "first_token_s"):

@@ -1,5 +1,6 @@
 """Adapters from where they are kept: a hub and an object store that run on this machine, over real HTTP."""
 
+import asyncio
 import json
 import os
 from collections.abc import Iterator
@@ -12,9 +13,15 @@ import pytest
 import s3fs
 from moto.server import ThreadedMotoServer
 
-from astra_serve.errors import CannotFetch
+from astra_serve import desired
+from astra_serve.control import Control
+from astra_serve.desired import Adapter, Document
+from astra_serve.errors import CannotFetch, ServeError
 from astra_serve.fetch import fetch
+from astra_serve.fleet import Fleet
+from astra_serve.reconcile import Reconciler
 from astra_serve.store import version_digest
+from tests.astra_serve.test_fleet import in_a_loop
 
 COMMIT = 40 * "a"
 
@@ -122,3 +129,19 @@ def test_an_object_that_is_not_there_is_said_so_without_the_credentials(bucket, 
         fetch(f"{bucket}/none", store)
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in str(caught.value)
     assert not list((tmp_path / "store" / "staging").iterdir())
+
+
+@in_a_loop
+async def test_the_document_comes_from_an_object_store_and_is_followed(bucket, engine, store, base, write_lora) -> None:
+    fleet = Fleet(engine, store, base, 2)
+    control = Control(f"{bucket}/adapters.yaml", fleet, Reconciler(fleet, store, drain_s=1))
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        text = desired.dump(Document(adapters=[Adapter(name=name, source=str(write_lora(name, value)))]))
+        await asyncio.to_thread(s3fs.S3FileSystem().pipe, "adapters/adapters.yaml", text.encode())
+        await control.refresh()
+        assert control.fault is None
+        assert (await control.reconciler.settled(name)).state == "serving"
+    assert set(fleet.aliases) == {"b"}
+    with pytest.raises(ServeError, match="change it there"):
+        await control.publish("a", "x")
+    await control.reconciler.close()

@@ -117,6 +117,6 @@ async def refused(server: Server, admin: Admin, attempts: list[tuple[str, Path]]
                 wrong.append(f"{name}: {answer.status_code} {answer.text}")
         stop.set()
         await running
-    if traffic.requests < 50 or any(traffic.faults.values()):
+    if traffic.requests < 20 or any(traffic.faults.values()):
         wrong.append(f"traffic: {traffic.requests} requests, {traffic.faults} {traffic.examples}")
     return wrong

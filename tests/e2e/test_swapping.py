@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(400)
 
 def test_swapping_under_load_fails_no_request_and_mixes_no_versions(server, admin, loras) -> None:
     adapters = [loras[task] for task in swap.TASKS]
-    found = asyncio.run(swap.swapped(server, admin.port, admin.token, adapters, swaps=30))
+    found = asyncio.run(swap.swapped(server, admin.port, admin.token, adapters, swap.Pace(30, 0.4, 2.0)))
     assert found["swaps"] == 30
     assert found["requests"] > 200
     assert (found["failed"], found["mixed"], found["examples"]) == (0, 0, [])
