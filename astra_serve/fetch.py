@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import fsspec
 from huggingface_hub import snapshot_download
@@ -65,7 +65,7 @@ def _from_hub(rest: str, folder: Path) -> None:
 def _from_url(source: str, folder: Path) -> None:
     system, path = fsspec.core.url_to_fs(source)
     for name in FILES:
-        remote = str(PurePosixPath(path) / name)
+        remote = f"{path.rstrip('/')}/{name}"
         if name == PROVENANCE and not system.exists(remote):
             continue
         system.get_file(remote, str(folder / name))

@@ -21,6 +21,7 @@ from astra_serve.fetch import fetch
 from astra_serve.fleet import Fleet
 from astra_serve.reconcile import Reconciler
 from astra_serve.store import version_digest
+from benchmarks import restart
 from tests.astra_serve.test_fleet import in_a_loop
 
 COMMIT = 40 * "a"
@@ -116,6 +117,17 @@ def test_a_revision_that_the_hub_does_not_have_is_said_so_and_leaves_nothing(hub
         fetch("hf://org/adapter@v2", store)
     assert hub.asked
     assert not list((tmp_path / "store" / "staging").iterdir())
+
+
+def test_an_adapter_comes_from_a_web_server_with_or_without_its_record(store, write_lora, tmp_path) -> None:
+    source = write_lora("one", 1.0)
+    with restart.slow_files(tmp_path / "web", [source]) as (url,):
+        assert version_digest(fetch(url, store)) == version_digest(source)
+        (source / "astra.json").unlink()
+        folder = fetch(f"{url}/", store)
+        assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+        with pytest.raises(CannotFetch, match="cannot be fetched"):
+            fetch(f"{url}1", store)
 
 
 def test_an_adapter_comes_from_an_object_store(bucket, store, write_lora) -> None:
