@@ -28,6 +28,7 @@ class Control:
         self.fault: str | None = None  # why the document as it is now is not followed
         self._where = where
         self._document = Document()
+        self._read_once = False
         self._text = ""  # as the file was read or written last
         self._etag = ""
         self._editing = asyncio.Lock()  # of the document, for as long as it takes to write it
@@ -56,13 +57,20 @@ class Control:
         """Read the document again and apply what changed in it; what is on its way by other means goes on."""
         async with self._editing:
             try:
-                document = await self._read()
+                document, text = await self._read()
             except Exception as error:  # whatever is wrong with the file, the page or the way to it
-                self.fault = (str(error).strip() or type(error).__name__).splitlines()[0]
+                fault = (str(error).strip() or type(error).__name__).splitlines()[0]
+                if fault != self.fault:
+                    self.reconciler.tell_of_document(fault)
+                self.fault = fault
                 return
-            self.fault = None
-            before, self._document = self._document, document
+            self.fault, self._read_once = None, True
+            before, self._document, self._text = self._document, document, text
         self._follow(before, document)
+
+    def not_ready(self) -> list[str]:
+        """Return why it is not known yet what is to be served, if it is not."""
+        return [] if self._read_once else [f"the document has not been read: {self.fault or 'not yet'}"]
 
     async def publish(self, name: str, source: str, **settings: Any) -> Status:
         """Let `name` mean what is at `source`, and return its status when it is served, or failed.
@@ -112,7 +120,7 @@ class Control:
                 return status
             served = self._as_served(entry, old)
             try:
-                await self._edit(lambda document: document.with_adapter(served), served)
+                await self._edit(lambda document: _replaced(document, old, served), served)
             except (OSError, ServeError) as error:
                 await self._restore(name, old)
                 reason = getattr(error, "strerror", None) or error
@@ -147,7 +155,7 @@ class Control:
         self._writable()
         assert self.file is not None
         async with self._editing:
-            document = change(await self._read())
+            document = change((await self._read())[0])
             # In a thread: it waits for the disk, streams must not.
             text = await asyncio.to_thread(desired.write, document, self.file)
             before, self._document, self._text = self._document, document, text
@@ -163,25 +171,31 @@ class Control:
             if before.get(entry.name) != entry:
                 self.reconciler.bring(entry)
 
-    async def _read(self) -> Document:
-        """Return the document as it is now. Raises ServeError, OSError, httpx.HTTPError and others."""
+    async def _read(self) -> tuple[Document, str]:
+        """Return the document as it is now, and its text. Raises ServeError, OSError, httpx.HTTPError and others."""
         if not self._where.startswith(("http://", "https://")):
             text = await asyncio.to_thread(_text, self._where)
             if text and text == self._text:
-                return self._document
+                return self._document, text
             if not text.strip() and self._document.adapters:
                 raise BadDocument(f"{self._where} is empty or gone: write 'adapters: []' to serve none")
-            document, self._text = desired.parse(text, self._where), text
-            return document
+            return desired.parse(text, self._where), text
         async with httpx.AsyncClient(timeout=10, follow_redirects=True) as client:
             answer = await client.get(self._where, headers={"If-None-Match": self._etag} if self._etag else {})
         if answer.status_code == httpx.codes.NOT_MODIFIED:
-            return self._document
+            return self._document, self._text
         if not answer.is_success:
             raise BadDocument(f"{self._where} answers with {answer.status_code}")
         document = desired.parse(answer.text, self._where)
         self._etag = answer.headers.get("etag", "")
-        return document
+        return document, answer.text
+
+
+def _replaced(document: Document, old: Adapter | None, new: Adapter) -> Document:
+    """Return `document` with `new` for `old`. Raises ServeError where that is not what it says of it any more."""
+    if document.get(new.name) not in (old, new):
+        raise ServeError(f"somebody else changed {new.name!r} in it meanwhile: try again")
+    return document.with_adapter(new)
 
 
 def _text(where: str) -> str:

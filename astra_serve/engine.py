@@ -12,10 +12,12 @@ from typing import Any
 from uuid import uuid4
 
 from fastapi import FastAPI
+from starlette.routing import Match
 from vllm import SamplingParams, TokensPrompt
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
+from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -24,6 +26,7 @@ from vllm.v1.metrics.stats import RequestStateStats
 
 from astra_serve import request as requests
 from astra_serve.admission import base_name
+from astra_serve.child import PARENT
 from astra_serve.errors import ServeError
 from astra_serve.fleet import HEADROOM, Fleet
 from astra_serve.gateway import Gateway, Served
@@ -32,6 +35,7 @@ from astra_serve.slots import Slots
 # Adapters reach the engine through this process alone: vLLM's own load and unload routes would take any path.
 os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "0"
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ[PARENT] = "1"
 if (os.cpu_count() or 1) <= 4:
     # A CPU engine keeps one core free for its other processes; of two cores that is half (measured: 1.25x the tokens).
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
@@ -142,6 +146,7 @@ class VllmEngine:
 
         models.show_available_models = show_available_models
         gateway.abort = self._client.abort
+        gateway.serves = _serves(app)
         # Behind all of vLLM's middleware: what that refuses, as a request without an API key, must not load anything.
         app.router.middleware_stack = gateway.around(app.router.middleware_stack)  # type: ignore[assignment]
 
@@ -161,18 +166,32 @@ class VllmEngine:
         return {token: entry.logprob for token, entry in found[0].items()}
 
 
+def _serves(app: FastAPI) -> Callable[[Any], bool]:
+    """Return whether a path is one that handles requests to models, and that vLLM guards with its API keys."""
+
+    def serves(scope: Any) -> bool:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        return path.startswith(GUARDED_PREFIX) and any(route.matches(scope)[0] == Match.FULL for route in app.routes)
+
+    return serves
+
+
 def _metered(generate: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:
     """Return the engine's `generate`, which also tells the running request what is computed for it, and how fast."""
 
     async def counted(
         prompt: Any, sampling_params: SamplingParams, request_id: str, **settings: Any
     ) -> AsyncGenerator[Any, None]:
-        answers = generate(prompt, sampling_params, request_id, **settings)
         request = requests.current.get()
         if request is None:
-            async for answer in answers:
+            async for answer in generate(prompt, sampling_params, request_id, **settings):
                 yield answer
             return
+        if request.over:  # a handler that was left behind: nobody waits for it, and its adapter may be gone
+            raise RuntimeError("the request has ended")
+        # The id may be the client's, and another request's, too: to abort this one it needs a name of its own.
+        request_id = f"{request_id}-{uuid4().hex[:12]}"
+        answers = generate(prompt, sampling_params, request_id, **settings)
         began = time.monotonic() - request.began
         told: dict[int, int] = {}  # tokens by the answer's number
         answer = None

@@ -10,6 +10,7 @@ reads has the bytes that were published, and was proved on it before its first r
 
 import asyncio
 import hashlib
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
@@ -27,6 +28,7 @@ from converter.adapter_dir import AdapterError
 
 # The message of a cancellation: whose version is replaced, or whose server ends, and who has had time enough.
 PAST_DEADLINE = "the request was not finished before the deadline of its version, or of the server"
+LEAVE_S = 10.0  # for a version that is asked to make room
 HEADROOM = 4  # adapters that the engine has room for beyond the fleet's capacity: they come while others go
 SHORTEST_PREFIX = 6  # hex digits by which a request may name a version
 
@@ -55,6 +57,7 @@ class Fleet:
         self._in_slots: set[str] = set()
         self._resident: set[Version] = set()
         self._moving = asyncio.Semaphore(HEADROOM)  # held while an adapter comes or goes
+        self._publishing = asyncio.Semaphore(HEADROOM - 1)  # so that requests need not wait for the probes of others
         self._choosing = asyncio.Lock()  # of who makes room; first come, first served
         self._released = asyncio.Event()
         self._retiring: set[asyncio.Task[None]] = set()
@@ -69,6 +72,11 @@ class Fleet:
         if found is None or found.failed is not None:
             found = self._versions[alias, digest] = Version(alias, digest)
         return found
+
+    def known(self, model: str) -> str | None:
+        """Return the name that `model` (`name` or `name@digest-prefix`) is of, if it is one that is to be served."""
+        name = model.partition("@")[0]
+        return name if name in self.aliases or name in self.expected else None
 
     def resolve(self, model: str, caller: str = "") -> Version | None:
         """Return the version that `model` (`name` or `name@digest-prefix`) means now; None where nothing is called so.
@@ -103,7 +111,7 @@ class Fleet:
         version.requests.add(task)
         version.idle.clear()
         try:
-            await self.make_resident(version)
+            await self.make_resident(version, within_s=self._wait_s)
             version.last_used = time.monotonic()
             version.served += 1
             try:
@@ -124,29 +132,31 @@ class Fleet:
         """
         version.coming += 1
         try:
-            await self.make_resident(version, tell)
+            async with self._publishing:
+                await self.make_resident(version, tell)
             yield
         finally:
             version.coming -= 1
             self._released.set()
             if not self._wanted(version):
-                self._retire(version, 0.0)
+                self._retire(version, math.inf)
 
-    async def make_resident(self, version: Version, tell: Callable[[str], None] = lambda _: None) -> None:
+    async def make_resident(
+        self, version: Version, tell: Callable[[str], None] = lambda _: None, *, within_s: float = math.inf
+    ) -> None:
         """Wait until the engine has `version`, proved. Raises Unavailable."""
-        deadline = time.monotonic() + self._wait_s
+        deadline = time.monotonic() + within_s
         while version.handle is None or version.leaving:
             if version.failed is not None:
                 raise Unavailable(f"{version.name} cannot be served: {version.failed}")
             if version.loading is None:
                 version.loading = asyncio.create_task(self._load(version, tell))
-                version.loading.add_done_callback(lambda _: setattr(version, "loading", None))
+                version.loading.add_done_callback(lambda task: _loaded(version, task))
             try:
-                await asyncio.wait_for(asyncio.shield(version.loading), deadline - time.monotonic())
+                left = None if deadline == math.inf else deadline - time.monotonic()
+                await asyncio.wait_for(asyncio.shield(version.loading), left)
             except TimeoutError as error:
-                raise Unavailable(
-                    f"{version.name} is waiting for room in the engine: try again", retry_after_s=5
-                ) from error
+                raise _no_room(version) from error
 
     def point(self, name: str, alias: Alias, drain_s: float) -> None:
         """Let `name` mean `alias` from now on; others leave the engine when nobody holds them."""
@@ -196,7 +206,10 @@ class Fleet:
         return "disk" if version.digest in self._store else "absent"
 
     async def unload(self, version: Version) -> None:
-        """Take a version out of the engine's memory as soon as nobody holds it; its next request loads it again."""
+        """Take a version out of the engine's memory when those that it serves have ended, unless others come first.
+
+        Its next request loads it again.
+        """
         version.leaving = version.handle is not None
         while version.leaving and version.served:
             self._released.clear()
@@ -216,7 +229,7 @@ class Fleet:
                 if version.handle is not None:  # others have found a place elsewhere, or somebody uses it
                     version.leaving = False
                     return
-                gone = await self._make_room()
+                gone = await self._make_room(version)
                 self._resident.add(version)
             if gone:
                 going = self._later(self._forget(gone, self._give_up(gone)))
@@ -225,6 +238,8 @@ class Fleet:
             except BaseException:
                 self._resident.discard(version)
                 raise
+        except Unavailable:
+            raise
         except (ServeError, AdapterError) as error:
             version.failed = str(error)
             event = "probe_failed" if isinstance(error, ProbeFailed) else "load_failed"
@@ -250,6 +265,7 @@ class Fleet:
         tell("probing")
         try:
             urgent = bool(version.requests)  # who waits for it does not wait for everybody else's requests
+            proved = version.proof is None or version.coming > 0
             if version.proof is None:
                 allowed = version.may_change_nothing
                 version.proof = await self._prover.prove(handle, folder, may_change_nothing=allowed, urgent=urgent)
@@ -259,32 +275,40 @@ class Fleet:
             await self._forget(version, handle)
             raise
         version.handle, version.leaving, version.loaded_at = handle, False, time.monotonic()
-        seconds = {"loading": read - began, "probing": version.loaded_at - read}
+        seconds = {"loading": read - began, **({"probing": version.loaded_at - read} if proved else {})}
         self.journal.tell(Event(version.alias, "loaded", version.name, seconds=seconds))
 
-    async def _make_room(self) -> Version | None:
-        """Wait until there is a place; return who has to leave for it, if anybody has to."""
-        patient_until = time.monotonic() + self._patience_s
+    async def _make_room(self, version: Version) -> Version | None:
+        """Wait until there is a place for `version`; return who has to leave for it, if anybody has to.
+
+        Raises Unavailable when there is none for too long, or nobody waits for it any more.
+        """
+        began = time.monotonic()
         asked: Version | None = None  # to make room
-        gone: Version | None = None
-        while len(self._resident) >= self.capacity and gone is None:
-            self._released.clear()
-            there = [v for v in self._resident if v.handle is not None and not v.coming]
-            there = [v for v in there if not (v.pinned and self._wanted(v))]
-            idle = [v for v in there if not v.requests or (v.leaving and not v.served)]
-            if idle:
-                gone = min(idle, key=lambda v: v.last_used)
-                continue
-            left = patient_until - time.monotonic()
-            if left <= 0 and there and asked not in there:
-                # All are in use without a pause. The one that had its place longest lets no more requests in.
-                asked = min(there, key=lambda v: v.loaded_at)
-                asked.leaving = True
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._released.wait(), left if left > 0 else None)
-        if asked:
-            asked.leaving = False
-        return gone
+        asked_at = 0.0
+        try:
+            while len(self._resident) >= self.capacity:
+                self._released.clear()
+                there = [v for v in self._resident if v.handle is not None and not v.coming]
+                there = [v for v in there if not (v.pinned and self._wanted(v))]
+                idle = [v for v in there if not v.requests or (v.leaving and not v.served)]
+                if idle:
+                    return min(idle, key=lambda v: v.last_used)
+                now = time.monotonic()
+                if now - began > self._wait_s or not (version.requests or version.coming):
+                    raise _no_room(version)
+                if asked and (asked not in there or now - asked_at > LEAVE_S):
+                    asked.leaving, asked.loaded_at, asked = False, now, None  # a long stream: somebody else's turn
+                if asked is None and there and now - began >= self._patience_s:
+                    # All are in use without a pause. The one that had its place longest lets no more requests in.
+                    asked, asked_at = min(there, key=lambda v: v.loaded_at), now
+                    asked.leaving = True
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._released.wait(), min(self._patience_s, self._wait_s))
+            return None
+        finally:
+            if asked:
+                asked.leaving = False
 
     def _give_up(self, version: Version) -> Any:
         """Give a version's place to others, and return its handle for the engine to forget."""
@@ -318,9 +342,9 @@ class Fleet:
             if left <= 0:
                 for task in held & version.requests:
                     task.cancel(PAST_DEADLINE)  # as if the client had gone: the engine aborts what it computes for it
-                left = 1.0
+                held = set()
             with suppress(TimeoutError):
-                await asyncio.wait_for(version.idle.wait(), left)
+                await asyncio.wait_for(version.idle.wait(), min(left, 1.0) if left > 0 else 1.0)
         while version.loading:
             await asyncio.wait([version.loading])
         async with self._moving:
@@ -330,6 +354,16 @@ class Fleet:
     def _wanted(self, version: Version) -> bool:
         alias = self.aliases.get(version.alias)
         return version.coming > 0 or (alias is not None and version in (alias.current, alias.canary))
+
+
+def _loaded(version: Version, task: asyncio.Task[None]) -> None:
+    version.loading = None
+    if not task.cancelled():
+        task.exception()  # who waits for it has it; perhaps nobody does any more
+
+
+def _no_room(version: Version) -> Unavailable:
+    return Unavailable(f"{version.name} is waiting for room in the engine: try again", retry_after_s=5)
 
 
 def _share(text: str) -> float:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
@@ -51,7 +52,9 @@ class Gateway:
         self.drained = False  # by an operator: not ready, but what comes all the same is served
         self.closed: str | None = None  # why no request is let in any more
         self.ended: list[Callable[[Request], None]] = []  # told of every request that has ended
-        self.abort: Callable[[set[str]], Awaitable[None]] | None = None  # what the engine computes, by its ids
+        # What the engine adds: ending what it computes, by its ids, and which requests are to models at all.
+        self.abort: Callable[[set[str]], Awaitable[None]] | None = None
+        self.serves: Callable[[Scope], bool] = lambda _: True
         self._fleet = fleet
         self._idle = asyncio.Event()
         self._idle.set()
@@ -60,7 +63,7 @@ class Gateway:
         """Return `app` behind this gateway."""
 
         async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] == "http" and scope["method"] == "POST":
+            if scope["type"] == "http" and scope["method"] == "POST" and self.serves(scope):
                 await self._admit(app, scope, receive, send)
             else:
                 await app(scope, receive, send)
@@ -79,25 +82,23 @@ class Gateway:
         except TimeoutError:
             for request in self.running:
                 request.task.cancel(PAST_DEADLINE)
-            await asyncio.wait([request.task for request in self.running], timeout=requests.CLOSING_S)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), requests.CLOSING_S)
 
     async def _admit(self, app: App, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.closed:
-            await _refuse(send, 503, f"{self.closed}: ask again, of another server", None, 1)
-            return
         body, replay = await _read(receive)
         content = _content(body)
         model = content.get("model")
-        if not isinstance(model, str):
-            await app(scope, replay, send)  # the handler says what is wrong
-            return
+        if not isinstance(model, str):  # the base, as vLLM reads it, or a mistake that the handler tells of
+            model = self._fleet.base.name
         task = asyncio.current_task()
         assert task is not None
-        request = Request(_request_id(scope), scope["path"], model, task)
+        request = Request(_request_id(scope), scope["path"], model, task, self._fleet.known(model))
+        send = _recorded(send, request)
         self.running.add(request)
         self._idle.clear()
         try:
-            await self._serve(app, request, content, scope, _watched(replay, request), _recorded(send, request))
+            await self._serve(app, request, content, scope, _watched(replay, request), send)
         except asyncio.CancelledError as error:
             if error.args != (PAST_DEADLINE,):
                 raise
@@ -117,6 +118,9 @@ class Gateway:
         self, app: App, request: Request, content: dict[str, Any], scope: Scope, receive: Receive, send: Send
     ) -> None:
         user = content.get("user")
+        if self.closed:
+            await _refuse(send, 503, f"{self.closed}: ask again, of another server", None, 1)
+            return
         if content.get("priority"):  # the engine's priorities are for its probes: callers wait for each other's turn
             await _refuse(send, 400, "priority is not served: leave it out", "priority")
             return
@@ -141,6 +145,7 @@ class Gateway:
 
         A handler that is cancelled leaves a task of its own behind, which goes on.
         """
+        request.over = True
         if request.computing and self.abort:
             await self.abort(set(request.computing))
             await request.computed()
@@ -216,9 +221,10 @@ def _caller(scope: Scope, user: str) -> str:
 
 async def _cut_off(send: Send, request: Request) -> None:
     """End a request that took too long with an error that clients understand."""
+    request.broke = True
     if request.status is None:
         await _refuse(send, 503, PAST_DEADLINE, None, 1)
-    elif request.streams:
+    elif request.streams and not request.complete:
         error = json.dumps({"error": {"message": PAST_DEADLINE, "type": "ServiceUnavailableError", "code": 503}})
         await send({"type": "http.response.body", "body": f"data: {error}\n\n".encode()})
 

@@ -14,7 +14,7 @@ class Event:
     """Something happened to an adapter.
 
     `event` is a state that it entered (see `reconcile`), or one of: loaded, load_failed, probe_failed,
-    unloaded, removed.
+    unloaded, removed; document_failed is of none.
     """
 
     adapter: str

@@ -17,7 +17,7 @@ def request(ended: Request) -> None:
         "request_id": ended.id,
         "path": ended.path,
         "model": ended.model[:256],
-        "adapter": ended.version.alias if ended.version else None,
+        "adapter": ended.adapter,
         "version": ended.version.name if ended.version else None,
         "status": ended.status,
         "outcome": ended.outcome,
@@ -45,4 +45,5 @@ def event(happened: Event) -> None:
         "reason": happened.reason,
         "seconds": {part: round(taken, 4) for part, taken in happened.seconds.items()},
     }
-    logger.log(level, "adapter %s: %s%s", happened.version or happened.adapter, happened.event, reason, extra=fields)
+    who = f"adapter {happened.version or happened.adapter}" if happened.adapter else "adapters"
+    logger.log(level, "%s: %s%s", who, happened.event, reason, extra=fields)

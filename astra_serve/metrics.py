@@ -69,10 +69,7 @@ class Metrics:
 
     def count(self, request: Request) -> None:
         """Count a request that has ended."""
-        if request.version is not None:
-            adapter = self._label(request.version.alias)
-        else:
-            adapter = request.model if request.model == self._fleet.base.name else UNKNOWN
+        adapter = self._of(request)
         self._requests.labels(adapter, request.outcome).inc()
         if request.outcome in ("client_error", "server_error"):
             self._errors.labels(adapter).inc()
@@ -85,13 +82,16 @@ class Metrics:
 
     def note(self, event: Event) -> None:
         """Count what happened to an adapter."""
+        if not event.adapter:
+            return
         if event.event == "removed":
             self._end(event.adapter)
             return
         adapter = self._label(event.adapter)
         if event.event == "loaded":
             self._loads.labels(adapter).observe(sum(event.seconds.values()))
-            self._probes.labels(adapter, "passed").inc()
+            if "probing" in event.seconds:
+                self._probes.labels(adapter, "passed").inc()
         elif event.event == "probe_failed":
             self._probes.labels(adapter, "failed").inc()
         elif event.event == "serving":
@@ -106,8 +106,7 @@ class Metrics:
         running = GaugeMetricFamily("astra_requests_running", "Requests that have not ended", labels=["adapter"])
         counts: dict[str, int] = {}
         for request in list(self._gateway.running):
-            name = request.version.alias if request.version else None
-            label = self._label(name) if name else self._fleet.base.name
+            label = self._of(request)
             counts[label] = counts.get(label, 0) + 1
         for label, number in counts.items():
             running.add_metric([label], number)
@@ -150,6 +149,11 @@ class Metrics:
                 if verdict.deviation is not None:
                     deviation.add_metric([name], verdict.deviation)
         yield from (info, where, effect, deviation)
+
+    def _of(self, request: Request) -> str:
+        if request.adapter is not None:
+            return self._label(request.adapter)
+        return request.model if request.model == self._fleet.base.name else UNKNOWN
 
     def _label(self, adapter: str) -> str:
         if adapter not in self._own and adapter in self._reconciler.status and len(self._own) < MOST_ADAPTERS:

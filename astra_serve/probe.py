@@ -75,7 +75,9 @@ class Prover:
         probe = _recorded(folder)
         prompts = [prompt.token_ids for prompt in probe.prompts] if probe else PROMPTS
         said = await self._engine.next_tokens(prompts, handle, urgent=urgent)
-        effects = [_between(one, other) for one, other in zip(said, await self._of_base(prompts), strict=True)]
+        effects = [
+            _between(one, other) for one, other in zip(said, await self._of_base(prompts, urgent=urgent), strict=True)
+        ]
         effect, deviation = _mean(effects), None
         if probe:
             deviation = _mean([_from(one, prompt.adapter) for one, prompt in zip(said, probe.prompts, strict=True)])
@@ -104,12 +106,12 @@ class Prover:
                 f"the engine is {deviation:.2f} nats from what it said with this version before: publish it again"
             )
 
-    async def _of_base(self, prompts: list[list[int]]) -> list[dict[int, float]]:
+    async def _of_base(self, prompts: list[list[int]], *, urgent: bool) -> list[dict[int, float]]:
         key = str(prompts)
         if key not in self._base:
             if len(self._base) >= _REMEMBERED:
                 self._base.clear()
-            self._base[key] = await self._engine.next_tokens(prompts, None)
+            self._base[key] = await self._engine.next_tokens(prompts, None, urgent=urgent)
         return self._base[key]
 
 

@@ -120,6 +120,10 @@ class Reconciler:
         required = (status for status in self.status.values() if status.entry.required)
         return [f"{s.entry.name}: {s.state}" for s in required if s.entry.name not in self._fleet.aliases]
 
+    def tell_of_document(self, fault: str) -> None:
+        """Let it be known that the document as it is now is not followed."""
+        self._fleet.journal.tell(Event("", "document_failed", reason=fault))
+
     async def settled(self, name: str) -> Status:
         """Wait until an adapter is served or failed, and return its status. Raises KeyError."""
         while (status := self.status[name]).state not in ("serving", "failed"):

@@ -22,12 +22,14 @@ class Request:
     path: str
     model: str  # as it was asked for
     task: "asyncio.Task[object]"
-    version: Version | None = None  # None for the base
+    adapter: str | None = None  # the name that `model` is a version of; None for the base, and what nobody knows
+    version: Version | None = None  # that serves it; None for the base, and until there is one
     status: int | None = None
     streams: bool = False
     complete: bool = False  # the last byte was sent
     left: bool = False  # the client has gone before that
-    broke: bool = False  # the engine failed it
+    broke: bool = False  # the engine failed it, or its time was up
+    over: bool = False  # nothing may be computed for it any more
     prompt_tokens: int = 0
     output_tokens: int = 0
     first_token_s: list[float] = field(default_factory=list)  # per prompt, since the request came

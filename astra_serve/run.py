@@ -2,8 +2,7 @@
 
 import asyncio
 from argparse import Namespace
-from collections.abc import Coroutine
-from contextlib import suppress
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from astra_serve import admin, engine, log, server
 from astra_serve.admission import Base
 from astra_serve.control import TIMER_S, Control
 from astra_serve.desired import Document
-from astra_serve.errors import ServeError
 from astra_serve.fleet import Fleet
 from astra_serve.gateway import Gateway
 from astra_serve.metrics import Metrics
@@ -53,13 +51,14 @@ def serve(args: Namespace, base: Base, settings: Settings) -> None:
         metrics = Metrics(fleet, reconciler, gateway, REGISTRY)
         gateway.ended += [metrics.count, log.request]
         fleet.journal.readers += [metrics.note, log.event]
-        _add_health(app, reconciler, gateway)
         vllm.install(app, fleet, gateway)
         _keep(running, _tend(fleet, reconciler))
         if isinstance(settings.document, Document):
+            _add_health(app, gateway.not_ready, reconciler.ready)
             await reconciler.serve_all(settings.document)
             return gateway
         control = Control(settings.document, fleet, reconciler)
+        _add_health(app, gateway.not_ready, control.not_ready, reconciler.ready)
         _keep(running, control.follow())
         if settings.admin_port is not None and settings.admin_token:
             admin_app = admin.build(control, gateway, settings.admin_token)
@@ -72,12 +71,12 @@ def serve(args: Namespace, base: Base, settings: Settings) -> None:
         store.close()
 
 
-def _add_health(app: FastAPI, reconciler: Reconciler, gateway: Gateway) -> None:
+def _add_health(app: FastAPI, *not_ready: Callable[[], list[str]]) -> None:
     async def livez() -> JSONResponse:
         return JSONResponse({"alive": True})
 
     async def readyz() -> JSONResponse:
-        reasons = [*gateway.not_ready(), *reconciler.ready()]
+        reasons = [reason for ask in not_ready for reason in ask()]
         return JSONResponse({"ready": not reasons, "reasons": reasons}, status_code=503 if reasons else 200)
 
     app.add_api_route("/livez", livez, methods=["GET"], include_in_schema=False)
@@ -87,9 +86,11 @@ def _add_health(app: FastAPI, reconciler: Reconciler, gateway: Gateway) -> None:
 async def _tend(fleet: Fleet, reconciler: Reconciler) -> None:
     while True:
         await asyncio.sleep(TIMER_S)
-        reconciler.tend()
-        with suppress(ServeError):
+        try:
+            reconciler.tend()
             await fleet.look()
+        except Exception:  # as a full disk: the next time may be better
+            log.logger.exception("the server's timer failed")
 
 
 def _keep(running: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:

@@ -105,7 +105,7 @@ def _server(app: FastAPI, args: Namespace) -> NoSignalServer:
         log_level=args.uvicorn_log_level,
         access_log=False,  # `log` has a line for each request to a model
         timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
-        timeout_graceful_shutdown=1,  # the gateway has waited for what runs
+        timeout_graceful_shutdown=int(FAILING_S),  # the gateway has waited for what runs, unless the engine died
         ssl_keyfile=args.ssl_keyfile,
         ssl_certfile=args.ssl_certfile,
         ssl_ca_certs=args.ssl_ca_certs,

@@ -22,7 +22,7 @@ class Version:
     adapts_head: bool = False  # lm_head: the engine gives no prompt_logprobs with it
     last_used: float = 0.0
     loaded_at: float = 0.0
-    leaving: bool = False  # others have waited too long: no request is let in until it was out of the engine once
+    leaving: bool = False  # it is to make room: requests that come now wait, until it is gone or may stay
     requests: set[asyncio.Task[Any]] = field(default_factory=set)  # that hold a lease, or wait for one
     served: int = 0  # how many of them the engine may be computing for
     coming: int = 0  # how many are about to let a name mean it

@@ -3,8 +3,8 @@
     python -m benchmarks.restart --out FILE.json [--rounds 2] [--adapters DIR DIR]
 
 The server serves one of two adapters. The other is published over it, from a slow HTTP server, and at each state of its
-way (fetching, verifying, loading, probing, serving) the server is killed with SIGKILL as soon as it says so. Then it is
-started again with the same document and store, and must serve what the document says: the digest and the answers of
+way (fetching, verifying, loading, probing, serving) the server is killed with SIGKILL as soon as it says so. Its engine's
+processes must end with it. Then it is started again with the same document and store, and must serve what the document says: the digest and the answers of
 that version, with no staged files and no version in the store that is not whole.
 
 A kill comes some milliseconds after the state was entered; the log says which one it hit. Without --adapters two are
@@ -65,6 +65,7 @@ def main() -> int:
         "kills": len(cases),
         "hit": dict(Counter(case["hit"] for case in cases)),
         "wrong": sum(bool(case["wrong"]) for case in cases),
+        "outlived": sum(case["outlived"] for case in cases),
     }
     report.write(args.out, summary, cases, env)
     show(cases)
@@ -93,14 +94,14 @@ def killed(folder: Path, sources: dict[str, str], states: tuple[str, ...]) -> li
                     break
                 serving = desired.parse(document.read_text(), "x").adapters[0].digest
                 other = next(digest for digest in sources if digest != serving)
-                kill_at(state, api, server, sources[other])
+                outlived = kill_at(state, api, server, sources[other])
             said = [line for line in server.log.read_text().splitlines() if f'"adapter": "{NAME}"' in line]
-            cases.append({"wanted": state, "hit": json.loads(said[-1])["event"]})
+            cases.append({"wanted": state, "hit": json.loads(said[-1])["event"], "outlived": outlived})
     return cases
 
 
-def kill_at(state: str, api: httpx.Client, server: Server, source: str) -> None:
-    """Publish `source`, and kill the server when it says that it is in `state`."""
+def kill_at(state: str, api: httpx.Client, server: Server, source: str) -> int:
+    """Publish `source`, kill the server when it says that it is in `state`; return how many processes it left behind."""
     process = psutil.Process(server.process.pid)
     family = [process, *process.children(recursive=True)]
 
@@ -119,7 +120,11 @@ def kill_at(state: str, api: httpx.Client, server: Server, source: str) -> None:
             pass
         process.kill()
     publishing.join()
-    psutil.wait_procs(family, timeout=60)  # the engine's processes end when they see that they are alone
+    _, alive = psutil.wait_procs(family, timeout=10)
+    alive = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    for process in alive:
+        process.kill()
+    return len(alive)
 
 
 def look(api: httpx.Client, server: Server, document: Path, store: Path, known: dict[str, list[str]]) -> list[str]:
@@ -179,10 +184,11 @@ def _train(folder: Path) -> list[Path]:
 
 
 def show(cases: list[dict[str, Any]]) -> None:
-    table = Table("killed at", "hit", "ready again", "what was wrong then", title="SIGKILL in a publication")
+    names = ("killed at", "hit", "processes left behind", "ready again", "what was wrong then")
+    table = Table(*names, title="SIGKILL in a publication")
     for case in cases:
         wrong = "; ".join(case["wrong"]) or "nothing"
-        table.add_row(case["wanted"], case["hit"], f"{case['ready_s']:.0f} s", wrong)
+        table.add_row(case["wanted"], case["hit"], str(case["outlived"]), f"{case['ready_s']:.0f} s", wrong)
     console.print(table)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from astra_serve import fleet as fleet_module
 from astra_serve.errors import Unavailable
 from astra_serve.fleet import Fleet
 from astra_serve.store import Store
@@ -274,3 +275,35 @@ async def test_unloading_makes_room_and_the_next_request_loads_again(engine, sto
     assert await answer(fleet, engine, "a") == (one.name, 1.0)
     await fleet.look()
     assert fleet.residency(one) == "slot"
+
+
+@in_a_loop
+async def test_who_gave_up_waiting_takes_nobodys_place_and_a_long_stream_closes_no_adapter(
+    engine, store, base, version, monkeypatch
+) -> None:
+    monkeypatch.setattr(fleet_module, "LEAVE_S", 0.2)
+    fleet = Fleet(engine, store, base, 1, wait_s=0.3, patience_s=0.05)
+    for name, value in (("long", 1.0), ("cold", 2.0)):
+        fleet.point(name, Alias(version(name, value)), 1)
+    async with fleet.lease("long"):
+        with pytest.raises(Unavailable):
+            await answer(fleet, engine, "cold")
+        await asyncio.sleep(0.15)
+        assert await answer(fleet, engine, "long") is not None  # it is let in beside the long one
+    await asyncio.sleep(0.1)
+    assert [name.partition("@")[0] for name in engine.loaded] == ["long"]  # nobody waits for the other any more
+
+
+@in_a_loop
+async def test_more_publications_than_fit_at_once_all_come_through(engine, store, base, version) -> None:
+    """However long that takes in all: each waits for its turn."""
+    fleet = Fleet(engine, store, base, 1, wait_s=0.2)
+    engine.delay = 0.05
+
+    async def publish(number: int) -> None:
+        one = version(f"a{number}", number + 1.0)
+        async with fleet.coming(one):
+            fleet.point(one.alias, Alias(one), 1)
+
+    await asyncio.gather(*(publish(number) for number in range(10)))
+    assert len(fleet.aliases) == 10

@@ -159,6 +159,7 @@ async def test_every_request_ends_with_its_id_its_version_and_its_outcome(fleet)
             await http.post(path, json={"model": model})
             assert (found[-1].outcome, found[-1].model) == (outcome, model)
             assert (found[-1].version is not None) == (model == "a")
+            assert found[-1].adapter == ("a" if model == "a" else None)
         assert len({request.id for request in found}) == len(found)
 
 
@@ -243,7 +244,8 @@ async def test_who_has_not_finished_at_the_deadline_gets_an_error_that_clients_u
         *_, last = stream.text.strip().split("\n\n")
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503
         assert not gateway.running
-        assert len(found) == 2
+        assert [(request.outcome, request.complete) for request in found] == [("server_error", True)] * 2
+        await gateway.close("again", finish_s=0)  # nobody is left
 
 
 @in_a_loop
@@ -288,3 +290,31 @@ async def test_prompt_logprobs_are_refused_where_the_engine_would_give_wrong_one
         fleet.aliases["a"].current.adapts_head = True
         assert (await http.post("/v1", json=body)).status_code == 400
         assert (await http.post("/v1", json={"model": "a"})).status_code == 200
+
+
+@in_a_loop
+async def test_what_is_no_request_to_a_model_loads_nothing(fleet, engine) -> None:
+    """vLLM guards certain paths with its API keys: on others nobody has shown one."""
+
+    async def handler(_scope, receive, send) -> None:
+        await body_of(receive)
+        await say(send, list(Served()))
+
+    async with ended(fleet, handler) as (gateway, http, found):
+        gateway.serves = lambda scope: scope["path"].startswith("/v1")
+        assert (await http.post("/nonsense", json={"model": "a"})).json() == []
+        assert not engine.loaded
+        assert not found
+        assert (await http.post("/v1/completions", json={"model": "a"})).json() == ["a"]
+
+
+@in_a_loop
+async def test_a_request_without_a_model_is_the_bases_and_no_less_a_request(fleet, base) -> None:
+    async def handler(_scope, receive, send) -> None:
+        await body_of(receive)
+        await say(send, {})
+
+    async with ended(fleet, handler) as (_, http, found):
+        await http.post("/v1/completions", json={"prompt": "x"})
+        assert (found[-1].model, found[-1].adapter, found[-1].outcome) == (base.name, None, "ok")
+        assert (await http.post("/v1/completions", json={"prompt": "x", "priority": -1})).status_code == 400

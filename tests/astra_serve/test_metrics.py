@@ -49,7 +49,8 @@ def page(engine, store, base) -> Callable[[], Page]:
 def request(model: str, version=None, **what) -> Request:
     task = asyncio.current_task()
     assert task is not None
-    return Request("1", "/v1/completions", model, task, version, **{"status": 200, "complete": True, **what})
+    adapter = version.alias if version else what.pop("adapter", None)
+    return Request("1", "/v1/completions", model, task, adapter, version, **{"status": 200, "complete": True, **what})
 
 
 @in_a_loop
@@ -61,11 +62,12 @@ async def test_requests_are_counted_under_the_adapter_that_served_them(page, bas
     p.metrics.count(request("a", current, **tokens))
     p.metrics.count(request(current.name, current, status=500))
     p.metrics.count(request(base.name))
+    p.metrics.count(request("a", adapter="a", status=503))  # known, and could not be served
+    assert p.says("requests_total", adapter="a", outcome="server_error") == 2
     for name in ("../etc", "x" * 10_000, "b"):
         p.metrics.count(request(name, status=404))
     assert p.says("requests_total", adapter="a", outcome="ok") == 1
-    assert p.says("requests_total", adapter="a", outcome="server_error") == 1
-    assert p.says("request_errors_total", adapter="a") == 1
+    assert p.says("request_errors_total", adapter="a") == 2
     assert p.says("prompt_tokens_total", adapter="a") == 5
     assert p.says("output_tokens_total", adapter="a") == 7
     assert p.says("time_to_first_token_seconds_sum", adapter="a") == pytest.approx(0.02)

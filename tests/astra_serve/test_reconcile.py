@@ -258,6 +258,7 @@ async def test_what_others_change_in_the_document_meanwhile_is_kept_and_followed
         file.write_text("adapters: [{name: half}")
         answer = await w.api.put("/adapters/a", json={"source": sources["b"]})
         assert answer.status_code == 409
+        assert w.fleet.aliases["a"].current.digest == version_digest(Path(sources["a"]))
         assert "the document cannot be changed" in answer.json()["error"]["message"]
         assert file.read_text() == "adapters: [{name: half}"
 
@@ -305,6 +306,17 @@ async def test_an_alias_a_place_and_the_whole_server_can_be_given_up(world, writ
         assert (await w.api.post("/drain")).json() == {"drained": True, "running": 0}
         assert (await w.api.get("/requests")).json()["drained"] is True
         assert (await w.api.delete("/drain")).json()["drained"] is False
+
+
+@in_a_loop
+async def test_it_is_not_ready_before_the_document_was_read_once(world, tmp_path) -> None:
+    async with world() as w:
+        (tmp_path / "adapters.yaml").write_text("adapters: 3")
+        await w.control.refresh()
+        assert "adapters" in w.control.not_ready()[0]
+        (tmp_path / "adapters.yaml").write_text("adapters: []")
+        await w.control.refresh()
+        assert w.control.not_ready() == []
 
 
 @in_a_loop
