@@ -3,9 +3,9 @@
     python -m benchmarks.restart --out FILE.json [--rounds 2] [--adapters DIR DIR]
 
 The server serves one of two adapters. The other is published over it, from a slow HTTP server, and at each state of its
-way (fetching, verifying, loading, probing, serving) the server is killed with SIGKILL as soon as it says so. Its engine's
-processes must end with it. Then it is started again with the same document and store, and must serve what the document says: the digest and the answers of
-that version, with no staged files and no version in the store that is not whole.
+way (fetching, verifying, loading, probing, serving) the server is killed with SIGKILL as soon as it says so. Its
+engine's processes must end with it. Then it is started again with the same document and store, and must serve what the
+document says: the digest and the answers of that version, with no staged files and no version that is not whole.
 
 A kill comes some milliseconds after the state was entered; the log says which one it hit. Without --adapters two are
 trained first (a minute).
@@ -101,7 +101,7 @@ def killed(folder: Path, sources: dict[str, str], states: tuple[str, ...]) -> li
 
 
 def kill_at(state: str, api: httpx.Client, server: Server, source: str) -> int:
-    """Publish `source`, kill the server when it says that it is in `state`; return how many processes it left behind."""
+    """Publish `source`, kill the server when it says that it is in `state`; return how many processes outlived it."""
     process = psutil.Process(server.process.pid)
     family = [process, *process.children(recursive=True)]
 
