@@ -7,7 +7,7 @@ pause, half of them streaming. Every answer is compared with what the version th
 (`benchmarks.load` has the kinds of wrong answers). Beside that:
 
     throughput completed requests per second while swapping, over those of the steady phases before and after: the
-               median of ten blocks of swaps
+               median of forty blocks of swaps
     rss        the memory of all the server's processes, the last tenth of the swaps over the second tenth
     first      from the publishing call to the first token of a request that came after it and that the new version
                answers; the server's own times of its parts beside it
@@ -48,7 +48,8 @@ from trainer.embedded import tasks
 SEED, CLIENTS, TOKENS, NAME = 0, 8, 16, "swapped"
 # Of load before the first swap: the engine's worker grows by 200 MB in its first minute, whatever it is asked.
 WARM_UP_S = 60.0
-BLOCKS = 10  # of swaps, with steady load between them
+BLOCKS = 40  # of swaps, with steady load between them: the machine's speed wanders, the two must be close in time
+STEADY_S = 5.0
 TASKS = ("sql", "intent")
 TOKEN = "benchmark"  # noqa: S105
 TARGETS = {"failed": 0, "mixed": 0, "throughput_ratio": 0.9, "rss_growth": 1.03}
@@ -183,7 +184,9 @@ async def _measure(
     await asyncio.sleep(pace.warm_up_s)
     block, memory, broken = -(-pace.swaps // BLOCKS), [], None
     done: list[tuple[float, float, str]] = []  # each swap's begin, its end, and the name that answers have since
-    steady_s = min(10.0, block * pace.every_s)
+    steady_s = min(STEADY_S, block * pace.every_s)
+    process = psutil.Process(server.process.pid)
+    family = [process, *process.children(recursive=True)]
     phases = [time.perf_counter()]  # steady, swapping, steady, swapping, ... steady
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("swapping", total=pace.swaps)
@@ -198,7 +201,7 @@ async def _measure(
                 broken = f"swap {number}: {type(error).__name__}: {error}"[:200]
                 break
             done.append((began, time.perf_counter(), name))
-            memory.append(_rss(server.process.pid))
+            memory.append(_rss(family))
             progress.advance(bar)
             await asyncio.sleep(max(0.0, began + pace.every_s - time.perf_counter()))
             if number % block == block - 1 or number == pace.swaps - 1:
@@ -255,12 +258,11 @@ def _train(folder: Path) -> list[Path]:
     return [demo.train_and_convert(task, folder) for task in TASKS]
 
 
-def _rss(pid: int) -> int:
-    process = psutil.Process(pid)
+def _rss(family: list[psutil.Process]) -> int:
     total = 0
-    for one in (process, *process.children(recursive=True)):
+    for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
-            total += one.memory_info().rss
+            total += process.memory_info().rss
     return total
 
 
