@@ -80,6 +80,7 @@ async def _answer(server: NoSignalServer, sock: Any, client: EngineClient, gatew
         await asyncio.wait({closing, asyncio.create_task(told.wait())}, return_when=asyncio.FIRST_COMPLETED)
         if not closing.done():  # told again: now
             closing.cancel()
+            server.force_exit = True
     elif died:
         await gateway.close("the engine has died", FAILING_S)
     server.should_exit = True
