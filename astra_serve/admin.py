@@ -157,7 +157,7 @@ def build(control: Control, gateway: Gateway, token: str) -> FastAPI:
         if control.reconciler.status[name].entry.pin:
             raise HTTPException(409, f"{name!r} is pinned: unpin it first")
         for version in list(control.fleet.aliases[name].versions()):
-            await control.fleet.unload(version)
+            await control.fleet.places.unload(version)
         return describe(control, name)
 
     @app.get("/events", response_model=None)
@@ -195,7 +195,7 @@ def build(control: Control, gateway: Gateway, token: str) -> FastAPI:
 
     async def look() -> None:
         with suppress(ServeError):  # what was known before is shown
-            await control.fleet.look()
+            await control.fleet.places.look()
 
     async def done(name: str, change: Callable[[], Awaitable[Status | None]]) -> dict[str, Any]:
         try:

@@ -28,8 +28,9 @@ from astra_serve import request as requests
 from astra_serve.admission import base_name
 from astra_serve.child import PARENT
 from astra_serve.errors import ServeError
-from astra_serve.fleet import HEADROOM, Fleet
+from astra_serve.fleet import Fleet
 from astra_serve.gateway import Gateway, Served
+from astra_serve.places import HEADROOM
 from astra_serve.slots import Slots
 
 # Adapters reach the engine through this process alone: vLLM's own load and unload routes would take any path.

@@ -113,9 +113,9 @@ class Metrics:
         yield running
         yield from self._of_adapters()
         resident = GaugeMetricFamily("astra_engine_adapters", "Adapters in the engine's memory")
-        resident.add_metric([], self._fleet.resident)
+        resident.add_metric([], len(self._fleet.places.taken))
         room = GaugeMetricFamily("astra_engine_adapters_max", "Adapters that the engine's memory has room for")
-        room.add_metric([], self._fleet.capacity)
+        room.add_metric([], self._fleet.places.capacity)
         ready = GaugeMetricFamily("astra_ready", "1 when /readyz says yes")
         ready.add_metric([], float(not (self._gateway.not_ready() or self._reconciler.ready())))
         yield from (resident, room, ready)
@@ -142,7 +142,7 @@ class Metrics:
             info.add_metric([name, alias.current.name if alias else "", status.state], 1)
             if alias is None:
                 continue
-            where.add_metric([name, self._fleet.residency(alias.current)], 1)
+            where.add_metric([name, self._fleet.places.residency(alias.current)], 1)
             if alias.current.proof:
                 verdict = alias.current.proof.verdict
                 effect.add_metric([name], verdict.effect)

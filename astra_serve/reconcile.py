@@ -135,7 +135,7 @@ class Reconciler:
         return {
             "name": version.name,
             "digest": version.digest,
-            "residency": self._fleet.residency(version),
+            "residency": self._fleet.places.residency(version),
             "requests": len(version.requests),
             "failed": version.failed,
             "probe": asdict(version.proof.verdict) if version.proof else None,

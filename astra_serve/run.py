@@ -88,7 +88,7 @@ async def _tend(fleet: Fleet, reconciler: Reconciler) -> None:
         await asyncio.sleep(TIMER_S)
         try:
             reconciler.tend()
-            await fleet.look()
+            await fleet.places.look()
         except Exception:  # as a full disk: the next time may be better
             log.logger.exception("the server's timer failed")
 

@@ -10,7 +10,7 @@ import torch
 
 from astra_serve.admission import Base, open_base
 from astra_serve.errors import ServeError
-from astra_serve.fleet import HEADROOM
+from astra_serve.places import HEADROOM
 from astra_serve.store import Store
 from converter import adapter_dir
 from converter.adapter_dir import LoraAdapter

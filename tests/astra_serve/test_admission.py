@@ -8,7 +8,7 @@ import torch
 from astra_serve.admission import ENGINE_RANKS, engine_rank, open_base, parse_adapter
 from astra_serve.cli import main
 from astra_serve.errors import ServeError
-from astra_serve.fleet import HEADROOM
+from astra_serve.places import HEADROOM
 from converter import adapter_dir
 from converter.adapter_dir import LoraAdapter
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from astra_serve import fleet as fleet_module
+from astra_serve import places
 from astra_serve.errors import Unavailable
 from astra_serve.fleet import Fleet
 from astra_serve.store import Store
@@ -55,7 +55,7 @@ async def test_a_request_finishes_on_the_version_it_started_on_and_then_it_leave
     one, two = version("a", 1.0), version("a", 2.0)
     fleet.point("a", Alias(one), 1)
     async with fleet.lease("a") as held:
-        await fleet.make_resident(two)
+        await fleet.places.make_resident(two)
         fleet.point("a", Alias(two), 10)
         assert await answer(fleet, engine, "a") == (two.name, 2.0)  # the next request
         await asyncio.sleep(0.05)
@@ -266,22 +266,22 @@ async def test_unloading_makes_room_and_the_next_request_loads_again(engine, sto
     one = version("a", 1.0)
     fleet.point("a", Alias(one), 1)
     async with fleet.lease("a"):
-        unloading = asyncio.create_task(fleet.unload(one))
+        unloading = asyncio.create_task(fleet.places.unload(one))
         await asyncio.sleep(0.02)
         assert engine.loaded  # somebody holds it
     await unloading
-    assert fleet.residency(one) == "disk"
+    assert fleet.places.residency(one) == "disk"
     assert not engine.loaded
     assert await answer(fleet, engine, "a") == (one.name, 1.0)
-    await fleet.look()
-    assert fleet.residency(one) == "slot"
+    await fleet.places.look()
+    assert fleet.places.residency(one) == "slot"
 
 
 @in_a_loop
 async def test_who_gave_up_waiting_takes_nobodys_place_and_a_long_stream_closes_no_adapter(
     engine, store, base, version, monkeypatch
 ) -> None:
-    monkeypatch.setattr(fleet_module, "LEAVE_S", 0.2)
+    monkeypatch.setattr(places, "LEAVE_S", 0.2)
     fleet = Fleet(engine, store, base, 1, wait_s=0.3, patience_s=0.05)
     for name, value in (("long", 1.0), ("cold", 2.0)):
         fleet.point(name, Alias(version(name, value)), 1)

@@ -81,7 +81,7 @@ async def test_requests_are_counted_under_the_adapter_that_served_them(page, bas
 async def test_what_an_adapter_is_and_how_it_came_to_be_is_told(page, write_lora) -> None:
     p = page()
     await p.serve(a=write_lora("one", 1.0), zero=write_lora("zero", 0.0))
-    await p.fleet.look()
+    await p.fleet.places.look()
     current = p.fleet.aliases["a"].current
     assert p.says("adapter_info", adapter="a", version=current.name, state="serving") == 1
     assert p.says("adapter_info", adapter="zero", version="", state="failed") == 1

@@ -269,7 +269,7 @@ async def test_what_was_damaged_while_it_served_is_fetched_again(world, engine, 
         source = write_lora("one", 1.0)
         await w.api.put("/adapters/a", json={"source": str(source)})
         current = w.fleet.aliases["a"].current
-        await w.fleet.unload(current)
+        await w.fleet.places.unload(current)
         store.discard(current.digest)
         with pytest.raises(Unavailable):
             async with w.fleet.lease("a"):
