@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import trainer.embedded
+from trainer.embedded.corpus import documents
 from trainer.embedded.pretrain import train_tokenizer
 
 EMBEDDED = Path(trainer.embedded.__file__).parent / "base"
@@ -18,7 +20,7 @@ EMBEDDED = Path(trainer.embedded.__file__).parent / "base"
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """The embedded base's tokenizer recipe on little text: it does not depend on the shipped weights."""
-    return train_tokenizer(seed=0, n_documents=500)
+    return train_tokenizer(islice(documents(0), 500))
 
 
 @pytest.fixture(scope="session")

@@ -9,23 +9,25 @@ model: the corpus is the standard library of the running Python, so another Pyth
 import argparse
 import hashlib
 import json
+import math
 import platform
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
 import torch
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from trainer.embedded import stdlib
 from trainer.embedded.corpus import documents
 
 VOCABULARY = 1024
 WINDOW = 256
+TOKENIZER_TEXTS = 20_000
 BATCH = 32
 PAD, END, USER, ASSISTANT, SYSTEM = SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 CHAT_TEMPLATE = (
@@ -48,20 +50,23 @@ It is good for nothing but being adapted: ask it a question and it goes on with 
 """
 
 
-def train_tokenizer(seed: int, n_documents: int = 20_000) -> PreTrainedTokenizerFast:
-    """Train the byte-level BPE on the corpus; digits are single tokens, so that numbers can be copied."""
+def train_tokenizer(texts: Iterator[str], vocabulary: int = VOCABULARY, **special: str) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on texts; digits are single tokens, so that numbers can be copied.
+
+    `special` names further special tokens, as `mask_token="<|mask|>"`.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=SPECIAL,
+        vocab_size=vocabulary,
+        special_tokens=[*SPECIAL, *special.values()],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(islice(documents(seed), n_documents), trainer)
+    bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token=PAD,
@@ -69,6 +74,7 @@ def train_tokenizer(seed: int, n_documents: int = 20_000) -> PreTrainedTokenizer
         additional_special_tokens=[USER, ASSISTANT, SYSTEM],
         model_max_length=2 * WINDOW,
         clean_up_tokenization_spaces=False,
+        **special,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -100,25 +106,27 @@ def build_model(seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def windows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Tensor]:
-    """Yield (BATCH, WINDOW) token ids: documents end to end, 64 at a time in shuffled order, none of them cut."""
+def windows(
+    tokenizer: PreTrainedTokenizerFast, texts: Iterator[str], seed: int, shape: tuple[int, int]
+) -> Iterator[torch.Tensor]:
+    """Yield token ids of `shape`: texts end to end, 640 at a time in shuffled order, none of them cut."""
     rng = random.Random(seed)
-    stream = documents(seed)
     end = tokenizer.eos_token_id
     ids: list[int] = []
     while True:
-        while len(ids) < BATCH * WINDOW:
-            chunk = list(islice(stream, 640))
+        while len(ids) < math.prod(shape):
+            chunk = list(islice(texts, 640))
             rng.shuffle(chunk)
             for encoded in tokenizer.backend_tokenizer.encode_batch(chunk, add_special_tokens=False):
                 ids += [*encoded.ids, end]
-        yield torch.tensor(ids[: BATCH * WINDOW]).view(BATCH, WINDOW)
-        ids = ids[BATCH * WINDOW :]
+        yield torch.tensor(ids[: math.prod(shape)]).view(shape)
+        ids = ids[math.prod(shape) :]
 
 
-def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+def optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for embedding and norms: fewer steps to the same loss than AdamW alone."""
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    tables = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in tables]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [
@@ -127,26 +135,22 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def pretrain(out: Path, *, steps: int, seed: int) -> float:
-    """Train, write model, tokenizer and card to `out` and return the mean loss of the last 50 steps (nats/token)."""
-    tokenizer = train_tokenizer(seed)
-    model = build_model(seed)
-    stream = windows(tokenizer, seed)
+def fit(model: PreTrainedModel, batches: Iterator[Mapping[str, torch.Tensor]], steps: int) -> list[float]:
+    """Train all of `model` in place, on its device, and return the loss of every step (nats per target token)."""
     opts = optimizers(model)
     warmup, cooldown = max(1, steps // 20), max(1, steps // 2)
     schedule = [
         torch.optim.lr_scheduler.LambdaLR(o, lambda s: min((s + 1) / warmup, 1.0, (steps - s) / cooldown)) for o in opts
     ]
     losses: list[float] = []
-    started = time.monotonic()
     with Progress(
         *Progress.get_default_columns()[:-1], TimeRemainingColumn(), TextColumn("{task.fields[loss]}")
     ) as bar:
         task = bar.add_task("pre-training", total=steps, loss="")
         for step in range(steps):
-            ids = next(stream)
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model(input_ids=ids, labels=ids).loss
+            batch = {key: value.to(model.device) for key, value in next(batches).items()}
+            with torch.autocast(model.device.type, torch.bfloat16):
+                loss = model(**batch).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, scheduler in zip(opts, schedule, strict=True):
@@ -157,6 +161,16 @@ def pretrain(out: Path, *, steps: int, seed: int) -> float:
             bar.update(task, advance=1, loss=f"loss {losses[-1]:.3f}")
             if step % 50 == 0:
                 bar.console.print(f"step {step:5d}  loss {losses[-1]:.3f}")
+    return losses
+
+
+def pretrain(out: Path, *, steps: int, seed: int) -> float:
+    """Train, write model, tokenizer and card to `out` and return the mean loss of the last 50 steps (nats/token)."""
+    tokenizer = train_tokenizer(islice(documents(seed), TOKENIZER_TEXTS))
+    model = build_model(seed)
+    started = time.monotonic()
+    ids = windows(tokenizer, documents(seed), seed, (BATCH, WINDOW))
+    losses = fit(model, ({"input_ids": batch, "labels": batch} for batch in ids), steps)
     final = sum(losses[-50:]) / len(losses[-50:])
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -1,0 +1,170 @@
+"""The models that adapters are compared on: the embedded base, and others that are pre-trained here on first use.
+
+    python -m benchmarks.methods.bases NAME      # pre-train one now, with progress
+
+    embedded     4.7 M Llama on Python and drills, from the repository
+    qwen         3.0 M Qwen3 on C++ headers                        4 minutes on two cores
+    encoder      2.3 M BERT (masked language model) on Python      4 minutes on two cores
+    llama-100m   98 M Llama on Python                              for a GPU
+
+Weights lie in ~/.cache/astra/bases under a digest of how they were made; they are not kept in the repository.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import site
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    DataCollatorForLanguageModeling,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from benchmarks.methods import tasks
+from converter.adapter_dir import write_json
+from trainer.embedded import corpus, pretrain
+
+EMBEDDED = Path(pretrain.__file__).parent / "base"
+OWN_ROWS = 32  # of a base's own text, 128 tokens each: on these forgetting is measured
+
+
+@dataclass(frozen=True)
+class Base:
+    """How a base is made: transformers' model type and its settings, text, optimizer steps of (rows, tokens)."""
+
+    kind: str
+    texts: str
+    steps: int
+    batch: tuple[int, int]
+    vocabulary: int
+    settings: Mapping[str, Any]
+
+
+BASES = {
+    "qwen": Base("qwen3", "cpp", 500, (32, 128), 1024, {
+        "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6,
+        "num_key_value_heads": 3, "head_dim": 32, "tie_word_embeddings": True,
+    }),
+    "encoder": Base("bert", "python", 600, (32, 128), 1024, {
+        "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 6,
+    }),
+    "llama-100m": Base("llama", "packages", 4000, (64, 512), 8192, {
+        "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": True,
+    }),
+}  # fmt: skip
+
+
+def folder(name: str) -> Path:
+    """Return where a base lies, after pre-training it if it is not there yet."""
+    if name == "embedded":
+        return EMBEDDED
+    base = BASES[name]
+    found = _cache() / f"{name}-{hashlib.sha256(json.dumps(asdict(base)).encode()).hexdigest()[:12]}"
+    if not found.exists():
+        _pretrain(base, found)
+    return found
+
+
+def own_text(name: str) -> Path:
+    """Return a JSONL file of rows of a base's own distribution, held out from its pre-training where that is real."""
+    file = _cache() / f"{name}.own.jsonl"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        texts = corpus.documents(999) if name == "embedded" else _texts(BASES[name].texts, "test")
+        rows = [json.dumps({"text": text}) for text in islice((t for t in texts if len(t) > 300), OWN_ROWS)]
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text("\n".join(rows) + "\n", encoding="utf-8")
+        partial.rename(file)
+    return file
+
+
+def _pretrain(base: Base, out: Path) -> None:
+    print(f"pre-training {base.kind} on {base.texts}, {base.steps} steps of {base.batch[0]} x {base.batch[1]} tokens")
+    masked = base.kind == "bert"
+    special = {"cls_token": "<|cls|>", "mask_token": "<|mask|>"} if masked else {}
+    tokenizer = pretrain.train_tokenizer(islice(_texts(base.texts, "train"), 10_000), base.vocabulary, **special)
+    if masked:
+        ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|cls|>", pretrain.END)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"<|cls|> $A {pretrain.END}", special_tokens=ends
+        )
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        base.kind,
+        vocab_size=base.vocabulary,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **base.settings,
+    )
+    model = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_config(config)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    ids = pretrain.windows(tokenizer, _texts(base.texts, "train"), 0, base.batch)
+    losses = pretrain.fit(model, _batches(ids, tokenizer, masked=masked), base.steps)
+    _save(model, tokenizer, {"base": asdict(base), "loss": losses}, out)
+
+
+def _batches(
+    windows: Iterator[torch.Tensor], tokenizer: PreTrainedTokenizerFast, *, masked: bool
+) -> Iterator[Mapping[str, torch.Tensor]]:
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=True, seed=0) if masked else None
+    for ids in windows:
+        if collator is None:
+            yield {"input_ids": ids, "labels": ids}
+        else:
+            ids[:, 0] = tokenizer.cls_token_id
+            inputs, labels = collator.torch_mask_tokens(ids)
+            yield {"input_ids": inputs, "labels": labels}
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any], out: Path) -> None:
+    """Write everything, then give it its name: a base that is there is whole."""
+    partial = out.with_suffix(".partial")
+    model.cpu().save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    write_json(partial / "pretraining.json", record)
+    partial.rename(out)
+
+
+def _texts(kind: str, split: tasks.Split) -> Iterator[str]:
+    """Yield windows of 800 characters without end."""
+    if kind == "packages":
+        return _of_packages(split)
+    sources = tasks.headers() if kind == "cpp" else tasks.library()
+    return tasks.windows(random.Random(split), sources, split, 800)
+
+
+def _of_packages(split: tasks.Split) -> Iterator[str]:
+    """Windows of the standard library and of all installed packages' sources."""
+    found = dict(tasks.library())
+    for root in site.getsitepackages():
+        for path in sorted(Path(root).rglob("*.py")):
+            found[str(path.relative_to(root))] = path.read_text(encoding="utf-8", errors="replace")
+    return tasks.windows(random.Random(split), found, split, 2000)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "astra" / "bases"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Pre-train a base for benchmarks.methods.")
+    parser.add_argument("name", choices=BASES)
+    print(folder(parser.parse_args().name))
+    sys.exit()

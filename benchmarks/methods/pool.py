@@ -1,0 +1,47 @@
+"""Runs trials in several processes, one thread each: twice as many small models at once as with threads together."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks.methods import run as one
+from benchmarks.methods.trial import Results, Trial
+
+
+def run(
+    missing: Callable[[], list[Trial]], results: Results, workers: int, minutes: float | None, console: Console
+) -> None:
+    """Run what is `missing`, asked again after every run, until nothing is or the time is over."""
+    began = time.monotonic()
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    context = multiprocessing.get_context("spawn")
+    with (
+        Progress(
+            *columns, TextColumn("left:"), TimeRemainingColumn(), console=console, speed_estimate_period=600
+        ) as bar,
+        ProcessPoolExecutor(workers, context, initializer=one.prepare, initargs=(threads,)) as pool,
+    ):
+        shown = bar.add_task("runs", total=len(missing()))
+        running: dict[Future, Trial] = {}
+        done = 0
+        while True:
+            late = minutes is not None and time.monotonic() - began > 60 * minutes
+            waiting = [trial for trial in missing() if trial not in running.values()]
+            for trial in [] if late else waiting[: workers - len(running)]:
+                running[pool.submit(one.execute, trial)] = trial
+            if not running:
+                return
+            bar.update(shown, total=done + len(waiting) + len(running), completed=done)
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                trial = running.pop(future)
+                outcome, env = future.result()
+                results.add(trial, outcome, env)
+                done += 1
+                loss = "diverged" if outcome.error else f"{outcome.validation:.4f} validation"
+                console.print(f"{trial.name.rpartition('.')[0]}  {loss}  {outcome.seconds:.0f} s", highlight=False)

@@ -1,0 +1,167 @@
+"""One trial from beginning to end: the trainer's own parts, with test rows and another text to calibrate on."""
+
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from rich.progress import Progress
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from benchmarks import report
+from benchmarks.methods import bases, starts, tasks
+from benchmarks.methods.trial import Outcome, Trial, config_of
+from trainer.adapter import adapted_modules, adapter_layers, attach, target_layers, whole_weight
+from trainer.base import language_model, load_base, load_tokenizer
+from trainer.config import TrainConfig
+from trainer.data import Batch, Example, batches, classification_examples, language_examples
+from trainer.eigenspace import effective_rank
+from trainer.errors import TrainingError
+from trainer.evaluate import answers_match, forgetting_batches, language_loss
+from trainer.initialise import calibration_batches, initialise, spectra_of
+from trainer.loop import optimise
+
+ROWS = {"train": 2000, "validation": 128, "test": 256}
+OTHER = {"math": "cpp", "cpp": "math", "reading": "math", "python": "cpp"}  # whose text calibrates instead of one's own
+
+
+def prepare(threads: int) -> None:
+    """Make a process ready for trials: its threads, its device."""
+    torch.set_num_threads(threads)
+    PartialState(cpu=not torch.cuda.is_available())
+
+
+def execute(trial: Trial) -> tuple[Outcome, dict[str, Any]]:
+    """Run a trial; return what it found and the environment that it ran in."""
+    began = time.monotonic()
+    config = config_of(trial, starts.settings_of(trial.method))
+    folder = bases.folder(trial.base)
+    tokenizer = load_tokenizer(folder, config)
+    rows = {split: examples(trial.task, split, tokenizer, config) for split in ROWS}
+    labels = tasks.TOPICS if config.task == "classification" else []
+    torch.manual_seed(trial.seed)
+    model = load_base(folder, config, labels)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    forgotten = _OwnText(trial.base, folder, tokenizer, config)
+    layers = target_layers(model, config)
+    text = {"own": trial.task, "other": OTHER.get(trial.task, ""), "random": "random"}[trial.calibration]
+    calibration = calibration_batches(examples(text, "train", tokenizer, config), tokenizer, config)
+    before = _effective_ranks(model, layers, calibration, config) if trial.spectra else {}
+
+    trained = adapted(model, layers, calibration, config, trial.method)
+    with tempfile.TemporaryDirectory() as checkpoints:
+        hidden = Progress(disable=True)
+        try:
+            result = optimise(trained, tokenizer, rows["train"], [], config, Path(checkpoints) / "c", None, hidden)
+        except TrainingError as error:
+            return Outcome(error=str(error), seconds=time.monotonic() - began), _environment(trial.seed)
+    trained.eval()
+    after = _effective_ranks(trained, layers, calibration, config) if trial.spectra else {}
+    validation, _ = _held_out(trained, rows["validation"], tokenizer, config)
+    test, metric = _held_out(trained, rows["test"], tokenizer, config)
+    outcome = Outcome(
+        validation=validation,
+        test=test,
+        metric=None if trial.task in ("cpp", "python") else metric,
+        forgetting=forgotten(trained),
+        curve=[point.loss for point in result.curve],
+        gradients=[point.grad_norm for point in result.curve],
+        effective_rank={name: (value, after[name]) for name, value in before.items()},
+        parameters=sum(p.numel() for p in trained.parameters() if p.requires_grad),
+        seconds=time.monotonic() - began,
+    )
+    return outcome, _environment(trial.seed)
+
+
+def adapted(
+    model: PreTrainedModel,
+    layers: dict[str, nn.Linear],
+    calibration: list[Batch],
+    config: TrainConfig,
+    method: str,
+) -> nn.Module:
+    """Return the model as it is trained: with the method's adapter, or as it is for full fine-tuning."""
+    if config.method == "full":
+        return model.requires_grad_(True)
+    tried = starts.make_starts(method)
+    if tried is not None:
+        return attach(model, tried(model, layers, calibration, config), config)
+    return attach(model, initialise(model, layers, calibration, config, "", Progress(disable=True)).starts, config)
+
+
+def examples(task: str, split: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> list[Example]:
+    """Return a task's rows as tokens."""
+    rows = _rows(task, split)
+    if config.task == "classification":
+        return classification_examples(rows, tokenizer, config.max_length, task, tasks.TOPICS)
+    return language_examples(rows, tokenizer, config.max_length, task)
+
+
+@cache
+def _rows(task: str, split: Any) -> list[tasks.Row]:
+    return tasks.rows(task, split, ROWS[split])
+
+
+@torch.no_grad()
+def _held_out(
+    model: nn.Module, rows: list[Example], tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+) -> tuple[float, float]:
+    """Return the loss on rows and the share of them that is answered exactly, or classified rightly."""
+    made = batches(rows, 32, tokenizer)
+    device = PartialState().device
+    on_device = [{key: value.to(device) for key, value in batch.items()} for batch in made]
+    if config.task == "causal_lm":
+        hits = torch.cat([answers_match(model, batch) for batch in on_device])
+        return language_loss(model, made), float(hits.float().mean())
+    logits = torch.cat([model(**batch).logits for batch in on_device]).float()
+    labels = torch.cat([batch["labels"] for batch in on_device])
+    return float(nn.functional.cross_entropy(logits, labels)), float((logits.argmax(-1) == labels).float().mean())
+
+
+class _OwnText:
+    """What the base loses on its own text: measured before training, asked for after it."""
+
+    def __init__(self, base: str, folder: Path, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> None:
+        self._folder, self._config = folder, config
+        own = config.model_copy(update={"forgetting_data": str(bases.own_text(base))})
+        untouched = language_model(folder, config)
+        assert untouched is not None
+        self._text = forgetting_batches(untouched, tokenizer, own)
+        self._before = language_loss(untouched, self._text)
+
+    def __call__(self, trained: nn.Module) -> float:
+        """Return the loss after training minus the loss before."""
+        speaker: nn.Module | None = trained
+        if self._config.task == "classification":
+            whole = trained.get_base_model() if isinstance(trained, PeftModel) else trained
+            speaker = language_model(self._folder, self._config, whole.base_model)
+        assert speaker is not None
+        return language_loss(speaker, self._text) - self._before
+
+
+def _effective_ranks(
+    model: nn.Module, layers: dict[str, nn.Linear], calibration: list[Batch], config: TrainConfig
+) -> dict[str, float]:
+    """Return the effective rank of every target layer's outputs over the calibration rows."""
+    modules: dict[str, Any] = dict(layers)
+    changes: dict[str, torch.Tensor] = {}
+    if isinstance(model, PeftModel):
+        modules = dict(adapted_modules(model))
+        for name, layer in adapter_layers(model).items():
+            changes[name] = config.scaling * (layer.b @ layer.a - layer.b0 @ layer.a0)
+
+    def weight_of(name: str) -> torch.Tensor:
+        weight = whole_weight(getattr(modules[name], "base_layer", modules[name])).float()
+        return weight + changes[name] if name in changes else weight
+
+    values = spectra_of(model, modules, weight_of, calibration, config, Progress(disable=True))
+    return {name: effective_rank(found.double()) for name, found in values.items()}
+
+
+def _environment(seed: int) -> dict[str, Any]:
+    return report.environment(seed, torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")

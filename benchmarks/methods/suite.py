@@ -1,0 +1,162 @@
+"""What is compared: for each part of the benchmark the trials that it needs, given the results that there are.
+
+Every part is a pure function (suite, results) -> trials: the best learning rate decides what comes next, so a part is
+asked again until nothing that it names is missing. The drawings read the same results by the same names.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from benchmarks.methods import starts
+from benchmarks.methods.sweep import SEEDS, Sweep, at_best, with_seeds
+from benchmarks.methods.trial import Results, Trial
+
+FIRST = {"full": -3, "mica": 1, "tail, B frozen": 1}  # the lowest rate of a sweep: 1e-3 x 2^this; others begin at 0
+CORE = [m for m in starts.METHODS if m != "middle"]
+FEW = ("lora", "pissa", "tail", "principal", "full")
+SUBSPACES = ("tail", "principal", "middle", "random")
+SIZES = (8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A base with its tasks, and the size of a run."""
+
+    name: str
+    base: str
+    code: str  # the code task, the first one
+    other_base: str
+    encoder: str
+    rank: int
+    ranks: tuple[int, ...]
+    steps: int
+    batch_size: int
+
+    @property
+    def tasks(self) -> tuple[str, str]:
+        """Return the tasks of the core table."""
+        return (self.code, "math")
+
+    def trial(self, task: str, method: str, *, rank: int | None = None, base: str | None = None) -> Trial:
+        """Return a trial of this suite's size; its learning rate is a sweep's to choose."""
+        return Trial(base or self.base, task, method, rank or self.rank, 0.0, self.steps, self.batch_size)
+
+    def sweep(self, task: str, method: str, base: str | None = None) -> Sweep:
+        """Return a method's search at the suite's rank."""
+        return Sweep(self.trial(task, method, base=base), FIRST.get(method, 0))
+
+
+SUITES = {
+    "small": Suite("small", "embedded", "cpp", "qwen", "encoder", 8, (1, 2, 8, 32, 128), 100, 8),
+    "medium": Suite("medium", "llama-100m", "cpp", "qwen", "encoder", 16, (4, 16, 64, 256), 300, 32),
+}
+
+
+def core(suite: Suite, results: Results) -> list[Trial]:
+    """Every method on two tasks, each at its own best rate: the table."""
+    return _swept(suite, results, suite.tasks, CORE)
+
+
+def figure1(suite: Suite, results: Results) -> list[Trial]:
+    """Loss and gradient norm: Astra at several ranks, LoRA at the highest one, full fine-tuning."""
+    found = _swept(suite, results, [suite.code], ["full"])
+    for rank in suite.ranks:
+        found += _around(suite, results, rank, "tail")
+    return found + _around(suite, results, suite.ranks[-1], "lora")
+
+
+def figure2(suite: Suite, results: Results) -> list[Trial]:
+    """Metric and loss over the rank; whose text calibrates, and how much of it."""
+    found = []
+    for method in ("lora", "pissa", "tail", "principal"):
+        for rank in suite.ranks:
+            found += _around(suite, results, rank, method, "math")
+    return found + calibration_trials(suite, results)
+
+
+def calibration_trials(suite: Suite, results: Results) -> list[Trial]:
+    """Return the trials of figure 2 that calibrate otherwise than the core table, at the core table's rates."""
+    found = []
+    for method in ("tail", "principal"):
+        for trial, _ in at_best(suite.sweep(suite.code, method), results):
+            found += [replace(trial, calibration=text) for text in ("other", "random")]
+            found += [replace(trial, calibration_rows=n) for n in SIZES if n != trial.calibration_rows]
+    return found + _swept(suite, results, [suite.code], ["tail", "principal"])
+
+
+def figure3(suite: Suite, results: Results) -> list[Trial]:
+    """Effective rank of the outputs before and after training."""
+    methods = ("lora", "tail", "principal", "full")
+    found = _swept(suite, results, [suite.code], methods)
+    for method in methods:
+        found += [replace(t, spectra=True) for t, _ in at_best(suite.sweep(suite.code, method), results, SEEDS[:1])]
+    return found
+
+
+def figure4(suite: Suite, results: Results) -> list[Trial]:
+    """The four subspaces."""
+    return _swept(suite, results, suite.tasks, SUBSPACES)
+
+
+def figure5(suite: Suite, results: Results) -> list[Trial]:
+    """Loss curves on three families of tasks."""
+    return _swept(suite, results, [*suite.tasks, "reading"], FEW)
+
+
+def other_base(suite: Suite, results: Results) -> list[Trial]:
+    """The same question on another architecture that knows other text."""
+    return _swept(suite, results, ["python"], FEW, suite.other_base)
+
+
+def encoder(suite: Suite, results: Results) -> list[Trial]:
+    """Classification on a masked language model."""
+    return _swept(suite, results, ["topic"], (*FEW, "random"), suite.encoder)
+
+
+def tried(suite: Suite, results: Results) -> list[Trial]:
+    """Ideas for a better start, on both tasks of the core table."""
+    return _swept(suite, results, suite.tasks, starts.TRIED)
+
+
+PARTS: dict[str, Callable[[Suite, Results], list[Trial]]] = {
+    "core": core,
+    "figure1": figure1,
+    "figure2": figure2,
+    "figure3": figure3,
+    "figure4": figure4,
+    "figure5": figure5,
+    "other_base": other_base,
+    "encoder": encoder,
+    "tried": tried,
+}
+
+
+def missing(parts: Iterable[str], suite: Suite, results: Results) -> list[Trial]:
+    """Return the trials that the parts need next, each once, in their order."""
+    wanted = dict.fromkeys(trial for part in parts for trial in PARTS[part](suite, results))
+    return [trial for trial in wanted if trial not in results]
+
+
+def around(suite: Suite, results: Results, rank: int, method: str, task: str) -> Sweep | None:
+    """Return a search at another rank: three rates around the best one of the suite's own rank, once it is known."""
+    usual = suite.sweep(task, method)
+    best = usual.best(results)
+    if rank == suite.rank or best is None:
+        return usual if best else None
+    powers = [power for power in range(-12, 9) if usual.at(power).learning_rate == best.learning_rate]
+    return Sweep(suite.trial(task, method, rank=rank), powers[0] - 1, count=3)
+
+
+def _around(suite: Suite, results: Results, rank: int, method: str, task: str = "") -> list[Trial]:
+    sweep = around(suite, results, rank, method, task or suite.code)
+    return suite.sweep(task or suite.code, method).trials(results) + (with_seeds(sweep, results) if sweep else [])
+
+
+def _swept(
+    suite: Suite, results: Results, tasks: Iterable[str], methods: Iterable[str], base: str | None = None
+) -> list[Trial]:
+    found: Sequence[Trial] = []
+    for task in tasks:
+        for method in methods:
+            found = [*found, *with_seeds(suite.sweep(task, method, base), results)]
+    return list(found)

@@ -1,0 +1,172 @@
+"""The data: generated problems and real text of this Python installation, no downloads.
+
+    math     word problems -> two steps of arithmetic and the number             (generated)
+    reading  who is where, after some moves -> one of three choices              (generated, commonsense-like)
+    cpp      C++ headers of the installed torch                                  (real text)
+    python   the standard library                                                (real text)
+    topic    a docstring of the standard library -> its package, of eight        (real text, classification)
+
+Splits are by digest: of a problem, of a file's path, of a docstring. No problem, file or docstring is in two of them.
+"""
+
+import ast
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from trainer.data import Row
+from trainer.embedded import stdlib
+
+Split = Literal["train", "validation", "test"]
+NAMES = "Anna Ben Carla David Emma Felix Greta Henry Iris Jonas Karin Leo Maria Noah Olga Paul".split()
+THINGS = "apples books coins stamps pens cards shells marbles stickers buttons cups keys".split()
+PLACES = "garden kitchen office attic cellar garage library hall market school park station".split()
+TOPICS = "tkinter asyncio importlib email distutils logging multiprocessing xml".split()
+WINDOW = 120  # characters of a row of text
+
+
+def rows(task: str, split: Split, n: int) -> list[Row]:
+    """Return `n` distinct rows of a task's split, always the same ones; fewer where there are no more."""
+    found: dict[str, Row] = {}
+    for row in islice(TASKS[task](random.Random(f"{task} {split}"), split), 10 * n):
+        found.setdefault(json.dumps(row), row)
+        if len(found) == n:
+            break
+    return list(found.values())
+
+
+def math_rows(rng: random.Random, split: Split) -> Iterator[Row]:
+    """Two steps of arithmetic, worked out in the answer as in GSM8K."""
+    while True:
+        name, other = rng.sample(NAMES, 2)
+        thing = rng.choice(THINGS)
+        a, b, c = rng.randint(5, 14), rng.randint(2, 9), rng.randint(2, 6)
+        x, y = rng.randint(2, 5), rng.randint(2, 5)
+        text, first, sign, last = rng.choice(
+            [
+                (f"{name} has {a} {thing}, gets {b} more and gives {c} to {other}.", (a, "+", b), "-", c),
+                (f"{name} has {a} {thing}. {other} has {b} more than {name}.", (a, "+", b), "+", a),
+                (f"{name} buys {x} boxes of {y} {thing} and finds {c}.", (x, "*", y), "+", c),
+                (f"{name} and {other} find {a} and {b} {thing} and sell {c}.", (a, "+", b), "-", c),
+                (f"{name} has {a + b} {thing}, loses {b} and buys {c}.", (a + b, "-", b), "+", c),
+            ]
+        )
+        middle = _calculate(*first)
+        result = _calculate(middle, sign, last)
+        worked = f"{' '.join(map(str, first))} = {middle}, {middle} {sign} {last} = {result}"
+        if _split(text) == split:
+            yield {"prompt": f"{text} How many in all?\n", "completion": f"{worked}. Answer: {result}"}
+
+
+def _calculate(a: int, sign: str, b: int) -> int:
+    return {"+": a + b, "-": a - b, "*": a * b}[sign]
+
+
+def reading_rows(rng: random.Random, split: Split) -> Iterator[Row]:
+    """Three people, one of whom moves on; one of the places named is where the asked one is now."""
+    while True:
+        people, places = rng.sample(NAMES, 3), rng.sample(PLACES, 4)
+        where = dict(zip(people, places, strict=False))
+        story = [f"{person} is in the {place}." for person, place in where.items()]
+        moved = rng.choice(people)
+        story.append(f"Then {moved} goes to the {places[3]}.")
+        before, where[moved] = where[moved], places[3]
+        asked = rng.choice(people)
+        here = where[asked]
+        there = before if asked == moved else places[3]  # what one answers who did not read that somebody moved
+        options = rng.sample([here, there, rng.choice([p for p in places if p not in (here, there)])], 3)
+        choices = " ".join(f"({letter}) {option}" for letter, option in zip("abc", options, strict=True))
+        prompt = f"{' '.join(story)} Where is {asked}?\n{choices}\n"
+        if _split(prompt) == split:
+            yield {"prompt": prompt, "completion": f"Answer: ({'abc'[options.index(here)]})"}
+
+
+def cpp_rows(rng: random.Random, split: Split) -> Iterator[Row]:
+    """Windows of C++ headers, comments included."""
+    return _text_rows(rng, headers(), split)
+
+
+def python_rows(rng: random.Random, split: Split) -> Iterator[Row]:
+    """Windows of the standard library."""
+    return _text_rows(rng, library(), split)
+
+
+def topic_rows(rng: random.Random, split: Split) -> Iterator[Row]:
+    """The first paragraph of a docstring, and the package that it belongs to."""
+    found = [(text, label) for text, label in _docstrings().items() if _split(text) == split]
+    for text, label in rng.sample(found, len(found)):
+        yield {"text": text, "label": label}
+
+
+def random_rows(rng: random.Random, _: Split) -> Iterator[Row]:
+    """Text without any order: printable characters, for calibration alone."""
+    while True:
+        yield {"text": "".join(chr(rng.randint(32, 126)) for _ in range(WINDOW))}
+
+
+TASKS: dict[str, Callable[[random.Random, Split], Iterator[Row]]] = {
+    "math": math_rows,
+    "reading": reading_rows,
+    "cpp": cpp_rows,
+    "python": python_rows,
+    "topic": topic_rows,
+    "random": random_rows,
+}
+
+
+def windows(rng: random.Random, texts: Mapping[str, str], split: Split, size: int) -> Iterator[str]:
+    """Yield pieces of `size` characters that begin with a line, of the files (by path) of one split."""
+    chosen = [text for path, text in texts.items() if _split(path) == split]
+    lengths = [len(text) for text in chosen]
+    while True:
+        text = rng.choices(chosen, lengths)[0]
+        start = text.rfind("\n", 0, rng.randrange(max(1, len(text) - size))) + 1
+        window = text[start : start + size]
+        if window.strip():
+            yield window
+
+
+@cache
+def headers() -> dict[str, str]:
+    """Return the C++ headers of torch, by path."""
+    root = Path(torch.__file__).parent / "include"
+    paths = sorted(path for folder in ("ATen/core", "c10", "torch") for path in (root / folder).rglob("*.h"))
+    return {str(path.relative_to(root)): path.read_text(encoding="utf-8", errors="replace") for path in paths}
+
+
+@cache
+def library() -> dict[str, str]:
+    """Return the standard library that the embedded base knows, by path."""
+    return dict(stdlib.sources(held_out=False))
+
+
+def _text_rows(rng: random.Random, texts: Mapping[str, str], split: Split) -> Iterator[Row]:
+    return ({"text": window} for window in windows(rng, texts, split, WINDOW))
+
+
+@cache
+def _docstrings() -> dict[str, str]:
+    found = {}
+    for held_out in (False, True):
+        for path, source in stdlib.sources(held_out):
+            package = path.split("/")[0]
+            if package not in TOPICS:
+                continue
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                    text = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
+                    if 30 <= len(text) <= 250:
+                        found[text] = package
+    return dict(sorted(found.items()))
+
+
+def _split(text: str) -> Split:
+    place = hashlib.sha256(text.encode()).digest()[0] % 8
+    return "test" if place == 0 else "validation" if place == 1 else "train"

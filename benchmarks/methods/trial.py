@@ -1,0 +1,121 @@
+"""One run of the comparison: what defines it, what it found, and the folder of JSON files that holds all of them."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.config import TrainConfig
+
+PROTOCOL = 1  # raised when data or loop change so that older runs cannot stand beside newer ones
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A base, a task, a method and every number that the result depends on."""
+
+    base: str
+    task: str
+    method: str
+    rank: int
+    learning_rate: float
+    steps: int
+    batch_size: int
+    seed: int = 0
+    calibration: Literal["own", "other", "random"] = "own"  # whose text the method looks at before training
+    calibration_rows: int = 128
+    spectra: bool = False  # also measure the effective rank of the outputs before and after
+
+    @property
+    def name(self) -> str:
+        """Return the name of the trial's file: readable, and with a digest of all of it."""
+        told = json.dumps([PROTOCOL, asdict(self)], sort_keys=True)
+        digest = hashlib.sha256(told.encode()).hexdigest()[:10]
+        return f"{self.base}.{self.task}.{self.method}.r{self.rank}.{self.learning_rate:g}.s{self.seed}.{digest}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found. Losses are nats per target token (classification: per row), on held-out rows after training.
+
+    A run that diverged has its reason in `error`, and infinite losses.
+    """
+
+    validation: float = math.inf  # by this the learning rate is chosen
+    test: float = math.inf  # and this is reported
+    metric: float | None = None  # share of exact answers (language model) or right classes, on test rows
+    forgetting: float = math.inf  # loss on the base's own text, after - before
+    curve: list[float] = field(default_factory=list)  # training loss of every step
+    gradients: list[float] = field(default_factory=list)  # global norm before clipping
+    effective_rank: dict[str, tuple[float, float]] = field(default_factory=dict)  # by layer, before and after
+    parameters: int = 0  # trained ones
+    seconds: float = 0.0
+    error: str | None = None
+
+
+class Results:
+    """The runs there are; a new one is on disk before it is here."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read every run of PROTOCOL in `folder`, which need not exist yet."""
+        self.folder = folder
+        self.environments: list[dict[str, Any]] = []
+        self._found: dict[Trial, Outcome] = {}
+        for file in sorted(folder.glob("*.json")):
+            record = json.loads(file.read_text(encoding="utf-8"))
+            trial = Trial(**record["trial"])
+            if trial.name == file.stem:
+                self._found[trial] = Outcome(**{k: math.inf if v is None and k != "metric" and k != "error" else v
+                                                for k, v in record["outcome"].items()})  # fmt: skip
+                self.environments.append(record["env"])
+
+    def __contains__(self, trial: Trial) -> bool:
+        return trial in self._found
+
+    def __getitem__(self, trial: Trial) -> Outcome:
+        return self._found[trial]
+
+    def __iter__(self) -> Iterator[Trial]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def add(self, trial: Trial, outcome: Outcome, env: dict[str, Any]) -> None:
+        """Write a run's JSON and keep it; infinity, which JSON has not, becomes null."""
+        told = {key: _finite(value) for key, value in asdict(outcome).items()}
+        text = json.dumps({"trial": asdict(trial), "outcome": told, "env": env}, allow_nan=False)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f"{trial.name}.partial"
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.rename(self.folder / f"{trial.name}.json")
+        self._found[trial] = outcome
+        self.environments.append(env)
+
+
+def config_of(trial: Trial, settings: dict[str, Any]) -> TrainConfig:
+    """Return the trainer's settings for a trial of a method with `settings`."""
+    task: dict[str, Any] = {"task": "classification"} if trial.task == "topic" else {}
+    return TrainConfig(
+        rank=trial.rank,
+        learning_rate=trial.learning_rate,
+        steps=trial.steps,
+        batch_size=trial.batch_size,
+        seed=trial.seed,
+        max_length=96,
+        calibration_rows=trial.calibration_rows,
+        calibration_overlap=1.0,
+        spectra=False,
+        save_steps=trial.steps,
+        **task,
+        **settings,
+    )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return [_finite(v) for v in value] if isinstance(value, list) else value
