@@ -62,12 +62,10 @@ def execute(trial: Trial) -> tuple[Outcome, dict[str, Any]]:
             return Outcome(error=str(error), seconds=time.monotonic() - began), _environment(trial.seed)
     trained.eval()
     after = _effective_ranks(trained, layers, calibration, config) if trial.spectra else {}
-    validation, _ = _held_out(trained, rows["validation"], tokenizer, config)
-    test, metric = _held_out(trained, rows["test"], tokenizer, config)
     outcome = Outcome(
-        validation=validation,
-        test=test,
-        metric=None if trial.task in ("cpp", "python") else metric,
+        validation=_loss(trained, rows["validation"], tokenizer, config),
+        test=_loss(trained, rows["test"], tokenizer, config),
+        metric=None if trial.task in ("cpp", "python") else _metric(trained, rows["test"], tokenizer, config),
         forgetting=forgotten(trained),
         curve=[point.loss for point in result.curve],
         gradients=[point.grad_norm for point in result.curve],
@@ -108,19 +106,29 @@ def _rows(task: str, split: Any) -> list[tasks.Row]:
 
 
 @torch.no_grad()
-def _held_out(
-    model: nn.Module, rows: list[Example], tokenizer: PreTrainedTokenizerBase, config: TrainConfig
-) -> tuple[float, float]:
-    """Return the loss on rows and the share of them that is answered exactly, or classified rightly."""
+def _loss(model: nn.Module, rows: list[Example], tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> float:
     made = batches(rows, 32, tokenizer)
-    device = PartialState().device
-    on_device = [{key: value.to(device) for key, value in batch.items()} for batch in made]
     if config.task == "causal_lm":
-        hits = torch.cat([answers_match(model, batch) for batch in on_device])
-        return language_loss(model, made), float(hits.float().mean())
-    logits = torch.cat([model(**batch).logits for batch in on_device]).float()
-    labels = torch.cat([batch["labels"] for batch in on_device])
-    return float(nn.functional.cross_entropy(logits, labels)), float((logits.argmax(-1) == labels).float().mean())
+        return language_loss(model, made)
+    total = sum(float(model(**batch).loss) * len(batch["labels"]) for batch in _on_device(made))
+    return total / len(rows)
+
+
+@torch.no_grad()
+def _metric(model: nn.Module, rows: list[Example], tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> float:
+    """Return the share of rows that are answered exactly, or classified rightly."""
+    hits = [
+        answers_match(model, batch)
+        if config.task == "causal_lm"
+        else model(**batch).logits.argmax(-1) == batch["labels"]
+        for batch in _on_device(batches(rows, 32, tokenizer))
+    ]
+    return float(torch.cat(hits).float().mean())
+
+
+def _on_device(made: list[Batch]) -> list[Batch]:
+    device = PartialState().device
+    return [{key: value.to(device) for key, value in batch.items()} for batch in made]
 
 
 class _OwnText:

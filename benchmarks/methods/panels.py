@@ -1,0 +1,88 @@
+"""A figure is a row of panels: plain numbers, written as JSON and drawn from it as a PNG."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from matplotlib.figure import Figure
+
+COLOURS = {
+    "lora": "C0",
+    "pissa": "C1",
+    "tail": "C2",
+    "principal": "C3",
+    "full": "black",
+    "milora": "C4",
+    "corda": "C5",
+    "eva": "C6",
+    "lora_ga": "C8",
+    "mica": "C9",
+    "random": "0.55",
+    "middle": "C7",
+    "tail, B frozen": "lightgreen",
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Named lines (or bars) of points (x, y); x is a word for bars; a path marks its last point."""
+
+    title: str
+    x: str
+    y: str
+    lines: Mapping[str, Sequence[tuple[Any, float]]]
+    log: Literal["", "x", "y", "xy"] = ""
+    style: Literal["curve", "points", "bars", "path"] = "curve"
+
+
+def write(name: str, panels: Sequence[Panel], out: Path) -> None:
+    """Write `name`.json and `name`.png into `out`; nothing where no panel has a point."""
+    shown = [panel for panel in panels if any(panel.lines.values())]
+    if not shown:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps([asdict(panel) for panel in shown]) + "\n", encoding="utf-8")
+    columns = min(2, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(6.2 * columns, 4.2 * rows), layout="constrained")
+    for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, shown, strict=False):
+        _draw(axes, panel)
+    figure.savefig(out / f"{name}.png", dpi=90, metadata={"Software": None})
+
+
+def _draw(axes: Any, panel: Panel) -> None:
+    lines = {name: points for name, points in panel.lines.items() if points}
+    for number, (name, points) in enumerate(lines.items()):
+        xs, ys = zip(*points, strict=True)
+        look = {"label": name, "color": _colour(name, number)}
+        if panel.style == "bars":
+            width = 0.8 / len(lines)
+            places = [i + (number - (len(lines) - 1) / 2) * width for i in range(len(xs))]
+            axes.bar(places, ys, width, **look)
+            axes.set_xticks(range(len(xs)), xs)
+        elif panel.style == "path":
+            axes.plot(xs[:-1], ys[:-1], "-", linewidth=0.7, alpha=0.5, color=look["color"])
+            axes.plot(xs[-1:], ys[-1:], "o", markersize=7, **look)
+            axes.annotate(name, (xs[-1], ys[-1]), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        else:
+            axes.plot(xs, ys, "o-" if panel.style == "points" else "-", markersize=4, linewidth=1.2, **look)
+    axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
+    if panel.style == "bars":
+        low = min(y for points in lines.values() for _, y in points)
+        high = max(y for points in lines.values() for _, y in points)
+        if low > 0:
+            axes.set_ylim(max(0.0, low - 0.5 * (high - low)), high + 0.2 * (high - low))
+    if "x" in panel.log:
+        axes.set_xscale("log", base=2 if panel.style == "points" else 10)
+    if "y" in panel.log:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    if panel.style != "path":
+        axes.legend(fontsize=8)
+
+
+def _colour(name: str, number: int) -> str:
+    word = name.partition(" ")[0] if name not in COLOURS else name
+    return COLOURS.get(name) or (COLOURS[word] if word in COLOURS and name == word else f"C{number % 10}")
