@@ -53,7 +53,7 @@ def execute(trial: Trial) -> tuple[Outcome, dict[str, Any]]:
     calibration = calibration_batches(examples(text, "train", tokenizer, config), tokenizer, config)
     before = _effective_ranks(model, layers, calibration, config) if trial.spectra else {}
 
-    trained = adapted(model, layers, calibration, config, trial.method)
+    trained = adapted(model, layers, calibration, tokenizer, config, trial.method)
     with tempfile.TemporaryDirectory() as checkpoints:
         hidden = Progress(disable=True)
         try:
@@ -80,15 +80,15 @@ def adapted(
     model: PreTrainedModel,
     layers: dict[str, nn.Linear],
     calibration: list[Batch],
+    tokenizer: PreTrainedTokenizerBase,
     config: TrainConfig,
     method: str,
 ) -> nn.Module:
     """Return the model as it is trained: with the method's adapter, or as it is for full fine-tuning."""
     if config.method == "full":
         return model.requires_grad_(True)
-    tried = starts.make_starts(method)
-    if tried is not None:
-        return attach(model, tried(model, layers, calibration, config), config)
+    if method in starts.TRIED:
+        return attach(model, starts.tried_starts(method, model, layers, calibration, tokenizer, config), config)
     return attach(model, initialise(model, layers, calibration, config, "", Progress(disable=True)).starts, config)
 
 

@@ -5,16 +5,18 @@ worth it becomes an option of the trainer, the others stay as a record (benchmar
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.adapter import Start
 from trainer.config import TrainConfig
 from trainer.data import Batch
-
-MakeStarts = Callable[[PreTrainedModel, Mapping[str, nn.Linear], list[Batch], TrainConfig], Mapping[str, Start]]
+from trainer.evaluate import forgetting_batches
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
@@ -31,14 +33,145 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": {"method": "astra", "subspace": "random"},
     "tail, B frozen": {"method": "astra", "train_b": False},
 }
-TRIED: dict[str, tuple[dict[str, Any], MakeStarts]] = {}
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of one layer over real tokens, float64: of inputs x, outputs y and the loss's gradient by y."""
+
+    weight: torch.Tensor  # W (d_out, d_in)
+    inputs: torch.Tensor  # E[x x^T], (d_in, d_in)
+    outputs: torch.Tensor  # E[y y^T], (d_out, d_out)
+    gradients: torch.Tensor  # sum of g g^T, (d_out, d_out)
+    own_inputs: torch.Tensor  # E[x x^T] on text that the base wrote itself
+
+
+Tried = Callable[[Moments, int], Start]
+
+
+def gradient(m: Moments, rank: int) -> Start:
+    """B0: the output directions in which the loss has most gradient; A0 = B0^T W as Astra's."""
+    return _astra(m, _top(m.gradients, rank))
+
+
+def gradient_tail(m: Moments, rank: int) -> Start:
+    """B0: the same, within the half of the output space that has least energy."""
+    low = torch.linalg.eigh(m.outputs).eigenvectors[:, : len(m.outputs) // 2]
+    return _astra(m, low @ _top(low.T @ m.gradients @ low, rank))
+
+
+def gradient_over_energy(m: Moments, rank: int) -> Start:
+    """B0: most gradient for least energy, the first generalised eigenvectors of the two."""
+    return _astra(m, torch.linalg.qr(_first_of_pair(m.gradients, m.outputs, rank)).Q)
+
+
+def whitened_tail(m: Moments, rank: int) -> Start:
+    """B0: the tail within the range of W; rows of A0 scaled by eigenvalue^-1/2, so that A0 x has unit variance."""
+    values, vectors = torch.linalg.eigh(m.outputs)
+    first = max(0, len(values) - min(m.weight.shape))
+    found = _astra(m, vectors[:, first : first + rank])
+    return Start(found.a0 / values[first : first + rank].clamp(min=1e-6 * values.mean()).sqrt()[:, None], found.b0)
+
+
+def balanced_principal(m: Moments, rank: int) -> Start:
+    """The principal subspace with the norms of A0's rows and B0's columns made equal, as PiSSA's are."""
+    found = _astra(m, _top(m.outputs, rank))
+    root = found.a0.norm(dim=1, keepdim=True).sqrt()
+    return Start(found.a0 / root, found.b0 * root.T)
+
+
+def contrast(m: Moments, rank: int) -> Start:
+    """A0: inputs that the task has and the base's own text has not; B0 = 0. What A0 does not see is not forgotten."""
+    a0 = _first_of_pair(m.inputs, m.own_inputs, rank).T
+    return Start(a0 / a0.norm(dim=1, keepdim=True), torch.zeros(len(m.weight), rank, dtype=a0.dtype))
+
+
+def contrast_gradient(m: Moments, rank: int) -> Start:
+    """A0 of contrast, B0 of gradient."""
+    return Start(contrast(m, rank).a0, _top(m.gradients, rank))
+
+
+TRIED: dict[str, Tried] = {
+    "gradient": gradient,
+    "gradient tail": gradient_tail,
+    "gradient / energy": gradient_over_energy,
+    "whitened tail": whitened_tail,
+    "balanced principal": balanced_principal,
+    "contrast": contrast,
+    "contrast, gradient": contrast_gradient,
+}
 
 
 def settings_of(method: str) -> dict[str, Any]:
-    """Return the trainer's settings for a method, tried ones included."""
-    return METHODS[method] if method in METHODS else TRIED[method][0]
+    """Return the trainer's settings for a method; a tried one differs from Astra only by its start."""
+    return METHODS.get(method, {"method": "astra"})
 
 
-def make_starts(method: str) -> MakeStarts | None:
-    """Return how a tried method starts; None for the trainer's own."""
-    return TRIED[method][1] if method in TRIED else None
+def tried_starts(
+    method: str,
+    model: PreTrainedModel,
+    layers: Mapping[str, nn.Linear],
+    calibration: list[Batch],
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+) -> dict[str, Start]:
+    """Return where a tried method starts in every layer."""
+    own = _measure(model, layers, forgetting_batches(model, tokenizer, config))
+    starts = {}
+    for name, (inputs, outputs, gradients) in _measure(model, layers, calibration).items():
+        weight = layers[name].weight.detach().double()
+        found = TRIED[method](Moments(weight, inputs, outputs, gradients, own[name][0]), config.rank)
+        starts[name] = Start(found.a0.float().cpu().contiguous(), found.b0.float().cpu().contiguous())
+    return starts
+
+
+def _measure(
+    model: PreTrainedModel, layers: Mapping[str, nn.Linear], text: list[Batch]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Return E[x x^T], E[y y^T] and the sum of g g^T of every layer."""
+    real = torch.empty(0)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in text)
+    sums = {
+        name: [torch.zeros(n, n, dtype=torch.float64, device=model.device) for n in (layer.in_features, out, out)]
+        for name, layer in layers.items()
+        for out in (layer.out_features,)
+    }
+
+    def add(place: int, name: str, values: torch.Tensor) -> None:
+        chosen = values.detach().flatten(0, -2)[real].double()
+        sums[name][place] += chosen.T @ chosen
+
+    def on_forward(name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        add(0, name, inputs[0])
+        add(1, name, output)
+        output.register_hook(partial(add, 2, name))
+
+    handles = [layer.register_forward_hook(partial(on_forward, name)) for name, layer in layers.items()]
+    model.enable_input_require_grads()  # of a frozen model nothing else would have gradients
+    try:
+        for batch in ({key: value.to(model.device) for key, value in b.items()} for b in text):
+            real = batch["attention_mask"].bool().flatten()
+            model(**batch).loss.backward()
+    finally:
+        model.disable_input_require_grads()
+        for handle in handles:
+            handle.remove()
+    return {name: (x / tokens, y / tokens, g) for name, (x, y, g) in sums.items()}
+
+
+def _astra(m: Moments, q: torch.Tensor) -> Start:
+    return Start(q.T @ m.weight, q)
+
+
+def _top(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the eigenvectors (d, rank) of the largest eigenvalues."""
+    return torch.linalg.eigh(matrix).eigenvectors[:, -rank:]
+
+
+def _first_of_pair(wanted: torch.Tensor, unwanted: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the vectors v (d, rank) of the largest v^T wanted v / v^T (unwanted + 1 % of its mean) v."""
+    ridge = 0.01 * unwanted.diagonal().mean() * torch.eye(len(unwanted), dtype=unwanted.dtype, device=unwanted.device)
+    factor = torch.linalg.cholesky(unwanted + ridge)
+    half = torch.linalg.solve_triangular(factor, wanted, upper=False)
+    whitened = torch.linalg.solve_triangular(factor, half.T, upper=False)
+    return torch.linalg.solve_triangular(factor.T, _top((whitened + whitened.T) / 2, rank), upper=True)

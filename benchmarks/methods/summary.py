@@ -67,7 +67,7 @@ def _case(suite: Suite, results: Results, base: str, task: str, method: str) -> 
         return None
     tests = [outcome.test for _, outcome in found]
     metrics = [outcome.metric for _, outcome in found if outcome.metric is not None]
-    fixed = results[sweep.at(FIXED)] if sweep.at(FIXED) in results else None
+    fixed = results.get(sweep.at(FIXED))
     return {
         "base": base,
         "task": task,

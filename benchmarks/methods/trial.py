@@ -78,6 +78,10 @@ class Results:
     def __getitem__(self, trial: Trial) -> Outcome:
         return self._found[trial]
 
+    def get(self, trial: Trial) -> Outcome | None:
+        """Return a run's outcome, or None."""
+        return self._found.get(trial)
+
     def __iter__(self) -> Iterator[Trial]:
         return iter(self._found)
 
