@@ -21,7 +21,7 @@ COLOURS = {
     "mica": "C9",
     "random": "0.55",
     "middle": "C7",
-    "tail, B frozen": "lightgreen",
+    "tail_frozen": "lightgreen",
 }
 
 

@@ -31,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "principal": {"method": "astra", "subspace": "principal"},
     "middle": {"method": "astra", "subspace": "middle"},
     "random": {"method": "astra", "subspace": "random"},
-    "tail, B frozen": {"method": "astra", "train_b": False},
+    "tail_frozen": {"method": "astra", "train_b": False},
 }
 
 
@@ -92,14 +92,11 @@ def contrast_gradient(m: Moments, rank: int) -> Start:
 
 
 TRIED: dict[str, Tried] = {
-    "gradient": gradient,
-    "gradient tail": gradient_tail,
-    "gradient / energy": gradient_over_energy,
-    "whitened tail": whitened_tail,
-    "balanced principal": balanced_principal,
-    "contrast": contrast,
-    "contrast, gradient": contrast_gradient,
-}
+    made.__name__: made
+    for made in (
+        gradient, gradient_tail, gradient_over_energy, whitened_tail, balanced_principal, contrast, contrast_gradient
+    )
+}  # fmt: skip
 
 
 def settings_of(method: str) -> dict[str, Any]:

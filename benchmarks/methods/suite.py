@@ -11,7 +11,7 @@ from benchmarks.methods import starts
 from benchmarks.methods.sweep import SEEDS, Sweep, at_best, with_seeds
 from benchmarks.methods.trial import Results, Trial
 
-FIRST = {"full": -3, "mica": 1, "tail, B frozen": 1}  # the lowest rate of a sweep: 1e-3 x 2^this; others begin at 0
+FIRST = {"full": -3, "mica": 1, "tail_frozen": 1}  # the lowest rate of a sweep: 1e-3 x 2^this; others begin at 0
 CORE = [m for m in starts.METHODS if m != "middle"]
 FEW = ("lora", "pissa", "tail", "principal", "full")
 SUBSPACES = ("tail", "principal", "middle", "random")
