@@ -72,7 +72,7 @@ def _draw(axes: Any, panel: Panel) -> None:
     if panel.style == "bars":
         low = min(y for points in lines.values() for _, y in points)
         high = max(y for points in lines.values() for _, y in points)
-        if low > 0:
+        if 0 < low < high:
             axes.set_ylim(max(0.0, low - 0.5 * (high - low)), high + 0.2 * (high - low))
     if "x" in panel.log:
         axes.set_xscale("log", base=2 if panel.style == "points" else 10)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +27,17 @@ class Trial:
     seed: int = 0
     calibration: Literal["own", "other", "random"] = "own"  # whose text the method looks at before training
     calibration_rows: int = 128
+    scaling: float = 1.0  # alpha / rank
     spectra: bool = False  # also measure the effective rank of the outputs before and after
 
     @property
     def name(self) -> str:
-        """Return the name of the trial's file: readable, and with a digest of all of it."""
-        told = json.dumps([PROTOCOL, asdict(self)], sort_keys=True)
+        """Return the name of the trial's file: readable, and with a digest of all that is not as usual.
+
+        So a new field with a default leaves the names of older runs as they are.
+        """
+        unusual = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+        told = json.dumps([PROTOCOL, unusual], sort_keys=True)
         digest = hashlib.sha256(told.encode()).hexdigest()[:10]
         return f"{self.base}.{self.task}.{self.method}.r{self.rank}.{self.learning_rate:g}.s{self.seed}.{digest}"
 
@@ -68,8 +73,7 @@ class Results:
             record = json.loads(file.read_text(encoding="utf-8"))
             trial = Trial(**record["trial"])
             if trial.name == file.stem:
-                self._found[trial] = Outcome(**{k: math.inf if v is None and k != "metric" and k != "error" else v
-                                                for k, v in record["outcome"].items()})  # fmt: skip
+                self._found[trial] = _outcome(record["outcome"])
                 self.environments.append(record["env"])
 
     def __contains__(self, trial: Trial) -> bool:
@@ -100,11 +104,19 @@ class Results:
         self.environments.append(env)
 
 
+def _outcome(told: dict[str, Any]) -> Outcome:
+    """Return what `Results.add` wrote; a loss of null was infinite."""
+    losses = {key: math.inf for key in ("validation", "test", "forgetting") if told[key] is None}
+    ranks = {name: (before, after) for name, (before, after) in told["effective_rank"].items()}
+    return Outcome(**{**told, **losses, "effective_rank": ranks})
+
+
 def config_of(trial: Trial, settings: dict[str, Any]) -> TrainConfig:
     """Return the trainer's settings for a trial of a method with `settings`."""
     task: dict[str, Any] = {"task": "classification"} if trial.task == "topic" else {}
     return TrainConfig(
         rank=trial.rank,
+        alpha=trial.rank * trial.scaling,
         learning_rate=trial.learning_rate,
         steps=trial.steps,
         batch_size=trial.batch_size,
