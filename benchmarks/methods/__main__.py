@@ -20,7 +20,7 @@ from benchmarks.methods import bases, pool, summary
 from benchmarks.methods.suite import PARTS, SUITES, missing
 from benchmarks.methods.trial import Results
 
-console = Console()
+console = Console(width=max(110, Console().width))
 
 
 def main() -> int:
@@ -34,6 +34,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
     parser.add_argument("--redraw", action="store_true", help="run nothing: draw again what there is")
     args = parser.parse_args()
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out: {args.out} is a file; give a folder")
     suite, results = SUITES[args.suite], Results(args.out / "runs")
     if not args.redraw:
         todo = missing(args.only, suite, results)

@@ -8,12 +8,11 @@ from typing import Any
 
 from benchmarks.methods import starts
 from benchmarks.methods.panels import Panel
-from benchmarks.methods.suite import CORE, FEW, SIZES, SUBSPACES, Suite, around
+from benchmarks.methods.suite import CORE, FEW, FIXED, SIZES, SUBSPACES, Suite, around
 from benchmarks.methods.sweep import Sweep, at_best, rate
 from benchmarks.methods.trial import Outcome, Results
 from trainer.analysis.measures import kinds_of
 
-FIXED = 0  # the paper's own protocol: every method at the rate 1e-3 x 2^this, of which all sweeps have a run
 Points = Sequence[tuple[float, float]]
 _STEP, _LOSS = "step", "training loss, nats per target token"
 
@@ -127,7 +126,7 @@ def _rates(suite: Suite, results: Results, task: str, methods: Iterable[str]) ->
 def _forgetting(suite: Suite, results: Results, task: str) -> Panel:
     """Each method's way over the learning rates, and its best one as a point."""
     lines = {}
-    for method in [*CORE, *starts.TRIED]:
+    for method in [*starts.METHODS, *starts.TRIED]:
         sweep = suite.sweep(task, method)
         best = [outcome for _, outcome in at_best(sweep, results)]
         if best:

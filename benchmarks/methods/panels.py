@@ -69,20 +69,31 @@ def _draw(axes: Any, panel: Panel) -> None:
         else:
             axes.plot(xs, ys, "o-" if panel.style == "points" else "-", markersize=4, linewidth=1.2, **look)
     axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
+    for letter, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
+        if letter in panel.log:
+            axes.set(**{f"{letter}scale": "log"})
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("{x:g}" if letter == "y" else "")
     if panel.style == "bars":
-        low = min(y for points in lines.values() for _, y in points)
-        high = max(y for points in lines.values() for _, y in points)
-        if 0 < low < high:
-            axes.set_ylim(max(0.0, low - 0.5 * (high - low)), high + 0.2 * (high - low))
-    if "x" in panel.log:
-        axes.set_xscale("log", base=2 if panel.style == "points" else 10)
-    if "y" in panel.log:
-        axes.set_yscale("log")
+        _zoom(axes, [point for points in lines.values() for point in points])
+    elif panel.style == "path":
+        marked = [points[-1] for points in lines.values()]
+        _zoom(axes, marked)
+        axes.set_xlim(0.6 * min(x for x, _ in marked), 1.25 * max(x for x, _ in marked))
+    elif panel.style == "points" and "x" in panel.log:
+        ticks = sorted({x for points in lines.values() for x, _ in points})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.grid(alpha=0.3)
     if panel.style != "path":
         axes.legend(fontsize=8)
 
 
+def _zoom(axes: Any, points: Sequence[tuple[Any, float]]) -> None:
+    """Let the differences between the points fill the height, and no more than zero lie below."""
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    if 0 < low < high:
+        axes.set_ylim(max(0.0, low - 0.3 * (high - low)), high + 0.3 * (high - low))
+
+
 def _colour(name: str, number: int) -> str:
-    word = name.partition(" ")[0] if name not in COLOURS else name
-    return COLOURS.get(name) or (COLOURS[word] if word in COLOURS and name == word else f"C{number % 10}")
+    return COLOURS.get(name, f"C{number % 10}")

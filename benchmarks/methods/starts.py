@@ -91,12 +91,26 @@ def contrast_gradient(m: Moments, rank: int) -> Start:
     return Start(contrast(m, rank).a0, _top(m.gradients, rank))
 
 
+def inputs_gradient(m: Moments, rank: int) -> Start:
+    """A0: the input directions of most energy, as EVA's; B0 of gradient instead of zero."""
+    return Start(_top(m.inputs, rank).T, _top(m.gradients, rank))
+
+
+def inputs_tail(m: Moments, rank: int) -> Start:
+    """A0 as EVA's; B0: the tail of the outputs, Astra's."""
+    return Start(_top(m.inputs, rank).T, torch.linalg.eigh(m.outputs).eigenvectors[:, :rank])
+
+
 TRIED: dict[str, Tried] = {
     made.__name__: made
     for made in (
-        gradient, gradient_tail, gradient_over_energy, whitened_tail, balanced_principal, contrast, contrast_gradient
+        gradient, gradient_tail, gradient_over_energy, whitened_tail, balanced_principal, contrast, contrast_gradient,
+        inputs_gradient, inputs_tail,
     )
 }  # fmt: skip
+
+
+PROMISING: tuple[str, ...] = ()  # tried ones that were run on a second task
 
 
 def settings_of(method: str) -> dict[str, Any]:

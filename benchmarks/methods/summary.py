@@ -11,8 +11,8 @@ from rich.table import Table
 
 from benchmarks import report
 from benchmarks.methods import panels, starts
-from benchmarks.methods.figures import FIXED, all_figures
-from benchmarks.methods.suite import CORE, FEW, Suite
+from benchmarks.methods.figures import all_figures
+from benchmarks.methods.suite import FEW, FIXED, Suite
 from benchmarks.methods.sweep import at_best, rate
 from benchmarks.methods.trial import Results
 
@@ -21,7 +21,7 @@ COLUMNS = {
     "test": "test loss",
     "spread": "±",
     "against_lora": "against LoRA",
-    "metric": "exact / right",
+    "metric": "right",
     "forgetting": "forgetting",
     "fixed": f"loss at {rate(FIXED):g}",
     "fixed_forgetting": "forgetting there",
@@ -31,7 +31,9 @@ COLUMNS = {
 def write(out: Path, suite: Suite, results: Results, console: Console) -> None:
     """Print the tables and write `summary.json` and every figure into `out`."""
     cases = []
-    asked: list[tuple[str, str, Iterable[str]]] = [(suite.base, task, [*CORE, *starts.TRIED]) for task in suite.tasks]
+    asked: list[tuple[str, str, Iterable[str]]] = [
+        (suite.base, task, [*starts.METHODS, *starts.TRIED]) for task in suite.tasks
+    ]
     asked += [
         (suite.base, "reading", FEW),
         (suite.other_base, "python", FEW),
