@@ -134,7 +134,7 @@ def _forgetting(suite: Suite, results: Results, task: str) -> Panel:
             points = [(o.forgetting, o.test) for o in way if math.isfinite(o.test)]
             lines[method] = [*points, (fmean(o.forgetting for o in best), fmean(o.test for o in best))]
     label = "forgetting: loss on the base's own text, after - before"
-    return Panel(f"{task}: what it costs", label, "test loss", lines, "x", "path")
+    return Panel(f"{task}: what it costs", label, "test loss", lines, style="path")
 
 
 def _mean_curve(outcomes: Sequence[Outcome], what: str, window: int = 5) -> Points:
