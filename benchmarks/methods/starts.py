@@ -6,7 +6,7 @@ worth it becomes an option of the trainer, the others stay as a record (benchmar
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class Moments:
     inputs: torch.Tensor  # E[x x^T], (d_in, d_in)
     outputs: torch.Tensor  # E[y y^T], (d_out, d_out)
     gradients: torch.Tensor  # sum of g g^T, (d_out, d_out)
-    own_inputs: torch.Tensor  # E[x x^T] on text that the base wrote itself
+    own_inputs: Callable[[], torch.Tensor]  # E[x x^T] on text that the base wrote itself; costs its writing
 
 
 Tried = Callable[[Moments, int], Start]
@@ -58,11 +58,6 @@ def gradient_tail(m: Moments, rank: int) -> Start:
     """B0: the same, within the half of the output space that has least energy."""
     low = torch.linalg.eigh(m.outputs).eigenvectors[:, : len(m.outputs) // 2]
     return _astra(m, low @ _top(low.T @ m.gradients @ low, rank))
-
-
-def gradient_over_energy(m: Moments, rank: int) -> Start:
-    """B0: most gradient for least energy, the first generalised eigenvectors of the two."""
-    return _astra(m, torch.linalg.qr(_first_of_pair(m.gradients, m.outputs, rank)).Q)
 
 
 def whitened_tail(m: Moments, rank: int) -> Start:
@@ -82,7 +77,7 @@ def balanced_principal(m: Moments, rank: int) -> Start:
 
 def contrast(m: Moments, rank: int) -> Start:
     """A0: inputs that the task has and the base's own text has not; B0 = 0. What A0 does not see is not forgotten."""
-    a0 = _first_of_pair(m.inputs, m.own_inputs, rank).T
+    a0 = _first_of_pair(m.inputs, m.own_inputs(), rank).T
     return Start(a0 / a0.norm(dim=1, keepdim=True), torch.zeros(len(m.weight), rank, dtype=a0.dtype))
 
 
@@ -104,7 +99,7 @@ def inputs_tail(m: Moments, rank: int) -> Start:
 TRIED: dict[str, Tried] = {
     made.__name__: made
     for made in (
-        gradient, gradient_tail, gradient_over_energy, whitened_tail, balanced_principal, contrast, contrast_gradient,
+        gradient, gradient_tail, whitened_tail, balanced_principal, contrast, contrast_gradient,
         inputs_gradient, inputs_tail,
     )
 }  # fmt: skip
@@ -127,11 +122,13 @@ def tried_starts(
     config: TrainConfig,
 ) -> dict[str, Start]:
     """Return where a tried method starts in every layer."""
-    own = _measure(model, layers, forgetting_batches(model, tokenizer, config))
+    own = cache(lambda: _measure(model, layers, forgetting_batches(model, tokenizer, config)))
     starts = {}
     for name, (inputs, outputs, gradients) in _measure(model, layers, calibration).items():
         weight = layers[name].weight.detach().double()
-        found = TRIED[method](Moments(weight, inputs, outputs, gradients, own[name][0]), config.rank)
+        found = TRIED[method](
+            Moments(weight, inputs, outputs, gradients, partial(lambda n: own()[n][0], name)), config.rank
+        )
         starts[name] = Start(found.a0.float().cpu().contiguous(), found.b0.float().cpu().contiguous())
     return starts
 

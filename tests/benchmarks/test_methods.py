@@ -165,7 +165,7 @@ def test_tried_starts_are_finite_and_have_their_shapes(name: str) -> None:
     torch.manual_seed(0)
     weight, x, own, g = (torch.randn(n, d, dtype=torch.float64) for n, d in ((12, 8), (50, 8), (50, 8), (50, 12)))
     y = x @ weight.T
-    moments = Moments(weight, x.T @ x / 50, y.T @ y / 50, g.T @ g, own.T @ own / 50)
+    moments = Moments(weight, x.T @ x / 50, y.T @ y / 50, g.T @ g, lambda: own.T @ own / 50)
     start = starts.TRIED[name](moments, 4)
     assert start.a0.shape == (4, 8)
     assert start.b0.shape == (12, 4)
@@ -179,6 +179,6 @@ def test_contrast_sees_the_task_and_not_the_bases_own_text() -> None:
     task, own = basis[:, :6], basis[:, 3:]  # three directions belong to the task alone
     weight = torch.randn(4, 8, dtype=torch.float64)
     nothing = torch.zeros(4, 4, dtype=torch.float64)
-    start = starts.contrast(Moments(weight, task @ task.T, nothing, nothing, own @ own.T), 3)
+    start = starts.contrast(Moments(weight, task @ task.T, nothing, nothing, lambda: own @ own.T), 3)
     assert (start.a0 @ basis[:, 3:]).abs().max() < 0.02
     assert torch.linalg.matrix_rank(start.a0 @ basis[:, :3]) == 3
