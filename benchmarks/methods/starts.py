@@ -81,6 +81,12 @@ def contrast(m: Moments, rank: int) -> Start:
     return Start(a0 / a0.norm(dim=1, keepdim=True), torch.zeros(len(m.weight), rank, dtype=a0.dtype))
 
 
+def soft_contrast(m: Moments, rank: int) -> Start:
+    """Between contrast and EVA: the base's own text counts where it has more than its mean energy."""
+    a0 = _first_of_pair(m.inputs, m.own_inputs(), rank, ridge=1.0).T
+    return Start(a0 / a0.norm(dim=1, keepdim=True), torch.zeros(len(m.weight), rank, dtype=a0.dtype))
+
+
 def contrast_gradient(m: Moments, rank: int) -> Start:
     """A0 of contrast, B0 of gradient."""
     return Start(contrast(m, rank).a0, _top(m.gradients, rank))
@@ -99,13 +105,13 @@ def inputs_tail(m: Moments, rank: int) -> Start:
 TRIED: dict[str, Tried] = {
     made.__name__: made
     for made in (
-        gradient, gradient_tail, whitened_tail, balanced_principal, contrast, contrast_gradient,
+        gradient, gradient_tail, whitened_tail, balanced_principal, contrast, soft_contrast, contrast_gradient,
         inputs_gradient, inputs_tail,
     )
 }  # fmt: skip
 
 
-PROMISING: tuple[str, ...] = ()  # tried ones that were run on a second task
+PROMISING = ("contrast", "soft_contrast")  # tried ones that were run on a second task
 
 
 def settings_of(method: str) -> dict[str, Any]:
@@ -176,10 +182,10 @@ def _top(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     return torch.linalg.eigh(matrix).eigenvectors[:, -rank:]
 
 
-def _first_of_pair(wanted: torch.Tensor, unwanted: torch.Tensor, rank: int) -> torch.Tensor:
-    """Return the vectors v (d, rank) of the largest v^T wanted v / v^T (unwanted + 1 % of its mean) v."""
-    ridge = 0.01 * unwanted.diagonal().mean() * torch.eye(len(unwanted), dtype=unwanted.dtype, device=unwanted.device)
-    factor = torch.linalg.cholesky(unwanted + ridge)
+def _first_of_pair(wanted: torch.Tensor, unwanted: torch.Tensor, rank: int, ridge: float = 0.01) -> torch.Tensor:
+    """Return the vectors v (d, rank) of the largest v^T wanted v / v^T (unwanted + `ridge` x its mean) v."""
+    least = ridge * unwanted.diagonal().mean() * torch.eye(len(unwanted), dtype=unwanted.dtype, device=unwanted.device)
+    factor = torch.linalg.cholesky(unwanted + least)
     half = torch.linalg.solve_triangular(factor, wanted, upper=False)
     whitened = torch.linalg.solve_triangular(factor, half.T, upper=False)
     return torch.linalg.solve_triangular(factor.T, _top((whitened + whitened.T) / 2, rank), upper=True)
