@@ -9,7 +9,6 @@ command goes on where it was stopped. Tables and figures are drawn from the file
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -42,7 +41,7 @@ def main() -> int:
         for base in sorted({trial.base for trial in todo}):
             bases.folder(base)
             bases.own_text(base)
-        workers = args.workers or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
+        workers = args.workers or (1 if torch.cuda.is_available() else torch.get_num_threads())
         pool.run(lambda: missing(args.only, suite, results), results, workers, args.minutes, console)
     left = len(missing(args.only, suite, results))
     summary.write(args.out, suite, results, console)

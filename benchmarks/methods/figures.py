@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.methods import starts
 from benchmarks.methods.panels import Panel
-from benchmarks.methods.suite import CORE, FEW, FIXED, SIZES, SUBSPACES, Suite, around
+from benchmarks.methods.suite import ANSWERS, CODE, CORE, FAMILIES, FEW, FIXED, SIZES, SUBSPACES, TASKS, Suite, around
 from benchmarks.methods.sweep import Sweep, at_best, rate
 from benchmarks.methods.trial import Outcome, Results
 from trainer.analysis.measures import kinds_of
@@ -23,26 +23,26 @@ def all_figures(suite: Suite, results: Results) -> dict[str, list[Panel]]:
         "figure1": _figure1(suite, results),
         "figure2": _figure2(suite, results),
         "figure3": _figure3(suite, results),
-        "figure4": _curves(suite, results, suite.tasks, SUBSPACES),
-        "figure5": _curves(suite, results, (*suite.tasks, "reading"), FEW),
-        "rates": [_rates(suite, results, task, CORE) for task in suite.tasks],
-        "forgetting": [_forgetting(suite, results, task) for task in suite.tasks],
+        "figure4": _curves(suite, results, TASKS, SUBSPACES),
+        "figure5": _curves(suite, results, FAMILIES, FEW),
+        "rates": [_rates(suite, results, task, CORE) for task in TASKS],
+        "forgetting": [_forgetting(suite, results, task) for task in TASKS],
     }
 
 
 def _figure1(suite: Suite, results: Results) -> list[Panel]:
     sweeps: dict[str, Sweep | None] = {
-        f"tail r = {rank}": around(suite, results, rank, "tail", suite.code) for rank in suite.ranks
+        f"tail r = {rank}": around(suite, results, rank, "tail", CODE) for rank in suite.ranks
     }
     most = suite.ranks[-1]
-    sweeps[f"lora r = {most}"] = around(suite, results, most, "lora", suite.code)
-    sweeps["full"] = suite.sweep(suite.code, "full")
+    sweeps[f"lora r = {most}"] = around(suite, results, most, "lora", CODE)
+    sweeps["full"] = suite.sweep(CODE, "full")
     panels = []
     for what, ylabel in (("curve", _LOSS), ("gradients", "gradient norm before clipping")):
         lines = {
             name: _mean_curve([o for _, o in at_best(sweep, results)], what) for name, sweep in sweeps.items() if sweep
         }
-        panels.append(Panel(f"{suite.code}: each at its best learning rate", _STEP, ylabel, lines, "y"))
+        panels.append(Panel(f"{CODE}: each at its best learning rate", _STEP, ylabel, lines, "y"))
     return panels
 
 
@@ -52,7 +52,7 @@ def _figure2(suite: Suite, results: Results) -> list[Panel]:
     def over_ranks(value: Callable[[Outcome], float]) -> dict[str, Points]:
         lines: dict[str, Points] = {}
         for method in methods:
-            sweeps = {rank: around(suite, results, rank, method, "math") for rank in suite.ranks}
+            sweeps = {rank: around(suite, results, rank, method, ANSWERS) for rank in suite.ranks}
             lines[method] = [
                 (rank, fmean(value(o) for _, o in found))
                 for rank, sweep in sweeps.items()
@@ -63,7 +63,7 @@ def _figure2(suite: Suite, results: Results) -> list[Panel]:
     texts: dict[str, list[tuple[str, float]]] = {}
     sizes: dict[str, list[tuple[float, float]]] = {}
     for method in ("tail", "principal"):
-        found = [trial for trial, _ in at_best(suite.sweep(suite.code, method), results)]
+        found = [trial for trial, _ in at_best(suite.sweep(CODE, method), results)]
         texts[method] = [
             (text, fmean(results[t].test for t in runs))
             for text in ("own", "other", "random")
@@ -76,10 +76,12 @@ def _figure2(suite: Suite, results: Results) -> list[Panel]:
         ]
     loss = "test loss"
     return [
-        Panel("math: final loss over rank", "rank", loss, over_ranks(lambda o: o.test), "xy", "points"),
-        Panel("math: exact answers over rank", "rank", "share", over_ranks(lambda o: o.metric or 0), "x", "points"),
-        Panel(f"{suite.code}: whose text calibrates", "", loss, texts, style="bars"),
-        Panel(f"{suite.code}: how many rows calibrate", "rows", loss, sizes, "x", "points"),
+        Panel(f"{ANSWERS}: final loss over rank", "rank", loss, over_ranks(lambda o: o.test), "xy", "points"),
+        Panel(
+            f"{ANSWERS}: exact answers over rank", "rank", "share", over_ranks(lambda o: o.metric or 0), "x", "points"
+        ),
+        Panel(f"{CODE}: whose text calibrates", "", loss, texts, style="bars"),
+        Panel(f"{CODE}: how many rows calibrate", "rows", loss, sizes, "x", "points"),
     ]
 
 
@@ -87,7 +89,7 @@ def _figure3(suite: Suite, results: Results) -> list[Panel]:
     blocks: dict[str, Points] = {}
     kinds: dict[str, list[tuple[str, float]]] = {}
     for method in ("lora", "tail", "principal", "full"):
-        for trial, _ in at_best(suite.sweep(suite.code, method), results, (0,)):
+        for trial, _ in at_best(suite.sweep(CODE, method), results, (0,)):
             measured = replace(trial, spectra=True)
             if measured not in results:
                 continue
@@ -97,7 +99,7 @@ def _figure3(suite: Suite, results: Results) -> list[Panel]:
                 values = {name: pair[place] for name, pair in ranks.items()}
                 blocks[when] = _means((_block(name), value) for name, value in values.items())
                 kinds[when] = _means((kind_of[name], value) for name, value in values.items())
-    title = f"{suite.code}: effective rank of the outputs"
+    title = f"{CODE}: effective rank of the outputs"
     return [
         Panel(f"{title} by block", "block", "mean over a block's layers", blocks, style="points"),
         Panel(f"{title} by layer", "", "mean over the blocks", kinds, style="bars"),

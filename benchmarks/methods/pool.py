@@ -1,16 +1,17 @@
 """Runs trials in several processes, one thread each: twice as many small models at once as with threads together."""
 
 import multiprocessing
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.methods import run as one
-from benchmarks.methods.trial import Results, Trial
+from benchmarks.methods.trial import Outcome, Results, Trial
 
 
 def run(
@@ -18,7 +19,7 @@ def run(
 ) -> None:
     """Run what is `missing`, asked again after every run, until nothing is or the time is over."""
     began = time.monotonic()
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    threads = max(1, torch.get_num_threads() // workers)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     context = multiprocessing.get_context("spawn")
     with (
@@ -28,7 +29,7 @@ def run(
         ProcessPoolExecutor(workers, context, initializer=one.prepare, initargs=(threads,)) as pool,
     ):
         shown = bar.add_task("runs", total=len(missing()))
-        running: dict[Future, Trial] = {}
+        running: dict[Future[tuple[Outcome, dict[str, Any]]], Trial] = {}
         done = 0
         while True:
             late = minutes is not None and time.monotonic() - began > 60 * minutes

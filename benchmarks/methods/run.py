@@ -19,14 +19,14 @@ from benchmarks.methods.trial import Outcome, Trial, config_of
 from trainer.adapter import adapted_modules, adapter_layers, attach, target_layers, whole_weight
 from trainer.base import language_model, load_base, load_tokenizer
 from trainer.config import TrainConfig
-from trainer.data import Batch, Example, batches, classification_examples, language_examples
+from trainer.data import Batch, Example, Row, batches, classification_examples, language_examples
 from trainer.eigenspace import effective_rank
 from trainer.errors import TrainingError
 from trainer.evaluate import answers_match, forgetting_batches, language_loss
 from trainer.initialise import calibration_batches, initialise, spectra_of
 from trainer.loop import optimise
 
-ROWS = {"train": 2000, "validation": 128, "test": 256}
+ROWS: dict[tasks.Split, int] = {"train": 2000, "validation": 128, "test": 256}
 OTHER = {"math": "cpp", "cpp": "math", "reading": "math", "python": "cpp"}  # whose text calibrates instead of one's own
 
 
@@ -92,7 +92,7 @@ def adapted(
     return attach(model, initialise(model, layers, calibration, config, "", Progress(disable=True)).starts, config)
 
 
-def examples(task: str, split: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> list[Example]:
+def examples(task: str, split: tasks.Split, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> list[Example]:
     """Return a task's rows as tokens."""
     rows = _rows(task, split)
     if config.task == "classification":
@@ -101,7 +101,7 @@ def examples(task: str, split: str, tokenizer: PreTrainedTokenizerBase, config: 
 
 
 @cache
-def _rows(task: str, split: Any) -> list[tasks.Row]:
+def _rows(task: str, split: tasks.Split) -> list[Row]:
     return tasks.rows(task, split, ROWS[split])
 
 

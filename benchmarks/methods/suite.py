@@ -11,6 +11,8 @@ from benchmarks.methods import starts
 from benchmarks.methods.sweep import SEEDS, Sweep, at_best, with_seeds
 from benchmarks.methods.trial import Results, Trial
 
+CODE, MATH, ANSWERS = "cpp", "math", "reading"  # the last one's exact answers tell adapters apart
+TASKS, FAMILIES = (CODE, MATH), (CODE, MATH, ANSWERS)  # of the core table, and of figure 5
 FIRST = {"full": -3, "mica": 1, "tail_frozen": 1}  # the lowest rate of a sweep: 1e-3 x 2^this; others begin at 0
 CORE = [m for m in starts.METHODS if m != "middle"]
 FEW = ("lora", "pissa", "tail", "principal", "full")
@@ -25,18 +27,12 @@ class Suite:
 
     name: str
     base: str
-    code: str  # the code task, the first one
     other_base: str
     encoder: str
     rank: int
     ranks: tuple[int, ...]
     steps: int
     batch_size: int
-
-    @property
-    def tasks(self) -> tuple[str, str]:
-        """Return the tasks of the core table."""
-        return (self.code, "math")
 
     def trial(self, task: str, method: str, *, rank: int | None = None, base: str | None = None) -> Trial:
         """Return a trial of this suite's size; its learning rate is a sweep's to choose."""
@@ -48,20 +44,20 @@ class Suite:
 
 
 SUITES = {
-    "small": Suite("small", "embedded", "cpp", "qwen", "encoder", 8, (2, 8, 32, 128), 100, 8),
-    "medium": Suite("medium", "llama-100m", "cpp", "qwen", "encoder", 16, (4, 16, 64, 256), 300, 32),
+    "small": Suite("small", "embedded", "qwen", "encoder", 8, (2, 8, 32, 128), 100, 8),
+    "medium": Suite("medium", "llama-100m", "qwen", "encoder", 16, (4, 16, 64, 256), 300, 32),
 }
 
 
 def core(suite: Suite, results: Results) -> list[Trial]:
     """Every method on two tasks, each at its own best rate: the table."""
-    fixed = [suite.sweep(task, method).at(FIXED) for task in suite.tasks for method in CORE]
-    return _swept(suite, results, suite.tasks, CORE) + fixed
+    fixed = [suite.sweep(task, method).at(FIXED) for task in TASKS for method in CORE]
+    return _swept(suite, results, TASKS, CORE) + fixed
 
 
 def figure1(suite: Suite, results: Results) -> list[Trial]:
     """Loss and gradient norm: Astra at several ranks, LoRA at the highest one, full fine-tuning."""
-    found = _swept(suite, results, [suite.code], ["full"])
+    found = _swept(suite, results, [CODE], ["full"])
     for rank in suite.ranks:
         found += _around(suite, results, rank, "tail")
     return found + _around(suite, results, suite.ranks[-1], "lora")
@@ -72,7 +68,7 @@ def figure2(suite: Suite, results: Results) -> list[Trial]:
     found = []
     for method in ("lora", "pissa", "tail", "principal"):
         for rank in suite.ranks:
-            found += _around(suite, results, rank, method, "math")
+            found += _around(suite, results, rank, method, ANSWERS)
     return found + calibration_trials(suite, results)
 
 
@@ -80,29 +76,29 @@ def calibration_trials(suite: Suite, results: Results) -> list[Trial]:
     """Return the trials of figure 2 that calibrate otherwise than the core table, at the core table's rates."""
     found = []
     for method in ("tail", "principal"):
-        for trial, _ in at_best(suite.sweep(suite.code, method), results):
+        for trial, _ in at_best(suite.sweep(CODE, method), results):
             found += [replace(trial, calibration=text) for text in ("other", "random")]
             found += [replace(trial, calibration_rows=n) for n in SIZES if n != trial.calibration_rows]
-    return found + _swept(suite, results, [suite.code], ["tail", "principal"])
+    return found + _swept(suite, results, [CODE], ["tail", "principal"])
 
 
 def figure3(suite: Suite, results: Results) -> list[Trial]:
     """Effective rank of the outputs before and after training."""
     methods = ("lora", "tail", "principal", "full")
-    found = _swept(suite, results, [suite.code], methods)
+    found = _swept(suite, results, [CODE], methods)
     for method in methods:
-        found += [replace(t, spectra=True) for t, _ in at_best(suite.sweep(suite.code, method), results, SEEDS[:1])]
+        found += [replace(t, spectra=True) for t, _ in at_best(suite.sweep(CODE, method), results, SEEDS[:1])]
     return found
 
 
 def figure4(suite: Suite, results: Results) -> list[Trial]:
     """The four subspaces."""
-    return _swept(suite, results, suite.tasks, SUBSPACES)
+    return _swept(suite, results, TASKS, SUBSPACES)
 
 
 def figure5(suite: Suite, results: Results) -> list[Trial]:
     """Loss curves on three families of tasks."""
-    return _swept(suite, results, [*suite.tasks, "reading"], FEW)
+    return _swept(suite, results, FAMILIES, FEW)
 
 
 def other_base(suite: Suite, results: Results) -> list[Trial]:
@@ -117,7 +113,7 @@ def encoder(suite: Suite, results: Results) -> list[Trial]:
 
 def tried(suite: Suite, results: Results) -> list[Trial]:
     """Ideas for a better start, on the code task; those worth it on the other one, too."""
-    return _swept(suite, results, [suite.code], starts.TRIED) + _swept(suite, results, ["math"], starts.PROMISING)
+    return _swept(suite, results, [CODE], starts.TRIED) + _swept(suite, results, [MATH], starts.PROMISING)
 
 
 PARTS: dict[str, Callable[[Suite, Results], list[Trial]]] = {
@@ -150,8 +146,8 @@ def around(suite: Suite, results: Results, rank: int, method: str, task: str) ->
 
 
 def _around(suite: Suite, results: Results, rank: int, method: str, task: str = "") -> list[Trial]:
-    sweep = around(suite, results, rank, method, task or suite.code)
-    return suite.sweep(task or suite.code, method).trials(results) + (with_seeds(sweep, results) if sweep else [])
+    sweep = around(suite, results, rank, method, task or CODE)
+    return suite.sweep(task or CODE, method).trials(results) + (with_seeds(sweep, results) if sweep else [])
 
 
 def _swept(

@@ -12,7 +12,7 @@ from rich.table import Table
 from benchmarks import report
 from benchmarks.methods import panels, starts
 from benchmarks.methods.figures import all_figures
-from benchmarks.methods.suite import FEW, FIXED, Suite
+from benchmarks.methods.suite import ANSWERS, FEW, FIXED, TASKS, Suite
 from benchmarks.methods.sweep import at_best, rate
 from benchmarks.methods.trial import Results
 
@@ -32,10 +32,10 @@ def write(out: Path, suite: Suite, results: Results, console: Console) -> None:
     """Print the tables and write `summary.json` and every figure into `out`."""
     cases = []
     asked: list[tuple[str, str, Iterable[str]]] = [
-        (suite.base, task, [*starts.METHODS, *starts.TRIED]) for task in suite.tasks
+        (suite.base, task, [*starts.METHODS, *starts.TRIED]) for task in TASKS
     ]
     asked += [
-        (suite.base, "reading", FEW),
+        (suite.base, ANSWERS, FEW),
         (suite.other_base, "python", FEW),
         (suite.encoder, "topic", [*FEW, "random"]),
     ]
