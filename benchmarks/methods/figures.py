@@ -14,6 +14,7 @@ from benchmarks.methods.trial import Outcome, Results
 from trainer.analysis.measures import kinds_of
 
 Points = Sequence[tuple[float, float]]
+_BESIDE_TRIED = ("lora", "eva", "lora_ga", "tail", "full")
 _STEP, _LOSS = "step", "training loss, nats per target token"
 
 
@@ -26,7 +27,8 @@ def all_figures(suite: Suite, results: Results) -> dict[str, list[Panel]]:
         "figure4": _curves(suite, results, TASKS, SUBSPACES),
         "figure5": _curves(suite, results, FAMILIES, FEW),
         "rates": [_rates(suite, results, task, CORE) for task in TASKS],
-        "forgetting": [_forgetting(suite, results, task) for task in TASKS],
+        "forgetting": [_forgetting(suite, results, task, starts.METHODS) for task in TASKS],
+        "tried": [_forgetting(suite, results, task, [*_BESIDE_TRIED, *starts.TRIED]) for task in TASKS],
     }
 
 
@@ -122,13 +124,15 @@ def _rates(suite: Suite, results: Results, task: str, methods: Iterable[str]) ->
     for method in methods:
         trials = [trial for trial in suite.sweep(task, method).trials(results) if trial in results]
         lines[method] = [(t.learning_rate, v) for t in trials if math.isfinite(v := results[t].validation)]
-    return Panel(f"{task}: the search for a learning rate", "learning rate", "validation loss", lines, "xy", "points")
+    highest = 1.4 * min((loss for points in lines.values() for _, loss in points), default=1.0)
+    title = f"{task}: the search for a learning rate"
+    return Panel(title, "learning rate", "validation loss", lines, "xy", "points", highest)
 
 
-def _forgetting(suite: Suite, results: Results, task: str) -> Panel:
+def _forgetting(suite: Suite, results: Results, task: str, methods: Iterable[str]) -> Panel:
     """Each method's way over the learning rates, and its best one as a point."""
     lines = {}
-    for method in [*starts.METHODS, *starts.TRIED]:
+    for method in methods:
         sweep = suite.sweep(task, method)
         best = [outcome for _, outcome in at_best(sweep, results)]
         if best:

@@ -35,6 +35,7 @@ class Panel:
     lines: Mapping[str, Sequence[tuple[Any, float]]]
     log: Literal["", "x", "y", "xy"] = ""
     style: Literal["curve", "points", "bars", "path"] = "curve"
+    highest: float | None = None  # y above which nothing is shown
 
 
 def write(name: str, panels: Sequence[Panel], out: Path) -> None:
@@ -82,7 +83,9 @@ def _draw(axes: Any, panel: Panel) -> None:
         axes.set_xlim(0.6 * min(x for x, _ in marked), 1.25 * max(x for x, _ in marked))
     elif panel.style == "points" and "x" in panel.log:
         ticks = sorted({x for points in lines.values() for x, _ in points})
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks(ticks[:: 1 + len(ticks) // 8], [f"{tick:g}" for tick in ticks[:: 1 + len(ticks) // 8]])
+    if panel.highest is not None:
+        axes.set_ylim(top=panel.highest)
     axes.grid(alpha=0.3)
     if panel.style != "path":
         axes.legend(fontsize=8)

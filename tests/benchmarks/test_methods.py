@@ -142,7 +142,7 @@ def test_every_part_ends_and_everything_is_drawn_from_the_files_without_a_run(tm
     summary.write(tmp_path, SMALL, Results(tmp_path / "runs"), Console(quiet=True))
     told = json.loads((tmp_path / "summary.json").read_text())
     assert told["summary"]["embedded.math.tail.test"] == 1
-    figures = {f"figure{n}" for n in range(1, 6)} | {"rates", "forgetting"}
+    figures = {f"figure{n}" for n in range(1, 6)} | {"rates", "forgetting", "tried"}
     assert {file.stem for file in tmp_path.glob("*.png")} == {file.stem for file in tmp_path.glob("*.json")} - {
         "summary"
     }
