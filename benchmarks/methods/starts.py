@@ -111,7 +111,7 @@ TRIED: dict[str, Tried] = {
 }  # fmt: skip
 
 
-PROMISING = ("contrast", "soft_contrast")  # tried ones that were run on a second task
+PROMISING = ("contrast", "soft_contrast")  # tried ones that were run on other tasks, too
 
 
 def settings_of(method: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from benchmarks.methods.sweep import SEEDS, Sweep, at_best, with_seeds
 from benchmarks.methods.trial import Results, Trial
 
 CODE, MATH, ANSWERS = "cpp", "math", "reading"  # the last one's exact answers tell adapters apart
+OTHER, CLASSES = "python", "topic"  # the other base's task, and the encoder's
 TASKS, FAMILIES = (CODE, MATH), (CODE, MATH, ANSWERS)  # of the core table, and of figure 5
 FIRST = {"full": -3, "mica": 1, "tail_frozen": 1}  # the lowest rate of a sweep: 1e-3 x 2^this; others begin at 0
 CORE = [m for m in starts.METHODS if m != "middle"]
@@ -103,17 +104,19 @@ def figure5(suite: Suite, results: Results) -> list[Trial]:
 
 def other_base(suite: Suite, results: Results) -> list[Trial]:
     """The same question on another architecture that knows other text."""
-    return _swept(suite, results, ["python"], FEW, suite.other_base)
+    return _swept(suite, results, [OTHER], (*FEW, "random", "eva", "lora_ga"), suite.other_base)
 
 
 def encoder(suite: Suite, results: Results) -> list[Trial]:
     """Classification on a masked language model."""
-    return _swept(suite, results, ["topic"], (*FEW, "random"), suite.encoder)
+    return _swept(suite, results, [CLASSES], (*FEW, "random"), suite.encoder)
 
 
 def tried(suite: Suite, results: Results) -> list[Trial]:
-    """Ideas for a better start, on the code task; those worth it on the other one, too."""
-    return _swept(suite, results, [CODE], starts.TRIED) + _swept(suite, results, [MATH], starts.PROMISING)
+    """Ideas for a better start, on the code task; those worth it on the other tasks and the other base, too."""
+    found = _swept(suite, results, [CODE], starts.TRIED)
+    found += _swept(suite, results, [MATH, ANSWERS], starts.PROMISING)
+    return found + _swept(suite, results, [OTHER], starts.PROMISING, suite.other_base)
 
 
 PARTS: dict[str, Callable[[Suite, Results], list[Trial]]] = {

@@ -1,7 +1,6 @@
 """The tables, and with them every file that is drawn from the runs."""
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -12,7 +11,7 @@ from rich.table import Table
 from benchmarks import report
 from benchmarks.methods import panels, starts
 from benchmarks.methods.figures import all_figures
-from benchmarks.methods.suite import ANSWERS, FEW, FIXED, TASKS, Suite
+from benchmarks.methods.suite import CLASSES, FAMILIES, FIXED, OTHER, Suite
 from benchmarks.methods.sweep import at_best, rate
 from benchmarks.methods.trial import Results
 
@@ -28,27 +27,25 @@ COLUMNS = {
     "fixed": f"loss at {rate(FIXED):g}",
     "fixed_forgetting": "forgetting there",
 }
-LEGEND = f"""Mean over seeds at each method's own best learning rate, lowest loss first. Loss: nats per target token (topic: per
-row) on test rows; the rate was chosen on validation rows. ±: standard deviation; `against LoRA` pairs the seeds, which
-see the same rows in the same order. right: exact answers, or right classes. forgetting: loss on the base's own text,
-after minus before. The last two columns are the paper's own protocol, one rate ({rate(FIXED):g}) for all, one seed.
+LEGEND = f"""\
+Mean over seeds at each method's own best learning rate, lowest loss first. Loss: nats per target token (topic: per
+row) on test rows; the rate was chosen on validation rows. ±: standard deviation; `against LoRA` pairs the seeds,
+which see the same rows in the same order. right: exact answers, or right classes. forgetting: loss on the base's
+own text, after minus before. The last two columns are the paper's own protocol, one rate ({rate(FIXED):g}) for
+all, one seed.
 """
 
 
 def write(out: Path, suite: Suite, results: Results, console: Console) -> None:
     """Print the tables, and write them as `summary.md` and `summary.json`, and every figure, into `out`."""
-    asked: dict[tuple[str, str], Iterable[str]] = {
-        **{(task, suite.base): [*starts.METHODS, *starts.TRIED] for task in TASKS},
-        (ANSWERS, suite.base): FEW,
-        ("python", suite.other_base): FEW,
-        ("topic", suite.encoder): [*FEW, "random"],
-    }
+    asked = [(suite.base, task) for task in FAMILIES] + [(suite.other_base, OTHER), (suite.encoder, CLASSES)]
+    methods = [*starts.METHODS, *starts.TRIED]
     tables = {
         f"{task} on {base}": sorted(
             (case for method in methods if (case := _case(suite, results, base, task, method))),
             key=lambda case: case["test"],
         )
-        for (task, base), methods in asked.items()
+        for base, task in asked
     }
     cases = [case for found in tables.values() for case in found]
     if not cases:
