@@ -27,7 +27,7 @@ from trainer.initialise import calibration_batches, initialise, spectra_of
 from trainer.loop import optimise
 
 ROWS: dict[tasks.Split, int] = {"train": 2000, "validation": 128, "test": 256}
-OTHER = {"math": "cpp", "cpp": "math", "reading": "math", "python": "cpp"}  # whose text calibrates instead of one's own
+OTHER = {"math": "cpp", "cpp": "math", "intent": "math", "python": "cpp"}  # whose text calibrates instead of one's own
 
 
 def prepare(threads: int) -> None:

@@ -11,7 +11,7 @@ from benchmarks.methods import starts
 from benchmarks.methods.sweep import SEEDS, Sweep, at_best, with_seeds
 from benchmarks.methods.trial import Results, Trial
 
-CODE, MATH, ANSWERS = "cpp", "math", "reading"  # the last one's exact answers tell adapters apart
+CODE, MATH, ANSWERS = "cpp", "math", "intent"  # the last one's exact answers tell adapters apart
 OTHER, CLASSES = "python", "topic"  # the other base's task, and the encoder's
 TASKS, FAMILIES = (CODE, MATH), (CODE, MATH, ANSWERS)  # of the core table, and of figure 5
 FIRST = {"full": -3, "mica": 1, "tail_frozen": 1}  # the lowest rate of a sweep: 1e-3 x 2^this; others begin at 0

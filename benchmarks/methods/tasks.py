@@ -1,7 +1,7 @@
 """The data: generated problems and real text of this Python installation, no downloads.
 
     math     word problems -> two steps of arithmetic and the number             (generated)
-    reading  who is where, after some moves -> one of three choices              (generated, commonsense-like)
+    intent   a support ticket -> which of six intents, product and order number  (generated, classification)
     cpp      C++ headers of the installed torch                                  (real text)
     python   the standard library                                                (real text)
     topic    a docstring of the standard library -> its package, of eight        (real text, classification)
@@ -24,11 +24,11 @@ import torch
 
 from trainer.data import Row
 from trainer.embedded import stdlib
+from trainer.embedded import tasks as embedded
 
 Split = Literal["train", "validation", "test"]
 NAMES = "Anna Ben Carla David Emma Felix Greta Henry Iris Jonas Karin Leo Maria Noah Olga Paul".split()
 THINGS = "apples books coins stamps pens cards shells marbles stickers buttons cups keys".split()
-PLACES = "garden kitchen office attic cellar garage library hall market school park station".split()
 TOPICS = "tkinter asyncio importlib email distutils logging multiprocessing xml".split()
 WINDOW = 120  # characters of a row of text
 
@@ -70,23 +70,13 @@ def _calculate(a: int, sign: str, b: int) -> int:
     return {"+": a + b, "-": a - b, "*": a * b}[sign]
 
 
-def reading_rows(rng: random.Random, split: Split) -> Iterator[Row]:
-    """Three people, one of whom moves on; one of the places named is where the asked one is now."""
-    while True:
-        people, places = rng.sample(NAMES, 3), rng.sample(PLACES, 4)
-        where = dict(zip(people, places, strict=False))
-        story = [f"{person} is in the {place}." for person, place in where.items()]
-        moved = rng.choice(people)
-        story.append(f"Then {moved} goes to the {places[3]}.")
-        before, where[moved] = where[moved], places[3]
-        asked = rng.choice(people)
-        here = where[asked]
-        there = before if asked == moved else places[3]  # what one answers who did not read that somebody moved
-        options = rng.sample([here, there, rng.choice([p for p in places if p not in (here, there)])], 3)
-        choices = " ".join(f"({letter}) {option}" for letter, option in zip("abc", options, strict=True))
-        prompt = f"{' '.join(story)} Where is {asked}?\n{choices}\n"
-        if _split(prompt) == split:
-            yield {"prompt": prompt, "completion": f"Answer: ({'abc'[options.index(here)]})"}
+def intent_rows(_: random.Random, split: Split) -> Iterator[Row]:
+    """A support ticket -> its intent, product and order number; the embedded base's task, products never seen."""
+    if split == "train":
+        yield from embedded.rows("intent", test=False, n=4000)
+    else:
+        held_out = embedded.rows("intent", test=True, n=2000)
+        yield from (row for row in held_out if (_split(json.dumps(row)) == "test") == (split == "test"))
 
 
 def cpp_rows(rng: random.Random, split: Split) -> Iterator[Row]:
@@ -114,7 +104,7 @@ def random_rows(rng: random.Random, _: Split) -> Iterator[Row]:
 
 TASKS: dict[str, Callable[[random.Random, Split], Iterator[Row]]] = {
     "math": math_rows,
-    "reading": reading_rows,
+    "intent": intent_rows,
     "cpp": cpp_rows,
     "python": python_rows,
     "topic": topic_rows,
