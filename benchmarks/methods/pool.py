@@ -1,4 +1,4 @@
-"""Runs trials in several processes, one thread each: twice as many small models at once as with threads together."""
+"""Runs trials in several processes, one thread each: a small model gains little from a second thread."""
 
 import multiprocessing
 import time

@@ -24,7 +24,7 @@ SIZES = (8, 32, 128, 256)
 
 @dataclass(frozen=True)
 class Suite:
-    """A base with its tasks, and the size of a run."""
+    """The bases, and the size of a run."""
 
     name: str
     base: str
