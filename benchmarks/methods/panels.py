@@ -9,6 +9,7 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 
 COLOURS = {
+    "before": "0.8",
     "lora": "C0",
     "pissa": "C1",
     "tail": "C2",

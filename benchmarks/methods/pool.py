@@ -1,6 +1,8 @@
 """Runs trials in several processes, one thread each: a small model gains little from a second thread."""
 
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -12,6 +14,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.methods import run as one
 from benchmarks.methods.trial import Outcome, Results, Trial
+
+
+def _prepare(threads: int) -> None:
+    one.prepare(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has been killed: nobody else would."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def run(
@@ -26,7 +41,7 @@ def run(
         Progress(
             *columns, TextColumn("left:"), TimeRemainingColumn(), console=console, speed_estimate_period=600
         ) as bar,
-        ProcessPoolExecutor(workers, context, initializer=one.prepare, initargs=(threads,)) as pool,
+        ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(threads,)) as pool,
     ):
         shown = bar.add_task("runs", total=len(missing()))
         running: dict[Future[tuple[Outcome, dict[str, Any]]], Trial] = {}
