@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 COLOURS = {
     "before": "0.8",
@@ -75,7 +76,10 @@ def _draw(axes: Any, panel: Panel) -> None:
         if letter in panel.log:
             axes.set(**{f"{letter}scale": "log"})
             axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter("{x:g}" if letter == "y" else "")
+            low, high = axis.get_view_interval()
+            if high > 10 * low:
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_minor_formatter("{x:g}" if letter == "y" and high <= 10 * low else "")
     if panel.style == "bars":
         _zoom(axes, [point for points in lines.values() for point in points])
     elif panel.style == "path":
