@@ -1,6 +1,7 @@
 """Fixtures that several packages' tests share: a tiny base model, data files, adapters."""
 
 import json
+import signal
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,12 @@ from trainer.embedded.corpus import documents
 from trainer.embedded.pretrain import train_tokenizer
 
 EMBEDDED = Path(trainer.embedded.__file__).parent / "base"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """A shell ignores SIGINT for what it starts in the background, and what a test starts would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

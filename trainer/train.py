@@ -91,7 +91,7 @@ def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progre
             assert speaker is not None
             own = config.forgetting_data or "written by the base"
             forgetting = Forgetting(own, loss_before, language_loss(speaker, own_text))
-        after = _spectra_after(trained, calibration, config, progress) if start.eigenvalues else {}
+        after = spectra_after(trained, calibration, config, progress) if start.eigenvalues else {}
     run = Run(origin, config, start, result, forgetting, after)
     if state.is_main_process:
         with adapter_dir.new_folder(out) as finished:
@@ -128,9 +128,10 @@ def read_data(data: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
     return Data(train, test, labels, digest([*rows, *held_out]))
 
 
-def _spectra_after(
+def spectra_after(
     model: PeftModel, calibration: list[Batch], config: TrainConfig, progress: Progress
 ) -> Mapping[str, torch.Tensor]:
+    """Return all eigenvalues of the outputs of the adapted layers, as they are with their adapters."""
     modules = adapted_modules(model)
     moved = adapter_layers(model)
     model.eval()

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks import report
 from benchmarks.methods import bases, starts, tasks
 from benchmarks.methods.trial import Outcome, Trial, config_of
-from trainer.adapter import adapted_modules, adapter_layers, attach, target_layers, whole_weight
+from trainer.adapter import attach, target_layers, whole_weight
 from trainer.base import language_model, load_base, load_tokenizer
 from trainer.config import TrainConfig
 from trainer.data import Batch, Example, Row, batches, classification_examples, language_examples
@@ -25,6 +25,7 @@ from trainer.errors import TrainingError
 from trainer.evaluate import answers_match, forgetting_batches, language_loss
 from trainer.initialise import calibration_batches, initialise, spectra_of
 from trainer.loop import optimise
+from trainer.train import spectra_after
 
 ROWS: dict[tasks.Split, int] = {"train": 2000, "validation": 128, "test": 256}
 OTHER = {"math": "cpp", "cpp": "math", "intent": "math", "python": "cpp"}  # whose text calibrates instead of one's own
@@ -156,18 +157,12 @@ def _effective_ranks(
     model: nn.Module, layers: dict[str, nn.Linear], calibration: list[Batch], config: TrainConfig
 ) -> dict[str, float]:
     """Return the effective rank of every target layer's outputs over the calibration rows."""
-    modules: dict[str, Any] = dict(layers)
-    changes: dict[str, torch.Tensor] = {}
+    hidden = Progress(disable=True)
     if isinstance(model, PeftModel):
-        modules = dict(adapted_modules(model))
-        for name, layer in adapter_layers(model).items():
-            changes[name] = config.scaling * (layer.b @ layer.a - layer.b0 @ layer.a0)
-
-    def weight_of(name: str) -> torch.Tensor:
-        weight = whole_weight(getattr(modules[name], "base_layer", modules[name])).float()
-        return weight + changes[name] if name in changes else weight
-
-    values = spectra_of(model, modules, weight_of, calibration, config, Progress(disable=True))
+        values = spectra_after(model, calibration, config, hidden)
+    else:
+        weights = {name: whole_weight(layer).float() for name, layer in layers.items()}
+        values = spectra_of(model, layers, weights.__getitem__, calibration, config, hidden)
     return {name: effective_rank(found.double()) for name, found in values.items()}
 
 

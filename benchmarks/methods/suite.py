@@ -4,11 +4,11 @@ Every part is a pure function (suite, results) -> trials: the best learning rate
 asked again until nothing that it names is missing. The drawings read the same results by the same names.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from benchmarks.methods import starts
-from benchmarks.methods.sweep import SEEDS, Sweep, at_best, with_seeds
+from benchmarks.methods.sweep import SEEDS, Sweep, at_best, power_of, with_seeds
 from benchmarks.methods.trial import Results, Trial
 
 CODE, MATH, ANSWERS = "cpp", "math", "intent"  # the last one's exact answers tell adapters apart
@@ -60,8 +60,8 @@ def figure1(suite: Suite, results: Results) -> list[Trial]:
     """Loss and gradient norm: Astra at several ranks, LoRA at the highest one, full fine-tuning."""
     found = _swept(suite, results, [CODE], ["full"])
     for rank in suite.ranks:
-        found += _around(suite, results, rank, "tail")
-    return found + _around(suite, results, suite.ranks[-1], "lora")
+        found += _around(suite, results, rank, "tail", CODE)
+    return found + _around(suite, results, suite.ranks[-1], "lora", CODE)
 
 
 def figure2(suite: Suite, results: Results) -> list[Trial]:
@@ -70,10 +70,10 @@ def figure2(suite: Suite, results: Results) -> list[Trial]:
     for method in ("lora", "pissa", "tail", "principal"):
         for rank in suite.ranks:
             found += _around(suite, results, rank, method, ANSWERS)
-    return found + calibration_trials(suite, results)
+    return found + _calibrated_otherwise(suite, results)
 
 
-def calibration_trials(suite: Suite, results: Results) -> list[Trial]:
+def _calibrated_otherwise(suite: Suite, results: Results) -> list[Trial]:
     """Return the trials of figure 2 that calibrate otherwise than the core table, at the core table's rates."""
     found = []
     for method in ("tail", "principal"):
@@ -144,20 +144,16 @@ def around(suite: Suite, results: Results, rank: int, method: str, task: str) ->
     best = usual.best(results)
     if rank == suite.rank or best is None:
         return usual if best else None
-    powers = [power for power in range(-12, 9) if usual.at(power).learning_rate == best.learning_rate]
-    return Sweep(suite.trial(task, method, rank=rank), powers[0] - 1, count=3)
+    return Sweep(suite.trial(task, method, rank=rank), power_of(best.learning_rate) - 1, count=3)
 
 
-def _around(suite: Suite, results: Results, rank: int, method: str, task: str = "") -> list[Trial]:
-    sweep = around(suite, results, rank, method, task or CODE)
-    return suite.sweep(task or CODE, method).trials(results) + (with_seeds(sweep, results) if sweep else [])
+def _around(suite: Suite, results: Results, rank: int, method: str, task: str) -> list[Trial]:
+    sweep = around(suite, results, rank, method, task)
+    return suite.sweep(task, method).trials(results) + (with_seeds(sweep, results) if sweep else [])
 
 
 def _swept(
     suite: Suite, results: Results, tasks: Iterable[str], methods: Iterable[str], base: str | None = None
 ) -> list[Trial]:
-    found: Sequence[Trial] = []
-    for task in tasks:
-        for method in methods:
-            found = [*found, *with_seeds(suite.sweep(task, method, base), results)]
-    return list(found)
+    sweeps = [suite.sweep(task, method, base) for task in tasks for method in methods]
+    return [trial for sweep in sweeps for trial in with_seeds(sweep, results)]

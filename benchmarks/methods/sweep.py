@@ -1,5 +1,6 @@
 """The search for a method's learning rate: factors of two, until the best one is not at the edge."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,11 @@ _LOWEST, _HIGHEST = -12, 8  # powers of two around 1e-3: beyond them nothing is 
 def rate(power: int) -> float:
     """Return the learning rate 1e-3 x 2^power."""
     return float(f"{1e-3 * 2.0**power:.4g}")
+
+
+def power_of(learning_rate: float) -> int:
+    """Return the power that `rate` makes a learning rate of."""
+    return round(math.log2(learning_rate / 1e-3))
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,10 @@ class Sweep:
         return replace(self.of, learning_rate=rate(power))
 
 
-def with_seeds(sweep: Sweep, results: Results, seeds: Sequence[int] = SEEDS) -> list[Trial]:
+def with_seeds(sweep: Sweep, results: Results) -> list[Trial]:
     """Return the sweep and, once its best rate is known, that rate with every seed."""
     best = sweep.best(results)
-    return sweep.trials(results) + ([replace(best, seed=seed) for seed in seeds] if best else [])
+    return sweep.trials(results) + ([replace(best, seed=seed) for seed in SEEDS] if best else [])
 
 
 def at_best(sweep: Sweep, results: Results, seeds: Sequence[int] = SEEDS) -> list[tuple[Trial, Outcome]]:
