@@ -2,10 +2,10 @@
 
     python -m benchmarks.methods --suite small|medium --out DIR [--only core figure2 ...] [--minutes 8] [--redraw]
 
-Every method searches its own learning rate (five values, factors of two, more until the best is not at the edge) and
-then runs with three seeds at the best one; data, their order, target layers, batch, schedule and steps are the same for
-all. A run is one JSON file in DIR/runs, named after its configuration; what is there is not run again, so the same
-command goes on where it was stopped. Tables and figures are drawn from the files: --redraw does nothing else.
+Every method searches its own learning rate with one seed (five values, factors of two, more until the best is not at
+the edge) and then runs with three seeds at the best one; data, their order, target layers, batch, schedule and steps
+are the same for all. A run is one JSON file in DIR/runs, named after its configuration; what is there is not run again,
+so the same command goes on where it was stopped. Tables and figures are drawn from the files: --redraw does only that.
 """
 
 import argparse
@@ -35,19 +35,21 @@ def main() -> int:
     args = parser.parse_args()
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out: {args.out} is a file; give a folder")
-    suite, results = SUITES[args.suite], Results(args.out / "runs")
+    suite, results, failed = SUITES[args.suite], Results(args.out / "runs"), 0
     if not args.redraw:
         todo = missing(args.only, suite, results)
         for base in sorted({trial.base for trial in todo}):
             bases.folder(base)
             bases.own_text(base)
         workers = args.workers or (1 if torch.cuda.is_available() else torch.get_num_threads())
-        pool.run(lambda: missing(args.only, suite, results), results, workers, args.minutes, console)
+        failed = pool.run(lambda: missing(args.only, suite, results), results, workers, args.minutes, console)
     left = len(missing(args.only, suite, results))
     summary.write(args.out, suite, results, console)
     if left:
         console.print(f"{left} runs or more are still missing: the same command goes on")
-    return 0
+    if results.ignored:
+        console.print(f"{len(results.ignored)} files of other versions are left alone, as {results.ignored[0]}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

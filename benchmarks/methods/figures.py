@@ -7,9 +7,10 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.methods import starts
+from benchmarks.methods import suite as parts
 from benchmarks.methods.panels import Panel
-from benchmarks.methods.suite import ANSWERS, CODE, CORE, FAMILIES, FEW, FIXED, SIZES, SUBSPACES, TASKS, Suite, around
-from benchmarks.methods.sweep import Sweep, at_best, rate
+from benchmarks.methods.suite import Suite, at_rank
+from benchmarks.methods.sweep import Sweep, at_best, at_rate, rate
 from benchmarks.methods.trial import Outcome, Results
 from trainer.analysis.measures import kinds_of
 
@@ -24,37 +25,35 @@ def all_figures(suite: Suite, results: Results) -> dict[str, list[Panel]]:
         "figure1": _figure1(suite, results),
         "figure2": _figure2(suite, results),
         "figure3": _figure3(suite, results),
-        "figure4": _curves(suite, results, TASKS, SUBSPACES),
-        "figure5": _curves(suite, results, FAMILIES, FEW),
-        "rates": [_rates(suite, results, task, CORE) for task in TASKS],
-        "forgetting": [_forgetting(suite, results, task, starts.METHODS) for task in TASKS],
-        "tried": [_forgetting(suite, results, task, [*_BESIDE_TRIED, *starts.TRIED]) for task in TASKS],
+        "figure4": _curves(suite, results, parts.TASKS, parts.SUBSPACES),
+        "figure5": _curves(suite, results, parts.FAMILIES, parts.FEW),
+        "rates": [_rates(suite, results, task, parts.CORE) for task in parts.TASKS],
+        "forgetting": [_forgetting(suite, results, task, starts.METHODS) for task in parts.TASKS],
+        "tried": [_forgetting(suite, results, task, [*_BESIDE_TRIED, *starts.TRIED]) for task in parts.TASKS],
     }
 
 
 def _figure1(suite: Suite, results: Results) -> list[Panel]:
     sweeps: dict[str, Sweep | None] = {
-        f"tail r = {rank}": around(suite, results, rank, "tail", CODE) for rank in suite.ranks
+        f"tail r = {rank}": at_rank(suite, results, rank, "tail", parts.CODE) for rank in suite.ranks
     }
     most = suite.ranks[-1]
-    sweeps[f"lora r = {most}"] = around(suite, results, most, "lora", CODE)
-    sweeps["full"] = suite.sweep(CODE, "full")
+    sweeps[f"lora r = {most}"] = at_rank(suite, results, most, "lora", parts.CODE)
+    sweeps["full"] = suite.sweep(parts.CODE, "full")
     panels = []
     for what, ylabel in (("curve", _LOSS), ("gradients", "gradient norm before clipping")):
         lines = {
             name: _mean_curve([o for _, o in at_best(sweep, results)], what) for name, sweep in sweeps.items() if sweep
         }
-        panels.append(Panel(f"{CODE}: each at its best learning rate", _STEP, ylabel, lines, "y"))
+        panels.append(Panel(f"{parts.CODE}: each at its best learning rate", _STEP, ylabel, lines, "y"))
     return panels
 
 
 def _figure2(suite: Suite, results: Results) -> list[Panel]:
-    methods = ("lora", "pissa", "tail", "principal")
-
     def over_ranks(value: Callable[[Outcome], float]) -> dict[str, Points]:
         lines: dict[str, Points] = {}
-        for method in methods:
-            sweeps = {rank: around(suite, results, rank, method, ANSWERS) for rank in suite.ranks}
+        for method in parts.OVER_RANKS:
+            sweeps = {rank: at_rank(suite, results, rank, method, parts.ANSWERS) for rank in suite.ranks}
             lines[method] = [
                 (rank, fmean(value(o) for _, o in found))
                 for rank, sweep in sweeps.items()
@@ -62,36 +61,31 @@ def _figure2(suite: Suite, results: Results) -> list[Panel]:
             ]
         return lines
 
-    texts: dict[str, list[tuple[str, float]]] = {}
-    sizes: dict[str, list[tuple[float, float]]] = {}
-    for method in ("tail", "principal"):
-        found = [trial for trial, _ in at_best(suite.sweep(CODE, method), results)]
-        texts[method] = [
-            (text, fmean(results[t].test for t in runs))
-            for text in ("own", "other", "random")
-            if (runs := [t for trial in found if (t := replace(trial, calibration=text)) in results])
-        ]
-        sizes[method] = [
-            (n, fmean(results[t].test for t in runs))
-            for n in SIZES
-            if (runs := [t for trial in found if (t := replace(trial, calibration_rows=n)) in results])
-        ]
-    loss = "test loss"
+    def over(setting: str, values: Sequence[Any]) -> dict[str, list[tuple[Any, float]]]:
+        """Return by method the loss over one setting of the calibration, all else as at the best rate."""
+        lines = {}
+        for method in parts.CALIBRATED:
+            best = [trial for trial, _ in at_best(suite.sweep(parts.CODE, method), results)]
+            runs = [(value, [results.get(replace(trial, **{setting: value})) for trial in best]) for value in values]
+            lines[method] = [(value, fmean(o.test for o in found if o)) for value, found in runs if any(found)]
+        return lines
+
+    loss, texts = "test loss", ("own", "other", "random")
+    answers, code = parts.ANSWERS, parts.CODE
+    right = over_ranks(lambda outcome: outcome.metric or 0)
     return [
-        Panel(f"{ANSWERS}: final loss over rank", "rank", loss, over_ranks(lambda o: o.test), "xy", "points"),
-        Panel(
-            f"{ANSWERS}: exact answers over rank", "rank", "share", over_ranks(lambda o: o.metric or 0), "x", "points"
-        ),
-        Panel(f"{CODE}: whose text calibrates", "", loss, texts, style="bars"),
-        Panel(f"{CODE}: how many rows calibrate", "rows", loss, sizes, "x", "points"),
+        Panel(f"{answers}: final loss over rank", "rank", loss, over_ranks(lambda o: o.test), "xy", "points"),
+        Panel(f"{answers}: exact answers over rank", "rank", "share", right, "x", "points"),
+        Panel(f"{code}: whose text calibrates", "", loss, over("calibration", texts), style="words"),
+        Panel(f"{code}: how many rows calibrate", "rows", loss, over("calibration_rows", parts.SIZES), "x", "points"),
     ]
 
 
 def _figure3(suite: Suite, results: Results) -> list[Panel]:
     blocks: dict[str, Points] = {}
     kinds: dict[str, list[tuple[str, float]]] = {}
-    for method in ("lora", "tail", "principal", "full"):
-        for trial, _ in at_best(suite.sweep(CODE, method), results, (0,)):
+    for method in parts.MEASURED:
+        for trial, _ in at_best(suite.sweep(parts.CODE, method), results, (0,)):
             measured = replace(trial, spectra=True)
             if measured not in results:
                 continue
@@ -101,10 +95,10 @@ def _figure3(suite: Suite, results: Results) -> list[Panel]:
                 values = {name: pair[place] for name, pair in ranks.items()}
                 blocks[when] = _means((_block(name), value) for name, value in values.items())
                 kinds[when] = _means((kind_of[name], value) for name, value in values.items())
-    title = f"{CODE}: effective rank of the outputs"
+    title = f"{parts.CODE}: effective rank of the outputs"
     return [
         Panel(f"{title} by block", "block", "mean over a block's layers", blocks, style="points"),
-        Panel(f"{title} by layer", "", "mean over the blocks", kinds, style="bars"),
+        Panel(f"{title} by layer", "", "mean over the blocks", kinds, style="words"),
     ]
 
 
@@ -113,9 +107,9 @@ def _curves(suite: Suite, results: Results, tasks: Iterable[str], methods: Itera
     for task in tasks:
         sweeps = {method: suite.sweep(task, method) for method in methods}
         best = {m: _mean_curve([o for _, o in at_best(s, results)], "curve") for m, s in sweeps.items()}
-        fixed = {m: _mean_curve([results[t]], "curve") for m, s in sweeps.items() if (t := s.at(FIXED)) in results}
+        fixed = {m: _mean_curve(at_rate(s.at(parts.FIXED), results), "curve") for m, s in sweeps.items()}
         panels.append(Panel(f"{task}: each at its best learning rate", _STEP, _LOSS, best, "y"))
-        panels.append(Panel(f"{task}: all at {rate(FIXED):g}", _STEP, _LOSS, fixed, "y"))
+        panels.append(Panel(f"{task}: all at {rate(parts.FIXED):g}", _STEP, _LOSS, fixed, "y"))
     return panels
 
 

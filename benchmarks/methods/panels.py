@@ -29,14 +29,14 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Panel:
-    """Named lines (or bars) of points (x, y); x is a word for bars; a path marks its last point."""
+    """Named lines of points (x, y); x is a word where the style is "words"; a path marks its last point."""
 
     title: str
     x: str
     y: str
     lines: Mapping[str, Sequence[tuple[Any, float]]]
     log: Literal["", "x", "y", "xy"] = ""
-    style: Literal["curve", "points", "bars", "path"] = "curve"
+    style: Literal["curve", "points", "words", "path"] = "curve"
     highest: float | None = None  # y above which nothing is shown
 
 
@@ -60,10 +60,8 @@ def _draw(axes: Any, panel: Panel) -> None:
     for number, (name, points) in enumerate(lines.items()):
         xs, ys = zip(*points, strict=True)
         look = {"label": name, "color": _colour(name, number)}
-        if panel.style == "bars":
-            width = 0.8 / len(lines)
-            places = [i + (number - (len(lines) - 1) / 2) * width for i in range(len(xs))]
-            axes.bar(places, ys, width, **look)
+        if panel.style == "words":
+            axes.plot(range(len(xs)), ys, "o:", markersize=7, linewidth=0.6, **look)
             axes.set_xticks(range(len(xs)), xs)
         elif panel.style == "path":
             axes.plot(xs[:-1], ys[:-1], "-", linewidth=0.7, alpha=0.5, color=look["color"])
@@ -80,9 +78,7 @@ def _draw(axes: Any, panel: Panel) -> None:
             if high > 10 * low:
                 axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_minor_formatter("{x:g}" if letter == "y" and high <= 10 * low else "")
-    if panel.style == "bars":
-        _zoom(axes, [point for points in lines.values() for point in points])
-    elif panel.style == "path":
+    if panel.style == "path":
         marked = [points[-1] for points in lines.values()]
         _zoom(axes, marked)
         axes.set_xlim(0.6 * min(x for x, _ in marked), 1.25 * max(x for x, _ in marked))

@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.methods import run as one
+from benchmarks.methods.run import execute, prepare
 from benchmarks.methods.trial import Outcome, Results, Trial
 
 
 def _prepare(threads: int) -> None:
-    one.prepare(threads)
+    prepare(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -31,8 +31,11 @@ def _end_with_parent() -> None:
 
 def run(
     missing: Callable[[], list[Trial]], results: Results, workers: int, minutes: float | None, console: Console
-) -> None:
-    """Run what is `missing`, asked again after every run, until nothing is or the time is over."""
+) -> int:
+    """Run what is `missing`, asked again after every run, until nothing is or the time is over.
+
+    Return how many trials failed by an error that is not the method's; the others have run.
+    """
     began = time.monotonic()
     threads = max(1, torch.get_num_threads() // workers)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -45,19 +48,25 @@ def run(
     ):
         shown = bar.add_task("runs", total=len(missing()))
         running: dict[Future[tuple[Outcome, dict[str, Any]]], Trial] = {}
+        failed: set[Trial] = set()
         done = 0
         while True:
             late = minutes is not None and time.monotonic() - began > 60 * minutes
-            waiting = [trial for trial in missing() if trial not in running.values()]
+            waiting = [trial for trial in missing() if trial not in failed | {*running.values()}]
             for trial in [] if late else waiting[: workers - len(running)]:
-                running[pool.submit(one.execute, trial)] = trial
+                running[pool.submit(execute, trial)] = trial
             if not running:
-                return
+                return len(failed)
             bar.update(shown, total=done + len(waiting) + len(running), completed=done)
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 trial = running.pop(future)
-                outcome, env = future.result()
-                results.add(trial, outcome, env)
                 done += 1
+                try:
+                    outcome, env = future.result()
+                except Exception as error:  # whatever stopped it: the other trials are worth their time
+                    failed.add(trial)
+                    console.print(f"{trial.name}  failed: {type(error).__name__}: {error}", highlight=False)
+                    continue
+                results.add(trial, outcome, env)
                 loss = "diverged" if outcome.error else f"{outcome.validation:.4f} validation"
                 console.print(f"{trial.name.rpartition('.')[0]}  {loss}  {outcome.seconds:.0f} s", highlight=False)

@@ -19,7 +19,7 @@ from benchmarks.methods.trial import Outcome, Trial, config_of
 from trainer.adapter import attach, target_layers, whole_weight
 from trainer.base import language_model, load_base, load_tokenizer
 from trainer.config import TrainConfig
-from trainer.data import Batch, Example, Row, batches, classification_examples, language_examples
+from trainer.data import Batch, Example, Row, batches, classification_examples, digest, language_examples
 from trainer.eigenspace import effective_rank
 from trainer.errors import TrainingError
 from trainer.evaluate import answers_match, forgetting_batches, language_loss
@@ -28,13 +28,19 @@ from trainer.loop import optimise
 from trainer.train import spectra_after
 
 ROWS: dict[tasks.Split, int] = {"train": 2000, "validation": 128, "test": 256}
-OTHER = {"math": "cpp", "cpp": "math", "intent": "math", "python": "cpp"}  # whose text calibrates instead of one's own
+OTHER_TEXT = {
+    "math": "cpp",
+    "cpp": "math",
+    "intent": "math",
+    "python": "cpp",
+}  # whose text calibrates instead of one's own
 
 
 def prepare(threads: int) -> None:
-    """Make a process ready for trials: its threads, its device."""
+    """Make a process ready for trials: its threads, its device, and the commit that its code is of."""
     torch.set_num_threads(threads)
     PartialState(cpu=not torch.cuda.is_available())
+    _environment()
 
 
 def execute(trial: Trial) -> tuple[Outcome, dict[str, Any]]:
@@ -44,13 +50,14 @@ def execute(trial: Trial) -> tuple[Outcome, dict[str, Any]]:
     folder = bases.folder(trial.base)
     tokenizer = load_tokenizer(folder, config)
     rows = {split: examples(trial.task, split, tokenizer, config) for split in ROWS}
+    env = {**_environment(), "seed": trial.seed, "rows": digest([row for split in ROWS for row in rows[split]])}
     labels = tasks.TOPICS if config.task == "classification" else []
     torch.manual_seed(trial.seed)
     model = load_base(folder, config, labels)
     model.config.pad_token_id = tokenizer.pad_token_id
     forgotten = _OwnText(trial.base, folder, tokenizer, config)
     layers = target_layers(model, config)
-    text = {"own": trial.task, "other": OTHER.get(trial.task, ""), "random": "random"}[trial.calibration]
+    text = {"own": trial.task, "other": OTHER_TEXT.get(trial.task, ""), "random": "random"}[trial.calibration]
     calibration = calibration_batches(examples(text, "train", tokenizer, config), tokenizer, config)
     before = _effective_ranks(model, layers, calibration, config) if trial.spectra else {}
 
@@ -60,7 +67,7 @@ def execute(trial: Trial) -> tuple[Outcome, dict[str, Any]]:
         try:
             result = optimise(trained, tokenizer, rows["train"], [], config, Path(checkpoints) / "c", None, hidden)
         except TrainingError as error:
-            return Outcome(error=str(error), seconds=time.monotonic() - began), _environment(trial.seed)
+            return Outcome(error=str(error), seconds=time.monotonic() - began), env
     trained.eval()
     after = _effective_ranks(trained, layers, calibration, config) if trial.spectra else {}
     outcome = Outcome(
@@ -74,7 +81,7 @@ def execute(trial: Trial) -> tuple[Outcome, dict[str, Any]]:
         parameters=sum(p.numel() for p in trained.parameters() if p.requires_grad),
         seconds=time.monotonic() - began,
     )
-    return outcome, _environment(trial.seed)
+    return outcome, env
 
 
 def adapted(
@@ -85,9 +92,17 @@ def adapted(
     config: TrainConfig,
     method: str,
 ) -> nn.Module:
-    """Return the model as it is trained: with the method's adapter, or as it is for full fine-tuning."""
+    """Return the model as it is trained: with the method's adapter, or for full fine-tuning the target layers' weights.
+
+    A classifier's new head is trained by all.
+    """
     if config.method == "full":
-        return model.requires_grad_(True)
+        model.requires_grad_(False)
+        for name, module in model.named_children():
+            module.requires_grad_(config.task == "classification" and name != model.base_model_prefix)
+        for layer in layers.values():
+            layer.requires_grad_(True)
+        return model
     if method in starts.TRIED:
         return attach(model, starts.tried_starts(method, model, layers, calibration, tokenizer, config), config)
     return attach(model, initialise(model, layers, calibration, config, "", Progress(disable=True)).starts, config)
@@ -166,5 +181,7 @@ def _effective_ranks(
     return {name: effective_rank(found.double()) for name, found in values.items()}
 
 
-def _environment(seed: int) -> dict[str, Any]:
-    return report.environment(seed, torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+@cache
+def _environment() -> dict[str, Any]:
+    """Return what the process runs on, with the commit at its start: the code that it imported."""
+    return report.environment(0, torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")

@@ -55,7 +55,7 @@ def gradient(m: Moments, rank: int) -> Start:
 
 
 def gradient_tail(m: Moments, rank: int) -> Start:
-    """B0: the same, within the half of the output space that has least energy."""
+    """B0: the same, within the half of the output space that has least energy (W's null space: there A0 = 0)."""
     low = torch.linalg.eigh(m.outputs).eigenvectors[:, : len(m.outputs) // 2]
     return _astra(m, low @ _top(low.T @ m.gradients @ low, rank))
 
@@ -77,14 +77,12 @@ def balanced_principal(m: Moments, rank: int) -> Start:
 
 def contrast(m: Moments, rank: int) -> Start:
     """A0: inputs that the task has and the base's own text has not; B0 = 0. What A0 does not see is not forgotten."""
-    a0 = _first_of_pair(m.inputs, m.own_inputs(), rank).T
-    return Start(a0 / a0.norm(dim=1, keepdim=True), torch.zeros(len(m.weight), rank, dtype=a0.dtype))
+    return _contrast(m, rank, ridge=0.01)
 
 
 def soft_contrast(m: Moments, rank: int) -> Start:
-    """Between contrast and EVA: the base's own text counts where it has more than its mean energy."""
-    a0 = _first_of_pair(m.inputs, m.own_inputs(), rank, ridge=1.0).T
-    return Start(a0 / a0.norm(dim=1, keepdim=True), torch.zeros(len(m.weight), rank, dtype=a0.dtype))
+    """Between contrast and inputs: the base's own text counts where it has more than its mean energy."""
+    return _contrast(m, rank, ridge=1.0)
 
 
 def contrast_gradient(m: Moments, rank: int) -> Start:
@@ -92,13 +90,18 @@ def contrast_gradient(m: Moments, rank: int) -> Start:
     return Start(contrast(m, rank).a0, _top(m.gradients, rank))
 
 
+def inputs(m: Moments, rank: int) -> Start:
+    """A0: the input directions of most energy over all real tokens (EVA's: centred, of answers alone); B0 = 0."""
+    return _from_zero(m, _top(m.inputs, rank).T)
+
+
 def inputs_gradient(m: Moments, rank: int) -> Start:
-    """A0: the input directions of most energy, as EVA's; B0 of gradient instead of zero."""
+    """A0 of inputs, B0 of gradient."""
     return Start(_top(m.inputs, rank).T, _top(m.gradients, rank))
 
 
 def inputs_tail(m: Moments, rank: int) -> Start:
-    """A0 as EVA's; B0: the tail of the outputs, Astra's."""
+    """A0 of inputs; B0: the tail of the outputs, Astra's, though unsettled where eigenvalues are zero."""
     return Start(_top(m.inputs, rank).T, torch.linalg.eigh(m.outputs).eigenvectors[:, :rank])
 
 
@@ -106,7 +109,7 @@ TRIED: dict[str, Tried] = {
     made.__name__: made
     for made in (
         gradient, gradient_tail, whitened_tail, balanced_principal, contrast, soft_contrast, contrast_gradient,
-        inputs_gradient, inputs_tail,
+        inputs, inputs_gradient, inputs_tail,
     )
 }  # fmt: skip
 
@@ -143,22 +146,26 @@ def _measure(
     model: PreTrainedModel, layers: Mapping[str, nn.Linear], text: list[Batch]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Return E[x x^T], E[y y^T] and the sum of g g^T of every layer."""
-    real = torch.empty(0)
+    real: torch.Tensor | None = None
     tokens = sum(int(batch["attention_mask"].sum()) for batch in text)
+
+    def zeros(n: int) -> torch.Tensor:
+        return torch.zeros(n, n, dtype=torch.float64, device=model.device)
+
     sums = {
-        name: [torch.zeros(n, n, dtype=torch.float64, device=model.device) for n in (layer.in_features, out, out)]
+        name: (zeros(layer.in_features), zeros(layer.out_features), zeros(layer.out_features))
         for name, layer in layers.items()
-        for out in (layer.out_features,)
     }
 
-    def add(place: int, name: str, values: torch.Tensor) -> None:
+    def add(total: torch.Tensor, values: torch.Tensor) -> None:
         chosen = values.detach().flatten(0, -2)[real].double()
-        sums[name][place] += chosen.T @ chosen
+        total += chosen.T @ chosen
 
-    def on_forward(name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        add(0, name, inputs[0])
-        add(1, name, output)
-        output.register_hook(partial(add, 2, name))
+    def on_forward(name: str, layer: nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        of_inputs, of_outputs, of_gradients = sums[name]
+        add(of_inputs, inputs[0])
+        add(of_outputs, output if layer.bias is None else output - layer.bias)
+        output.register_hook(partial(add, of_gradients))
 
     handles = [layer.register_forward_hook(partial(on_forward, name)) for name, layer in layers.items()]
     model.enable_input_require_grads()  # of a frozen model nothing else would have gradients
@@ -173,6 +180,15 @@ def _measure(
     return {name: (x / tokens, y / tokens, g) for name, (x, y, g) in sums.items()}
 
 
+def _from_zero(m: Moments, a0: torch.Tensor) -> Start:
+    return Start(a0, torch.zeros(len(m.weight), len(a0), dtype=a0.dtype))
+
+
+def _contrast(m: Moments, rank: int, ridge: float) -> Start:
+    a0 = _first_of_pair(m.inputs, m.own_inputs(), rank, ridge).T
+    return _from_zero(m, a0 / a0.norm(dim=1, keepdim=True))
+
+
 def _astra(m: Moments, q: torch.Tensor) -> Start:
     return Start(q.T @ m.weight, q)
 
@@ -182,7 +198,7 @@ def _top(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     return torch.linalg.eigh(matrix).eigenvectors[:, -rank:]
 
 
-def _first_of_pair(wanted: torch.Tensor, unwanted: torch.Tensor, rank: int, ridge: float = 0.01) -> torch.Tensor:
+def _first_of_pair(wanted: torch.Tensor, unwanted: torch.Tensor, rank: int, ridge: float) -> torch.Tensor:
     """Return the vectors v (d, rank) of the largest v^T wanted v / v^T (unwanted + `ridge` x its mean) v."""
     least = ridge * unwanted.diagonal().mean() * torch.eye(len(unwanted), dtype=unwanted.dtype, device=unwanted.device)
     factor = torch.linalg.cholesky(unwanted + least)

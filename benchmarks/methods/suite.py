@@ -19,6 +19,9 @@ CORE = [m for m in starts.METHODS if m != "middle"]
 FEW = ("lora", "pissa", "tail", "principal", "full")
 FIXED = 0  # the paper's own protocol: every method at the rate 1e-3 x 2^this
 SUBSPACES = ("tail", "principal", "middle", "random")
+OVER_RANKS = ("lora", "pissa", "tail", "principal")
+CALIBRATED = ("tail", "principal")  # with other text, and with more and less of it
+MEASURED = ("lora", "tail", "principal", "full")  # their outputs' effective rank
 SIZES = (8, 32, 128, 256)
 
 
@@ -53,41 +56,40 @@ SUITES = {
 def core(suite: Suite, results: Results) -> list[Trial]:
     """Every method on two tasks, each at its own best rate: the table."""
     fixed = [suite.sweep(task, method).at(FIXED) for task in TASKS for method in CORE]
-    return _swept(suite, results, TASKS, CORE) + fixed
+    return _swept(suite, results, TASKS, CORE) + [replace(trial, seed=seed) for trial in fixed for seed in SEEDS]
 
 
 def figure1(suite: Suite, results: Results) -> list[Trial]:
     """Loss and gradient norm: Astra at several ranks, LoRA at the highest one, full fine-tuning."""
     found = _swept(suite, results, [CODE], ["full"])
     for rank in suite.ranks:
-        found += _around(suite, results, rank, "tail", CODE)
-    return found + _around(suite, results, suite.ranks[-1], "lora", CODE)
+        found += _swept_at(suite, results, rank, "tail", CODE)
+    return found + _swept_at(suite, results, suite.ranks[-1], "lora", CODE)
 
 
 def figure2(suite: Suite, results: Results) -> list[Trial]:
     """Metric and loss over the rank; whose text calibrates, and how much of it."""
     found = []
-    for method in ("lora", "pissa", "tail", "principal"):
+    for method in OVER_RANKS:
         for rank in suite.ranks:
-            found += _around(suite, results, rank, method, ANSWERS)
+            found += _swept_at(suite, results, rank, method, ANSWERS)
     return found + _calibrated_otherwise(suite, results)
 
 
 def _calibrated_otherwise(suite: Suite, results: Results) -> list[Trial]:
     """Return the trials of figure 2 that calibrate otherwise than the core table, at the core table's rates."""
     found = []
-    for method in ("tail", "principal"):
+    for method in CALIBRATED:
         for trial, _ in at_best(suite.sweep(CODE, method), results):
             found += [replace(trial, calibration=text) for text in ("other", "random")]
             found += [replace(trial, calibration_rows=n) for n in SIZES if n != trial.calibration_rows]
-    return found + _swept(suite, results, [CODE], ["tail", "principal"])
+    return found + _swept(suite, results, [CODE], CALIBRATED)
 
 
 def figure3(suite: Suite, results: Results) -> list[Trial]:
     """Effective rank of the outputs before and after training."""
-    methods = ("lora", "tail", "principal", "full")
-    found = _swept(suite, results, [CODE], methods)
-    for method in methods:
+    found = _swept(suite, results, [CODE], MEASURED)
+    for method in MEASURED:
         found += [replace(t, spectra=True) for t, _ in at_best(suite.sweep(CODE, method), results, SEEDS[:1])]
     return found
 
@@ -138,17 +140,17 @@ def missing(parts: Iterable[str], suite: Suite, results: Results) -> list[Trial]
     return [trial for trial in wanted if trial not in results]
 
 
-def around(suite: Suite, results: Results, rank: int, method: str, task: str) -> Sweep | None:
-    """Return a search at another rank: three rates around the best one of the suite's own rank, once it is known."""
+def at_rank(suite: Suite, results: Results, rank: int, method: str, task: str) -> Sweep | None:
+    """Return a search at another rank: five rates around the best one of the suite's own rank, once it is known."""
     usual = suite.sweep(task, method)
     best = usual.best(results)
     if rank == suite.rank or best is None:
         return usual if best else None
-    return Sweep(suite.trial(task, method, rank=rank), power_of(best.learning_rate) - 1, count=3)
+    return Sweep(suite.trial(task, method, rank=rank), power_of(best.learning_rate) - 2)
 
 
-def _around(suite: Suite, results: Results, rank: int, method: str, task: str) -> list[Trial]:
-    sweep = around(suite, results, rank, method, task)
+def _swept_at(suite: Suite, results: Results, rank: int, method: str, task: str) -> list[Trial]:
+    sweep = at_rank(suite, results, rank, method, task)
     return suite.sweep(task, method).trials(results) + (with_seeds(sweep, results) if sweep else [])
 
 

@@ -1,6 +1,7 @@
 """The tables, and with them every file that is drawn from the runs."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -12,27 +13,31 @@ from benchmarks import report
 from benchmarks.methods import panels, starts
 from benchmarks.methods.figures import all_figures
 from benchmarks.methods.suite import CLASSES, FAMILIES, FIXED, OTHER, Suite
-from benchmarks.methods.sweep import at_best, rate
-from benchmarks.methods.trial import Results
+from benchmarks.methods.sweep import SEEDS, at_best, at_rate, rate
+from benchmarks.methods.trial import Outcome, Results
 
 COLUMNS = {
     "rate": "best rate",
-    "seeds": "seeds",
+    "diverged": "diverged",
     "test": "test loss",
     "spread": "±",
     "against_lora": "against LoRA",
     "against_lora_spread": "±",
+    "against_random": "against random",
+    "against_random_spread": "±",
     "metric": "right",
     "forgetting": "forgetting",
     "fixed": f"loss at {rate(FIXED):g}",
+    "fixed_against_lora": "against LoRA",
+    "fixed_against_lora_spread": "±",
     "fixed_forgetting": "forgetting there",
 }
 LEGEND = f"""\
-Mean over seeds at each method's own best learning rate, lowest loss first. Loss: nats per target token (topic: per
-row) on test rows; the rate was chosen on validation rows. ±: standard deviation; `against LoRA` pairs the seeds,
-which see the same rows in the same order. right: exact answers, or right classes. forgetting: loss on the base's
-own text, after minus before. The last two columns are the paper's own protocol, one rate ({rate(FIXED):g}) for
-all, one seed.
+Mean over {len(SEEDS)} seeds at each method's own best learning rate, lowest loss first. Loss: nats per target token
+(topic: per row) on test rows; the rate was chosen on validation rows, with one seed. ±: standard deviation over seeds
+(not over the choice of the rate); `against` LoRA and a random subspace pairs the seeds, which see the same rows in the
+same order. right: exact answers, or right classes. forgetting: loss on text as the base was pre-trained on, after minus
+before. The last columns are the paper's own protocol, one rate ({rate(FIXED):g}) for all.
 """
 
 
@@ -43,7 +48,7 @@ def write(out: Path, suite: Suite, results: Results, console: Console) -> None:
     tables = {
         f"{task} on {base}": sorted(
             (case for method in methods if (case := _case(suite, results, base, task, method))),
-            key=lambda case: case["test"],
+            key=lambda case: math.inf if case["test"] is None else case["test"],
         )
         for base, task in asked
     }
@@ -70,32 +75,48 @@ def write(out: Path, suite: Suite, results: Results, console: Console) -> None:
 
 
 def _case(suite: Suite, results: Results, base: str, task: str, method: str) -> dict[str, Any] | None:
-    """Return a method's row; None while its search is not over."""
+    """Return a method's row; None while not all of its runs are there."""
     sweep = suite.sweep(task, method, base)
-    found = at_best(sweep, results)
-    if not found:
+    best = at_best(sweep, results)
+    if len(best) < len(SEEDS):
         return None
-    tests = [outcome.test for _, outcome in found]
-    lora = {trial.seed: outcome.test for trial, outcome in at_best(suite.sweep(task, "lora", base), results)}
-    pairs = [outcome.test / lora[trial.seed] - 1 for trial, outcome in found if trial.seed in lora]
-    metrics = [outcome.metric for _, outcome in found if outcome.metric is not None]
-    fixed = results.get(sweep.at(FIXED))
+    every = [outcome for _, outcome in best]
+    found = [outcome for outcome in every if math.isfinite(outcome.test)]
+
+    def at_best_of(other: str) -> list[Outcome]:
+        return [outcome for _, outcome in at_best(suite.sweep(task, other, base), results)]
+
+    fixed = at_rate(sweep.at(FIXED), results)
+    fixed_lora = at_rate(suite.sweep(task, "lora", base).at(FIXED), results)
     return {
         "base": base,
         "task": task,
         "method": method,
-        "rate": found[0][0].learning_rate,
-        "seeds": len(found),
-        "test": fmean(tests),
-        "spread": _spread(tests),
-        "against_lora": fmean(pairs) if pairs else None,
-        "against_lora_spread": _spread(pairs),
-        "metric": fmean(metrics) if metrics else None,
-        "forgetting": fmean(outcome.forgetting for _, outcome in found),
-        "fixed": fixed.test if fixed and math.isfinite(fixed.test) else None,
-        "fixed_forgetting": fixed.forgetting if fixed and math.isfinite(fixed.test) else None,
-        "parameters": found[0][1].parameters,
+        "rate": best[0][0].learning_rate,
+        "diverged": len(every) - len(found),
+        "test": _mean(outcome.test for outcome in found),
+        "spread": _spread([outcome.test for outcome in found]),
+        **_against("lora", every, at_best_of("lora")),
+        **_against("random", every, at_best_of("random")),
+        "metric": _mean(outcome.metric for outcome in found if outcome.metric is not None),
+        "forgetting": _mean(outcome.forgetting for outcome in found),
+        "fixed": _mean(outcome.test for outcome in fixed),
+        **{f"fixed_{key}": value for key, value in _against("lora", fixed, fixed_lora).items()},
+        "fixed_forgetting": _mean(outcome.forgetting for outcome in fixed),
+        "parameters": found[0].parameters if found else 0,
     }
+
+
+def _against(name: str, ours: list[Outcome], theirs: list[Outcome]) -> dict[str, float | None]:
+    """Return the mean and the spread of the loss relative to another method's, seed by seed."""
+    pairs = [a.test / b.test - 1 for a, b in zip(ours, theirs, strict=False) if math.isfinite(a.test + b.test)]
+    return {f"against_{name}": _mean(pairs), f"against_{name}_spread": _spread(pairs)}
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    """Return the mean of the finite ones, None where there is none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return fmean(finite) if finite else None
 
 
 def _spread(values: list[float]) -> float | None:
@@ -123,6 +144,6 @@ def _cell(key: str, value: float | None) -> str:
         return ""
     if key == "metric":
         return f"{value:.0%}"
-    if key.startswith("against_lora"):
+    if "against" in key:
         return f"{value:.1%}" if key.endswith("spread") else f"{value:+.1%}"
-    return f"{value:g}" if key in ("rate", "seeds") else f"{value:.4f}" if key == "spread" else f"{value:.3f}"
+    return f"{value:g}" if key in ("rate", "diverged") else f"{value:.4f}" if key == "spread" else f"{value:.3f}"

@@ -22,15 +22,14 @@ def power_of(learning_rate: float) -> int:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The trials of one method that differ by their learning rate; the first ones are `count` from rate(first)."""
+    """The trials of one method that differ by their learning rate; the first ones are five from rate(first)."""
 
     of: Trial  # its learning rate does not count
     first: int
-    count: int = 5
 
     def trials(self, results: Results) -> list[Trial]:
         """Return all that are known to be needed, from the lowest rate to the highest, run or not."""
-        low, high = self.first, self.first + self.count - 1
+        low, high = self.first, self.first + 4
         while True:
             found = [self.at(power) for power in range(low, high + 1)]
             if any(trial not in results for trial in found):
@@ -58,6 +57,11 @@ def with_seeds(sweep: Sweep, results: Results) -> list[Trial]:
     """Return the sweep and, once its best rate is known, that rate with every seed."""
     best = sweep.best(results)
     return sweep.trials(results) + ([replace(best, seed=seed) for seed in SEEDS] if best else [])
+
+
+def at_rate(trial: Trial, results: Results) -> list[Outcome]:
+    """Return the runs that there are of a trial with every seed."""
+    return [found for seed in SEEDS if (found := results.get(replace(trial, seed=seed)))]
 
 
 def at_best(sweep: Sweep, results: Results, seeds: Sequence[int] = SEEDS) -> list[tuple[Trial, Outcome]]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -68,6 +69,7 @@ class Results:
         """Read every run of PROTOCOL in `folder`, which need not exist yet."""
         self.folder = folder
         self.environments: list[dict[str, Any]] = []
+        self.ignored: list[str] = []  # files of another PROTOCOL, or renamed ones
         self._found: dict[Trial, Outcome] = {}
         for file in sorted(folder.glob("*.json")):
             record = json.loads(file.read_text(encoding="utf-8"))
@@ -75,6 +77,8 @@ class Results:
             if trial.name == file.stem:
                 self._found[trial] = _outcome(record["outcome"])
                 self.environments.append(record["env"])
+            else:
+                self.ignored.append(file.name)
 
     def __contains__(self, trial: Trial) -> bool:
         return trial in self._found
@@ -97,18 +101,22 @@ class Results:
         told = {key: _finite(value) for key, value in asdict(outcome).items()}
         text = json.dumps({"trial": asdict(trial), "outcome": told, "env": env}, allow_nan=False)
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{trial.name}.partial"
+        partial = self.folder / f"{trial.name}.{os.getpid()}.partial"
         partial.write_text(text + "\n", encoding="utf-8")
         partial.rename(self.folder / f"{trial.name}.json")
-        self._found[trial] = outcome
+        self._found[trial] = _outcome(told)
         self.environments.append(env)
 
 
 def _outcome(told: dict[str, Any]) -> Outcome:
-    """Return what `Results.add` wrote; a loss of null was infinite."""
-    losses = {key: math.inf for key in ("validation", "test", "forgetting") if told[key] is None}
+    """Return what `Results.add` wrote; a number of null was not finite, which none is better than."""
+    numbers: dict[str, Any] = {}
+    for key in ("validation", "test", "forgetting"):
+        numbers[key] = math.inf if told[key] is None else told[key]
+    for key in ("curve", "gradients"):
+        numbers[key] = [math.inf if value is None else value for value in told[key]]
     ranks = {name: (before, after) for name, (before, after) in told["effective_rank"].items()}
-    return Outcome(**{**told, **losses, "effective_rank": ranks})
+    return Outcome(**{**told, **numbers, "effective_rank": ranks})
 
 
 def config_of(trial: Trial, settings: dict[str, Any]) -> TrainConfig:
