@@ -19,7 +19,7 @@ CORE = [m for m in starts.METHODS if m != "middle"]
 FEW = ("lora", "pissa", "tail", "principal", "full")
 FIXED = 0  # the paper's own protocol: every method at the rate 1e-3 x 2^this
 SUBSPACES = ("tail", "principal", "middle", "random")
-OVER_RANKS = ("lora", "pissa", "tail", "principal")
+OVER_RANKS = ("lora", "tail", "principal")
 CALIBRATED = ("tail", "principal")  # with other text, and with more and less of it
 MEASURED = ("lora", "tail", "principal", "full")  # their outputs' effective rank
 SIZES = (8, 32, 128, 256)

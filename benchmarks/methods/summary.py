@@ -18,26 +18,21 @@ from benchmarks.methods.trial import Outcome, Results
 
 COLUMNS = {
     "rate": "best rate",
-    "diverged": "diverged",
     "test": "test loss",
-    "spread": "±",
     "against_lora": "against LoRA",
-    "against_lora_spread": "±",
     "against_random": "against random",
-    "against_random_spread": "±",
     "metric": "right",
     "forgetting": "forgetting",
     "fixed": f"loss at {rate(FIXED):g}",
     "fixed_against_lora": "against LoRA",
-    "fixed_against_lora_spread": "±",
-    "fixed_forgetting": "forgetting there",
+    "fixed_forgetting": "forgetting",
 }
 LEGEND = f"""\
 Mean over {len(SEEDS)} seeds at each method's own best learning rate, lowest loss first. Loss: nats per target token
 (topic: per row) on test rows; the rate was chosen on validation rows, with one seed. ±: standard deviation over seeds
-(not over the choice of the rate); `against` LoRA and a random subspace pairs the seeds, which see the same rows in the
-same order. right: exact answers, or right classes. forgetting: loss on text as the base was pre-trained on, after minus
-before. The last columns are the paper's own protocol, one rate ({rate(FIXED):g}) for all.
+(not over the choice of the rate); `against` LoRA, or Astra's random subspace, pairs the seeds, which see the same
+rows in the same order. right: exact answers, or right classes. forgetting: loss on text as the base was pre-trained
+on, after minus before. The last columns are the paper's own protocol, one rate ({rate(FIXED):g}) for all.
 """
 
 
@@ -95,7 +90,7 @@ def _case(suite: Suite, results: Results, base: str, task: str, method: str) -> 
         "rate": best[0][0].learning_rate,
         "diverged": len(every) - len(found),
         "test": _mean(outcome.test for outcome in found),
-        "spread": _spread([outcome.test for outcome in found]),
+        "test_spread": _spread([outcome.test for outcome in found]),
         **_against("lora", every, at_best_of("lora")),
         **_against("random", every, at_best_of("random")),
         "metric": _mean(outcome.metric for outcome in found if outcome.metric is not None),
@@ -136,14 +131,17 @@ def _markdown(title: str, cases: list[dict[str, Any]]) -> str:
 
 
 def _row(case: dict[str, Any]) -> list[str]:
-    return [case["method"], *(_cell(key, case[key]) for key in COLUMNS)]
+    return [case["method"], *(_cell(key, case) for key in COLUMNS)]
 
 
-def _cell(key: str, value: float | None) -> str:
+def _cell(key: str, case: dict[str, Any]) -> str:
+    value, spread = case[key], case.get(f"{key}_spread")
     if value is None:
         return ""
+    if key == "rate":
+        return f"{value:g}" + (f" ({case['diverged']} diverged)" if case["diverged"] else "")
     if key == "metric":
         return f"{value:.0%}"
     if "against" in key:
-        return f"{value:.1%}" if key.endswith("spread") else f"{value:+.1%}"
-    return f"{value:g}" if key in ("rate", "diverged") else f"{value:.4f}" if key == "spread" else f"{value:.3f}"
+        return f"{100 * value:+.1f}" + (f" ± {100 * spread:.1f} %" if spread is not None else " %")
+    return f"{value:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
