@@ -34,6 +34,7 @@ _HEADS = (
     "classifier",
     "pre_classifier",
     "pooler",
+    "head",
 )  # of classifiers: a language model has none, so trained whole
 
 

@@ -4,7 +4,7 @@
 
     embedded     4.7 M Llama on Python and drills, from the repository
     qwen         3.0 M Qwen3 on C++ headers                        about 5 minutes on two cores
-    encoder      2.3 M BERT (masked language model) on Python
+    encoder      2.1 M ModernBERT on Python                        3 minutes on two cores
     llama-100m   98 M Llama on Python                              for a GPU
 
 Weights lie in ~/.cache/astra/bases under a digest of how they were made; they are not kept in the repository.
@@ -58,8 +58,9 @@ BASES = {
         "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6,
         "num_key_value_heads": 3, "head_dim": 32, "tie_word_embeddings": True,
     }),
-    "encoder": Base("bert", "python", 600, (32, 128), 1024, {
-        "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 6,
+    "encoder": Base("modernbert", "python", 600, (32, 128), 1024, {
+        "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 5, "num_attention_heads": 6,
+        "global_attn_every_n_layers": 1,
     }),
     "llama-100m": Base("llama", "packages", 4000, (64, 512), 8192, {
         "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -94,7 +95,7 @@ def own_text(name: str) -> Path:
 
 def _pretrain(base: Base, out: Path) -> None:
     print(f"pre-training {base.kind} on {base.texts}, {base.steps} steps of {base.batch[0]} x {base.batch[1]} tokens")
-    masked = base.kind == "bert"
+    masked = base.kind == "modernbert"
     special = {"cls_token": "<|cls|>", "mask_token": "<|mask|>"} if masked else {}
     tokenizer = pretrain.train_tokenizer(islice(_texts(base.texts, "train"), 10_000), base.vocabulary, **special)
     if masked:
@@ -110,6 +111,7 @@ def _pretrain(base: Base, out: Path) -> None:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **({"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.eos_token_id} if masked else {}),
         **base.settings,
     )
     model = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_config(config)
