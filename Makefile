@@ -1,17 +1,22 @@
 # make demo   train three adapters, convert them, serve them from one engine, and ask them held-out questions
 # make test   the test suite
+# make chart-test   the Helm chart's: fetches Helm 3 and 4, promtool, checkov and hadolint
 # make check  lint, format and types
 PYTHON ?= python3.11
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 TORCH = $(shell grep '^torch==' requirements-cpu.lock)
 
-.PHONY: demo test check clean
+.PHONY: demo test chart-test check clean
 demo: .venv/.installed
 	.venv/bin/python -m benchmarks.demo
 
 test: .venv/.installed
 	.venv/bin/python -m pytest
+
+chart-test: .venv/.installed
+	.venv/bin/python -m tests.helm.tools
+	.venv/bin/python -m pytest tests/helm
 
 check: .venv/.installed
 	.venv/bin/ruff format --check

@@ -46,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.log_format == "json" or (args.log_format is None and not sys.stderr.isatty()):
             options = ["--logging-config.formatter", "json", *options]
         settings = engine.parse(args.base, rank, slots, resident, options)
+        if settings.headless:
+            engine.compute(settings)
+            return 0
         run.serve(
             settings,
             base if not rank else Base(base.name, base.folder, base.digest, base.shapes, settings.max_lora_rank),

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from starlette.routing import Match
 from vllm import SamplingParams, TokensPrompt
 from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
 from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
@@ -77,6 +78,11 @@ def parse(base: str, rank: int, slots: int, resident: int, extra: Sequence[str])
     validate_parsed_serve_args(args)
     checked: Namespace = args
     return checked
+
+
+def compute(args: Namespace) -> None:
+    """Compute for an engine whose server is on another node (vLLM's --headless), until it ends."""
+    ServeSubcommand.cmd(args)
 
 
 class VllmEngine:

@@ -4,6 +4,7 @@ At most `MOST_ADAPTERS` adapters have series of their own; the others share the 
 when it is removed. Requests for names that nobody serves are counted under `_unknown`.
 """
 
+import time
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -118,7 +119,7 @@ class Metrics:
         room.add_metric([], self._fleet.places.capacity)
         ready = GaugeMetricFamily("astra_ready", "1 when /readyz says yes")
         ready.add_metric([], float(not (self._gateway.not_ready() or self._reconciler.ready())))
-        yield from (resident, room, ready)
+        yield from (resident, room, ready, self._for_routers())
 
     def describe(self) -> list[Metric]:
         """Return nothing: what `collect` yields depends on the moment."""
@@ -149,6 +150,19 @@ class Metrics:
                 if verdict.deviation is not None:
                     deviation.add_metric([name], verdict.deviation)
         yield from (info, where, effect, deviation)
+
+    def _for_routers(self) -> Metric:
+        """Return what routers that know LoRA read of vLLM, by the names that requests use: vLLM's has our versions'."""
+        labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+        found = GaugeMetricFamily(
+            "astra_lora_requests_info", "Adapters in the engine's memory; since 1970", labels=labels
+        )
+        places = self._fleet.places
+        loaded = [
+            name for name, alias in self._fleet.aliases.items() if places.residency(alias.current) in ("slot", "memory")
+        ]
+        found.add_metric([str(places.capacity), ",".join(loaded), ""], time.time())
+        return found
 
     def _of(self, request: Request) -> str:
         if request.adapter is not None:

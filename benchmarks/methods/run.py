@@ -11,7 +11,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from rich.progress import Progress
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, logging
 
 from benchmarks import report
 from benchmarks.methods import bases, starts, tasks
@@ -40,6 +40,7 @@ def prepare(threads: int) -> None:
     """Make a process ready for trials: its threads, its device, and the commit that its code is of."""
     torch.set_num_threads(threads)
     PartialState(cpu=not torch.cuda.is_available())
+    logging.set_verbosity_error()  # a classifier's new head is no news
     _environment()
 
 

@@ -10,11 +10,11 @@ import torch
 from peft import PeftModel
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
     PreTrainedTokenizerFast,
 )
 
@@ -243,15 +243,16 @@ def test_a_classifier_learns_and_its_head_is_saved_and_converted(tiny_base, json
 
 
 @pytest.fixture(scope="session")
-def tiny_encoder(tmp_path_factory, tokenizer) -> Path:
-    """A BERT of two layers with a masked-language head and random weights, and a tokenizer for it."""
+def tiny_encoder(request, tmp_path_factory, tokenizer) -> Path:
+    """An encoder of two layers with a masked-language head and random weights, and a tokenizer for it."""
     special = {f"{name}_token": f"<{name}>" for name in ("pad", "mask", "cls", "sep")}
     words = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special)
     words.backend_tokenizer.post_processor = TemplateProcessing(
         single="<cls> $A <sep>", special_tokens=[("<cls>", words.cls_token_id), ("<sep>", words.sep_token_id)]
     )
     torch.manual_seed(0)
-    config = BertConfig(
+    config = AutoConfig.for_model(
+        request.param,
         vocab_size=len(words),
         hidden_size=32,
         intermediate_size=48,
@@ -259,17 +260,22 @@ def tiny_encoder(tmp_path_factory, tokenizer) -> Path:
         num_attention_heads=4,
         max_position_embeddings=128,
         initializer_range=0.2,
-        pad_token_id=words.pad_token_id,
+        **{f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("pad", "cls", "sep")},
     )
     folder = tmp_path_factory.mktemp("base") / "encoder"
-    BertForMaskedLM(config).save_pretrained(folder)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("own_text", [True, False])
+@pytest.mark.parametrize(
+    ("tiny_encoder", "own_text", "heads"),
+    [("bert", True, {"bert.pooler.dense": 2, "classifier": 2}),
+     ("modernbert", False, {"head.dense": 1, "head.norm": 1, "classifier": 2})],
+    indirect=["tiny_encoder"],
+)  # fmt: skip
 def test_an_encoder_learns_to_classify_and_its_forgetting_is_that_of_masked_tokens(
-    tiny_encoder, jsonl, tmp_path, own_text
+    tiny_encoder, own_text, heads, jsonl, tmp_path
 ) -> None:
     data = jsonl([{"text": f"{'odd' if i % 2 else 'even'} {i}", "label": i % 2} for i in range(40)])
     text = jsonl([{"text": f"def function_{i}(x): return x + {i}"} for i in range(20)], "text.jsonl")
@@ -277,7 +283,7 @@ def test_an_encoder_learns_to_classify_and_its_forgetting_is_that_of_masked_toke
     settings += ["rank=4", "learning_rate=1e-2", *([] if own_text else [f"forgetting_data={text}"])]
     assert astra_train(tiny_encoder, data, tmp_path / "out", *settings) == 0
     found = load_astra(tmp_path / "out").provenance
-    head = {f"{layer}.{half}" for layer in ("classifier", "bert.pooler.dense") for half in ("weight", "bias")}
+    head = {f"{layer}.{('weight', 'bias')[i]}" for layer, parts in heads.items() for i in range(parts)}
     assert set(load_astra(tmp_path / "out").head) == head  # the language model came without them
     uniform = np.log(len(AutoTokenizer.from_pretrained(tiny_encoder)))
     assert (found["forgetting"]["before"] < uniform) == own_text  # a model expects its own text more than any other

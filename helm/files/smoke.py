@@ -1,0 +1,51 @@
+"""Ask a server what it promises: its models, the base, one adapter, a stream. Exits with 1 and one line where it fails.
+
+python3 smoke.py http://HOST:PORT        # the API key, if there is one, in VLLM_API_KEY
+"""
+
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from typing import Any
+
+PROMPT = {"prompt": "The", "max_tokens": 4, "temperature": 0}
+
+
+def ask(url: str, body: dict[str, Any] | None = None) -> str:
+    """Return what the server answers. Raises OSError, HTTPError with the server's own words."""
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("VLLM_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(url, json.dumps(body).encode() if body else None, headers)  # noqa: S310
+    with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
+        return str(answer.read().decode())
+
+
+def main(server: str) -> None:
+    """Run every check. Raises AssertionError with what was wrong."""
+    models = json.loads(ask(f"{server}/v1/models"))["data"]
+    assert models, "it serves no model"
+    base, *adapters = (model["id"] for model in models)
+    print(f"models: {base} and {len(adapters)} adapters")
+    for model in (base, *adapters[:1]):
+        answer = json.loads(ask(f"{server}/v1/completions", {"model": model, **PROMPT}))
+        assert answer["usage"]["completion_tokens"] > 0, f"{model} says nothing"
+        served = answer["model"].partition("@")[0]
+        assert served == model, f"{model} was asked, {answer['model']} answered"
+        print(f"{model}: answered by {answer['model']}")
+    stream = ask(f"{server}/v1/completions", {"model": (adapters or [base])[0], "stream": True, **PROMPT})
+    events = [line for line in stream.splitlines() if line.startswith("data: ")]
+    assert len(events) > 1, "the stream is empty"
+    assert events[-1] == "data: [DONE]", f"the stream ends with {events[-1]}"
+    print(f"stream: {len(events) - 1} events")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1].rstrip("/"))
+    except urllib.error.HTTPError as error:
+        sys.exit(f"{error.url} answers with {error.code}: {error.read().decode()[:500]}")
+    except (OSError, AssertionError, KeyError) as error:
+        sys.exit(f"{sys.argv[1]}: {error}")

@@ -1,0 +1,20 @@
+# docker build -f helm/images/gpu.Dockerfile -t astra-serve:0.1.0 .
+# Not built by this project's tests, which have no container engine: they lint it.
+FROM vllm/vllm-openai:v0.32.0
+
+# What the server needs beside vLLM, at versions that vLLM's own accept.
+WORKDIR /opt/astra
+COPY pyproject.toml README.md LICENSE ./
+COPY astra_serve astra_serve
+COPY converter converter
+COPY trainer trainer
+RUN python3 -m pip freeze --exclude-editable > /tmp/installed.txt \
+    && python3 -m pip install --no-cache-dir --constraint /tmp/installed.txt '.[s3]' \
+    && rm /tmp/installed.txt \
+    && useradd --uid 1000 --create-home --home-dir /home/astra astra
+
+USER 1000:1000
+ENV HOME=/home/astra
+WORKDIR /home/astra
+EXPOSE 8000
+ENTRYPOINT ["astra-serve"]

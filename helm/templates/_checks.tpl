@@ -1,0 +1,98 @@
+{{- /* What a schema cannot say, checked before anything is rendered. */ -}}
+{{- define "astra.checks" -}}
+{{- $v := .Values -}}
+{{- if and $v.adapters $v.adaptersUrl -}}
+  {{- fail "adapters and adaptersUrl are both set: the desired state is in one place" -}}
+{{- end -}}
+{{- $names := list -}}
+{{- $pinned := 0 -}}
+{{- range $v.adapters -}}
+  {{- if has .name $names -}}
+    {{- fail (printf "two adapters are named %q: names must differ" .name) -}}
+  {{- end -}}
+  {{- $names = append $names .name -}}
+  {{- if .pin -}}{{- $pinned = add1 $pinned -}}{{- end -}}
+  {{- if gt (int (default 0 .rank)) (int $v.engine.maxLoraRank) -}}
+    {{- fail (printf "adapter %q has rank %v, the engine takes up to %v: raise engine.maxLoraRank" .name .rank $v.engine.maxLoraRank) -}}
+  {{- end -}}
+  {{- with .canary -}}
+    {{- if or (le (float64 .weight) 0.0) (ge (float64 .weight) 1.0) -}}
+      {{- fail (printf "the canary's weight is %v: it must be above 0 and below 1" .weight) -}}
+    {{- end -}}
+  {{- end -}}
+  {{- if and (not (contains "://" .source)) (not (hasPrefix "sha256:" .source)) -}}
+    {{- if not $v.adaptersClaim.name -}}
+      {{- fail (printf "adapter %q comes from the folder %q: set adaptersClaim.name, which is mounted at /adapters" .name .source) -}}
+    {{- else if not (hasPrefix "/adapters/" .source) -}}
+      {{- fail (printf "adapter %q comes from the folder %q: adaptersClaim is mounted at /adapters" .name .source) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- if gt (int $pinned) (int $v.engine.maxLoras) -}}
+  {{- fail (printf "%v adapters are pinned, the engine has %v slots: raise engine.maxLoras, or pin fewer" $pinned $v.engine.maxLoras) -}}
+{{- end -}}
+{{- if gt (int $v.engine.maxLoras) (int $v.engine.resident) -}}
+  {{- fail (printf "engine.maxLoras is %v, engine.resident %v: what is in a slot is resident, too" $v.engine.maxLoras $v.engine.resident) -}}
+{{- end -}}
+{{- if gt (len (include "astra.document" .)) 1000000 -}}
+  {{- fail "adapters do not fit into a ConfigMap (1 MB): keep the document in an object store, and name it with adaptersUrl" -}}
+{{- end -}}
+{{- $replicas := int (include "astra.mostReplicas" .) -}}
+{{- $pods := mul $replicas (int $v.nodes) -}}
+{{- range $name, $claim := dict "store.claim" $v.store.claim "base.claim" $v.base.claim -}}
+  {{- if and $claim.name (gt $pods 1) (has $claim.accessMode (list "ReadWriteOnce" "ReadWriteOncePod")) -}}
+    {{- fail (printf "%s is %s, and there may be %d pods: one of them alone could mount it" $name $claim.accessMode $pods) -}}
+  {{- end -}}
+{{- end -}}
+{{- if and $v.store.claim.name (eq $v.store.claim.accessMode "ReadOnlyMany") -}}
+  {{- fail "store.claim is ReadOnlyMany: the server writes into it" -}}
+{{- end -}}
+{{- if and $v.store.claim.name (eq $pods 1) (gt (int $v.rollout.maxSurge) 0) -}}
+  {{- fail "rollout.maxSurge starts a new pod while the old one still has the store: with store.claim set it to 0" -}}
+{{- end -}}
+{{- if and (eq (int $v.rollout.maxSurge) 0) (eq (int $v.rollout.maxUnavailable) 0) -}}
+  {{- fail "rollout.maxSurge and rollout.maxUnavailable are both 0: nothing could ever be replaced" -}}
+{{- end -}}
+{{- if gt (int $v.nodes) 1 -}}
+  {{- if not (and $v.store.claim.name (eq $v.store.claim.accessMode "ReadWriteMany")) -}}
+    {{- fail "nodes is above 1: every node of a group reads the adapters from one store; set store.claim, ReadWriteMany" -}}
+  {{- end -}}
+  {{- if lt (int $v.gpu.count) 1 -}}
+    {{- fail "nodes is above 1, gpu.count is 0: several nodes are for models that do not fit into one node's GPUs" -}}
+  {{- end -}}
+{{- end -}}
+{{- if and (hasPrefix "/" $v.base.source) (not $v.base.claim.name) -}}
+  {{- fail (printf "base.source is the folder %q: set base.claim.name, which is mounted at /base" $v.base.source) -}}
+{{- end -}}
+{{- if and $v.base.claim.name (not (or (eq $v.base.source "/base") (hasPrefix "/base/" $v.base.source))) -}}
+  {{- fail (printf "base.claim is mounted at /base, and base.source is %q: name the folder in it" $v.base.source) -}}
+{{- end -}}
+{{- if and (eq $v.autoscaling.kind "none" | not) (gt (int $v.autoscaling.minReplicas) (int $v.autoscaling.maxReplicas)) -}}
+  {{- fail "autoscaling.minReplicas is above autoscaling.maxReplicas" -}}
+{{- end -}}
+{{- if and $v.ingress.enabled (not $v.ingress.host) -}}
+  {{- fail "ingress is enabled without ingress.host" -}}
+{{- end -}}
+{{- if and $v.httpRoute.enabled (not $v.httpRoute.parentRefs) -}}
+  {{- fail "httpRoute is enabled without httpRoute.parentRefs: name the Gateway" -}}
+{{- end -}}
+{{- range $v.env -}}
+  {{- if and .value (regexMatch "(?i)(token|secret|password|api_?key)" .name) -}}
+    {{- fail (printf "env has %s in plain: take it from a Secret with valueFrom.secretKeyRef" .name) -}}
+  {{- end -}}
+{{- end -}}
+{{- range $v.engine.args -}}
+  {{- if hasPrefix "--api-key" . -}}
+    {{- fail "engine.args has --api-key in plain: set apiKey.secret" -}}
+  {{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* The desired state as the server reads it: `rank` is for the check above alone. */ -}}
+{{- define "astra.document" -}}
+{{- $entries := list -}}
+{{- range .Values.adapters -}}
+  {{- $entries = append $entries (omit . "rank") -}}
+{{- end -}}
+{{- dict "adapters" $entries | toYaml -}}
+{{- end -}}

@@ -1,0 +1,79 @@
+{{- define "astra.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "astra.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" -}}
+{{- else if contains (include "astra.name" .) .Release.Name -}}
+{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name (include "astra.name" .) | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "astra.picker" -}}
+{{ include "astra.fullname" . }}-picker
+{{- end -}}
+
+{{- /* What never changes: a Deployment's selector cannot. */ -}}
+{{- define "astra.selector" -}}
+app.kubernetes.io/name: {{ include "astra.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: server
+{{- end -}}
+
+{{- /* The pods that answer requests: of a group of nodes only its leader does. */ -}}
+{{- define "astra.serving" -}}
+{{ include "astra.selector" . }}
+{{- if gt (int .Values.nodes) 1 }}
+leaderworkerset.sigs.k8s.io/worker-index: "0"
+{{- end }}
+{{- end -}}
+
+{{- define "astra.pickerSelector" -}}
+app.kubernetes.io/name: {{ include "astra.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: picker
+{{- end -}}
+
+{{- define "astra.labels" -}}
+app.kubernetes.io/name: {{ include "astra.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end -}}
+
+{{- define "astra.image" -}}
+{{- if .Values.image.digest -}}
+{{ .Values.image.repository }}@{{ .Values.image.digest }}
+{{- else -}}
+{{ .Values.image.repository }}:{{ default .Chart.AppVersion .Values.image.tag }}
+{{- end -}}
+{{- end -}}
+
+{{- /* The workload that is scaled, as a reference. */ -}}
+{{- define "astra.workload" -}}
+{{- if gt (int .Values.nodes) 1 -}}
+apiVersion: leaderworkerset.x-k8s.io/v1
+kind: LeaderWorkerSet
+{{- else -}}
+apiVersion: apps/v1
+kind: Deployment
+{{- end }}
+name: {{ include "astra.fullname" . }}
+{{- end -}}
+
+{{- define "astra.mostReplicas" -}}
+{{- if eq .Values.autoscaling.kind "none" -}}
+{{ .Values.replicas }}
+{{- else -}}
+{{ .Values.autoscaling.maxReplicas }}
+{{- end -}}
+{{- end -}}
+
+{{- /* Seconds in which endpoints stop to send requests: a tenth of the drain, between 1 and 15. */ -}}
+{{- define "astra.preStopSeconds" -}}
+{{ max 1 (min 15 (div (int .Values.drainSeconds) 10)) }}
+{{- end -}}

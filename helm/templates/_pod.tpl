@@ -1,0 +1,296 @@
+{{- /*
+A pod of the server. The list is (context, role): role is "server", or in a group of nodes "leader" and "worker".
+Nothing here depends on the adapters: the document changes, the pods stay.
+*/ -}}
+{{- define "astra.pod" -}}
+{{- $ := index . 0 -}}
+{{- $role := index . 1 -}}
+{{- $v := $.Values -}}
+metadata:
+  labels:
+    {{- include "astra.selector" $ | nindent 4 }}
+    {{- with $v.podLabels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  {{- with $v.podAnnotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+spec:
+  serviceAccountName: {{ include "astra.fullname" $ }}
+  automountServiceAccountToken: false
+  # A Service called "vllm" would put VLLM_PORT into the environment, which means something else to the engine.
+  enableServiceLinks: false
+  terminationGracePeriodSeconds: {{ add (include "astra.preStopSeconds" $) (int $v.drainSeconds) 30 }}
+  securityContext:
+    runAsNonRoot: true
+    runAsUser: {{ $v.podSecurity.user }}
+    runAsGroup: {{ $v.podSecurity.user }}
+    fsGroup: {{ $v.podSecurity.user }}
+    fsGroupChangePolicy: OnRootMismatch
+    seccompProfile:
+      type: RuntimeDefault
+  {{- with $v.image.pullSecrets }}
+  imagePullSecrets:
+    {{- range . }}
+    - name: {{ . }}
+    {{- end }}
+  {{- end }}
+  {{- with $v.nodeSelector }}
+  nodeSelector:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with $v.tolerations }}
+  tolerations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with $v.affinity }}
+  affinity:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with $v.topologySpreadConstraints }}
+  topologySpreadConstraints:
+    {{- range . }}
+    - {{- merge (deepCopy .) (dict "labelSelector" (dict "matchLabels" (include "astra.selector" $ | fromYaml))) | toYaml | nindent 6 }}
+    {{- end }}
+  {{- end }}
+  {{- with $v.runtimeClassName }}
+  runtimeClassName: {{ . }}
+  {{- end }}
+  {{- with $v.priorityClassName }}
+  priorityClassName: {{ . }}
+  {{- end }}
+  {{- if contains "://" $v.base.source }}
+  initContainers:
+    - name: base
+      image: {{ include "astra.image" $ }}
+      imagePullPolicy: {{ $v.image.pullPolicy }}
+      command: [python3, -c]
+      args:
+        - |
+          import sys
+          import fsspec
+          system, path = fsspec.core.url_to_fs(sys.argv[1])
+          system.get(path.rstrip("/") + "/", sys.argv[2], recursive=True)
+        - {{ $v.base.source | quote }}
+        - {{ include "astra.base" $ }}
+      {{- include "astra.environment" $ | nindent 6 }}
+      {{- include "astra.security" $ | nindent 6 }}
+      resources:
+        {{- toYaml $v.resources | nindent 8 }}
+      volumeMounts:
+        - {name: base, mountPath: /base}
+        - {name: home, mountPath: /home/astra}
+        - {name: tmp, mountPath: /tmp}
+  {{- end }}
+  containers:
+    - name: astra-serve
+      image: {{ include "astra.image" $ }}
+      imagePullPolicy: {{ $v.image.pullPolicy }}
+      args:
+        {{- include "astra.args" . | nindent 8 }}
+      {{- include "astra.environment" $ | nindent 6 }}
+      {{- include "astra.security" $ | nindent 6 }}
+      resources:
+        {{- include "astra.resources" $ | nindent 8 }}
+      {{- if ne $role "worker" }}
+      ports:
+        - {name: http, containerPort: 8000, protocol: TCP}
+        {{- if $v.admin.secret }}
+        - {name: admin, containerPort: {{ $v.admin.port }}, protocol: TCP}
+        {{- end }}
+      startupProbe:
+        httpGet: {path: /livez, port: http}
+        periodSeconds: 10
+        timeoutSeconds: 5
+        failureThreshold: {{ max 1 (div (add (int $v.startupSeconds) 9) 10) }}
+      readinessProbe:
+        httpGet: {path: /readyz, port: http}
+        periodSeconds: 5
+        timeoutSeconds: 5
+        failureThreshold: 2
+      livenessProbe:
+        httpGet: {path: /livez, port: http}
+        periodSeconds: 10
+        timeoutSeconds: 10
+        failureThreshold: 6
+      lifecycle:
+        preStop:
+          exec:
+            command: [sleep, {{ include "astra.preStopSeconds" $ | quote }}]
+      {{- end }}
+      volumeMounts:
+        - {name: home, mountPath: /home/astra}
+        - {name: tmp, mountPath: /tmp}
+        - name: store
+          mountPath: /store
+          {{- if $v.store.claim.name }}
+          subPathExpr: {{ include "astra.storeFolder" $ }}
+          {{- end }}
+        {{- if $v.shm }}
+        - {name: shm, mountPath: /dev/shm}
+        {{- end }}
+        {{- if or $v.base.claim.name (contains "://" $v.base.source) }}
+        - name: base
+          mountPath: /base
+          readOnly: true
+          {{- with $v.base.claim.subPath }}
+          subPath: {{ . }}
+          {{- end }}
+        {{- end }}
+        {{- if $v.adaptersClaim.name }}
+        - {name: adapters, mountPath: /adapters, readOnly: true}
+        {{- end }}
+        {{- if and (not $v.adaptersUrl) (ne $role "worker") }}
+        # The folder, not the file: a file that is mounted by itself is never updated.
+        - {name: document, mountPath: /etc/astra, readOnly: true}
+        {{- end }}
+  volumes:
+    - name: home
+      emptyDir:
+        sizeLimit: {{ $v.base.size }}
+    - name: tmp
+      emptyDir:
+        sizeLimit: 10Gi
+    - name: store
+      {{- if $v.store.claim.name }}
+      persistentVolumeClaim:
+        claimName: {{ $v.store.claim.name }}
+      {{- else }}
+      emptyDir:
+        sizeLimit: {{ $v.store.size }}
+      {{- end }}
+    {{- if $v.shm }}
+    - name: shm
+      emptyDir:
+        medium: Memory
+        sizeLimit: {{ $v.shm }}
+    {{- end }}
+    {{- if $v.base.claim.name }}
+    - name: base
+      persistentVolumeClaim:
+        claimName: {{ $v.base.claim.name }}
+        readOnly: true
+    {{- else if contains "://" $v.base.source }}
+    - name: base
+      emptyDir:
+        sizeLimit: {{ $v.base.size }}
+    {{- end }}
+    {{- with $v.adaptersClaim.name }}
+    - name: adapters
+      persistentVolumeClaim:
+        claimName: {{ . }}
+        readOnly: true
+    {{- end }}
+    {{- if and (not $v.adaptersUrl) (ne $role "worker") }}
+    - name: document
+      configMap:
+        name: {{ include "astra.fullname" $ }}-adapters
+    {{- end }}
+{{- end -}}
+
+{{- /* What --base is: from an object store the folder into which it was copied, by its own name. */ -}}
+{{- define "astra.base" -}}
+{{- if contains "://" .Values.base.source -}}
+/base/{{ .Values.base.source | trimSuffix "/" | base }}
+{{- else -}}
+{{ .Values.base.source }}
+{{- end -}}
+{{- end -}}
+
+{{- /* A server has a store of its own; the nodes of one group share theirs. */ -}}
+{{- define "astra.storeFolder" -}}
+{{- if gt (int .Values.nodes) 1 -}}
+group-$(GROUP)
+{{- else if gt (int (include "astra.mostReplicas" .)) 1 -}}
+$(POD)
+{{- else -}}
+{{ include "astra.fullname" . }}
+{{- end -}}
+{{- end -}}
+
+{{- define "astra.args" -}}
+{{- $ := index . 0 -}}
+{{- $role := index . 1 -}}
+{{- $v := $.Values -}}
+- --base={{ include "astra.base" $ }}
+- --max-loras={{ $v.engine.maxLoras }}
+- --max-lora-rank={{ $v.engine.maxLoraRank }}
+- --resident={{ $v.engine.resident }}
+{{- if gt (int $v.gpu.count) 0 }}
+- --tensor-parallel-size={{ $v.gpu.count }}
+{{- end }}
+{{- if gt (int $v.nodes) 1 }}
+- --pipeline-parallel-size={{ $v.nodes }}
+- --nnodes={{ $v.nodes }}
+- --node-rank=$(LWS_WORKER_INDEX)
+- --master-addr=$(LWS_LEADER_ADDRESS)
+{{- end }}
+- --adapters={{ default "/etc/astra/adapters.yaml" $v.adaptersUrl }}
+{{- if eq $role "worker" }}
+- --headless
+{{- else }}
+- --store=/store
+- --adapter-root=/adapters
+- --drain-seconds={{ $v.drainSeconds }}
+- --log-format=json
+- --host=0.0.0.0
+- --port=8000
+{{- if $v.admin.secret }}
+- --admin-host=0.0.0.0
+- --admin-port={{ $v.admin.port }}
+{{- end }}
+{{- end }}
+{{- range $v.engine.args }}
+- {{ . | quote }}
+{{- end }}
+{{- end -}}
+
+{{- define "astra.environment" -}}
+{{- $v := .Values -}}
+env:
+  - {name: HOME, value: /home/astra}
+  - name: POD
+    valueFrom: {fieldRef: {fieldPath: metadata.name}}
+  {{- if gt (int $v.nodes) 1 }}
+  - name: GROUP
+    valueFrom: {fieldRef: {fieldPath: "metadata.labels['leaderworkerset.sigs.k8s.io/group-index']"}}
+  {{- end }}
+  {{- with $v.hubToken }}{{ if .secret }}
+  - name: HF_TOKEN
+    valueFrom: {secretKeyRef: {name: {{ .secret }}, key: {{ .key }}}}
+  {{- end }}{{ end }}
+  {{- with $v.apiKey }}{{ if .secret }}
+  - name: VLLM_API_KEY
+    valueFrom: {secretKeyRef: {name: {{ .secret }}, key: {{ .key }}}}
+  {{- end }}{{ end }}
+  {{- with $v.admin }}{{ if .secret }}
+  - name: ASTRA_ADMIN_TOKEN
+    valueFrom: {secretKeyRef: {name: {{ .secret }}, key: {{ .key }}}}
+  {{- end }}{{ end }}
+  {{- with $v.env }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with $v.objectStore.secret }}
+envFrom:
+  - secretRef: {name: {{ . }}}
+{{- end }}
+{{- end -}}
+
+{{- define "astra.security" -}}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: {{ .Values.podSecurity.readOnlyRootFilesystem }}
+  capabilities:
+    drop: [ALL]
+{{- end -}}
+
+{{- define "astra.resources" -}}
+{{- $resources := deepCopy .Values.resources -}}
+{{- if gt (int .Values.gpu.count) 0 -}}
+{{- $gpus := dict .Values.gpu.resource (.Values.gpu.count | toString) -}}
+{{- $_ := set $resources "limits" (merge (default dict $resources.limits) $gpus) -}}
+{{- $_ := set $resources "requests" (merge (default dict $resources.requests) $gpus) -}}
+{{- end -}}
+{{- toYaml $resources -}}
+{{- end -}}

@@ -1,0 +1,105 @@
+"""The chart as the tests see it: rendered by a real Helm, as plain dicts."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.helm.tools import FOLDER
+
+CHART = Path(__file__).parents[2] / "helm"
+HELMS = ("helm3", "helm4")
+NAMESPACE, RELEASE = "apps", "astra"
+
+# What a cluster has that uses all of it.
+EVERYTHING: dict[str, Any] = {
+    "replicas": 3,
+    "base": {"source": "s3://models/qwen3-8b"},
+    "hubToken": {"secret": "hub"},
+    "objectStore": {"secret": "s3"},
+    "apiKey": {"secret": "keys"},
+    "admin": {"secret": "admin"},
+    "adapters": [
+        {"name": "sql", "source": "hf://org/sql@1a2b3c", "required": True, "rank": 32},
+        {"name": "intent", "source": "s3://adapters/intent", "pin": True,
+         "canary": {"version": "s3://adapters/intent-2", "weight": 0.1}},
+        {"name": "local", "source": "/adapters/local"},
+    ],
+    "adaptersClaim": {"name": "adapters"},
+    "store": {"claim": {"name": "store", "accessMode": "ReadWriteMany"}},
+    "engine": {"args": ["--max-model-len=8192"]},
+    "env": [{"name": "NCCL_DEBUG", "value": "INFO"},
+            {"name": "PROXY_PASSWORD", "valueFrom": {"secretKeyRef": {"name": "proxy", "key": "password"}}}],
+    "gpu": {"count": 4},
+    "nodeSelector": {"gpu": "h200"},
+    "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [
+        {"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a", "b"]}]}]}}},
+    "topologySpreadConstraints": [
+        {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "ScheduleAnyway"}],
+    "runtimeClassName": "nvidia",
+    "priorityClassName": "serving",
+    "podAnnotations": {"a/b": "c"},
+    "podLabels": {"team": "nlp"},
+    "image": {"pullSecrets": ["registry"]},
+    "autoscaling": {"kind": "keda", "maxReplicas": 6},
+    "ingress": {"enabled": True, "className": "nginx", "host": "llm.example.com", "tlsSecret": "tls"},
+    "httpRoute": {"enabled": True, "parentRefs": [{"name": "gateway"}], "hostnames": ["llm.example.com"]},
+    "inferencePool": {"enabled": True, "replicas": 2},
+    "networkPolicy": {"adminFrom": [{"podSelector": {"matchLabels": {"role": "operator"}}}]},
+    "monitoring": {"serviceMonitor": True, "rules": True, "dashboard": True, "labels": {"release": "prometheus"}},
+}  # fmt: skip
+CPU: dict[str, Any] = yaml.safe_load((CHART / "values-cpu.yaml").read_text(encoding="utf-8"))
+NODES: dict[str, Any] = {
+    "nodes": 2,
+    "replicas": 2,
+    "gpu": {"count": 8},
+    "base": {"source": "/base/llama-405b", "claim": {"name": "models", "subPath": "llm"}},
+    "store": {"claim": {"name": "store", "accessMode": "ReadWriteMany"}},
+}
+
+
+class RenderError(Exception):
+    """Helm refuses; its message."""
+
+
+def run(helm: str, *args: str, values: dict[str, Any] | None = None) -> str:
+    """Return what Helm prints. Raises RenderError."""
+    command = [str(FOLDER / helm), *args]
+    if values is not None:
+        command += ["--values", "-"]
+    done = subprocess.run(command, input=json.dumps(values or {}), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RenderError(done.stderr)
+    return done.stdout
+
+
+def text_of(values: dict[str, Any] | None = None, helm: str = "helm4") -> str:
+    """Return the chart, rendered with `values`. Raises RenderError."""
+    return run(helm, "template", RELEASE, str(CHART), "--namespace", NAMESPACE, values=values or {})
+
+
+def render(values: dict[str, Any] | None = None, helm: str = "helm4") -> list[dict[str, Any]]:
+    """Return the chart's objects. Raises RenderError."""
+    return [found for found in yaml.safe_load_all(text_of(values, helm)) if found]
+
+
+def one(objects: list[dict[str, Any]], kind: str, name: str | None = None) -> dict[str, Any]:
+    """Return the one object of a kind, or of a kind and a name without the release's."""
+    wanted = None if name is None else f"{RELEASE}-{name}" if name else RELEASE
+    (found,) = (o for o in objects if o["kind"] == kind and wanted in (None, o["metadata"]["name"]))
+    return found
+
+
+def pod(objects: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the pod template of the server's Deployment."""
+    template: dict[str, Any] = one(objects, "Deployment", "")["spec"]["template"]
+    return template
+
+
+def container(objects: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the server's container."""
+    found: dict[str, Any] = pod(objects)["spec"]["containers"][0]
+    return found

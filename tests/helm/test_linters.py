@@ -1,0 +1,113 @@
+"""What others think of the chart, its images and its alerts."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.helm.chart import CHART, CPU, EVERYTHING, NODES, one, render, text_of
+from tests.helm.tools import FOLDER
+
+LINTERS = FOLDER / "linters" / "bin"
+ACCEPTED: dict[str, str] = yaml.safe_load((Path(__file__).parent / "checkov.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What checkov finds in all profiles."""
+    folder = tmp_path_factory.mktemp("rendered")
+    for name, values in {"default": {}, "cpu": CPU, "everything": EVERYTHING, "nodes": NODES}.items():
+        (folder / f"{name}.yaml").write_text(text_of(values), encoding="utf-8")
+    command = [LINTERS / "checkov", "-d", folder, "--framework", "kubernetes", "--output", "json", "--quiet"]
+    done = subprocess.run([*command, "--compact"], capture_output=True, text=True, check=False)
+    told = json.loads(done.stdout)
+    assert told["summary"]["passed"] > 300
+    found: list[dict[str, Any]] = told["results"]["failed_checks"]
+    return found
+
+
+def test_checkov_finds_only_what_was_accepted_with_a_reason(findings: list[dict[str, Any]]) -> None:
+    new = {f"{f['check_id']} {f['check_name']}: {f['resource']}" for f in findings if f["check_id"] not in ACCEPTED}
+    assert new == set()
+
+
+def test_no_finding_stays_accepted_that_is_not_there_any_more(findings: list[dict[str, Any]]) -> None:
+    assert set(ACCEPTED) == {finding["check_id"] for finding in findings}
+
+
+@pytest.mark.parametrize("file", sorted((CHART / "images").glob("*.Dockerfile")), ids=lambda file: file.name)
+def test_dockerfiles_are_clean(file: Path) -> None:
+    done = subprocess.run([LINTERS / "hadolint", str(file)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_prometheus_reads_the_alerts_and_the_dashboards_queries(tmp_path: Path) -> None:
+    objects = render(EVERYTHING)
+    spec = one(objects, "PrometheusRule")["spec"]
+    dashboard = json.loads(one(objects, "ConfigMap", "dashboard")["data"]["astra.json"])
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    queries += [trigger["metadata"]["query"] for trigger in one(objects, "ScaledObject")["spec"]["triggers"]]
+    as_rules = [
+        {"record": f"query:{i}", "expr": query.replace("$__rate_interval", "5m")} for i, query in enumerate(queries)
+    ]
+    assert len(as_rules) > 20
+    file = tmp_path / "rules.yaml"
+    file.write_text(yaml.safe_dump({"groups": [*spec["groups"], {"name": "queries", "rules": as_rules}]}))
+    done = subprocess.run([FOLDER / "promtool", "check", "rules", file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+ALERTS = {  # a series with which an alert fires, and one with which it must not
+    "AstraNotReady": ("astra_ready{}", "0x40", "astra_ready{}", "1x40"),
+    "AstraNoneReady": ("astra_ready{}", "0x40", "astra_ready{}", "1x40"),
+    "AstraAdapterFailed": (
+        'astra_adapter_info{adapter="sql",state="failed"}', "1x40",
+        'astra_adapter_info{adapter="sql",state="serving"}', "1x40",
+    ),
+    "AstraProbesFail": (
+        'astra_adapter_probes_total{adapter="sql",result="failed"}', "0+1x40",
+        'astra_adapter_probes_total{adapter="sql",result="passed"}', "0+1x40",
+    ),
+    "AstraErrors": (
+        'astra_requests_total{outcome="server_error"}', "0+60x40",
+        'astra_requests_total{outcome="ok"}', "0+60x40",
+    ),
+}  # fmt: skip
+
+
+def check_alert(folder: Path, alert: str, series: list[tuple[str, str]], expected: list[dict[str, Any]]) -> None:
+    """Let promtool say whether `alert` fires 30 minutes after the series began; they get the chart's own labels."""
+    told = [
+        {"series": name.replace("{", '{namespace="apps",service="astra",', 1), "values": values}
+        for name, values in series
+    ]
+    wanted = {"expr": f'ALERTS{{alertname="{alert}",alertstate="firing"}}', "eval_time": "30m", "exp_samples": expected}
+    wanted["expr"] = f"count by (adapter) ({wanted['expr']})"
+    test = {
+        "rule_files": ["rules.yaml"],
+        "tests": [{"interval": "1m", "input_series": told, "promql_expr_test": [wanted]}],
+    }
+    (folder / "rules.yaml").write_text(yaml.safe_dump(one(render(EVERYTHING), "PrometheusRule")["spec"]))
+    (folder / "test.yaml").write_text(yaml.safe_dump(test))
+    command = [FOLDER / "promtool", "test", "rules", folder / "test.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("alert", ALERTS)
+def test_an_alert_fires_when_it_should_and_only_then(alert: str, tmp_path: Path) -> None:
+    bad, bad_values, good, good_values = ALERTS[alert]
+    labels = '{adapter="sql"}' if "adapter=" in bad else "{}"
+    check_alert(tmp_path, alert, [(bad, bad_values)], [{"labels": labels, "value": 1}])
+    check_alert(tmp_path, alert, [(good, good_values)], [])
+
+
+def test_replicas_that_serve_different_versions_are_drift(tmp_path: Path) -> None:
+    def info(pod: str, version: str) -> tuple[str, str]:
+        return f'astra_adapter_info{{pod="{pod}",adapter="{version.split("@")[0]}",version="{version}"}}', "1x40"
+
+    told = [info("a", "sql@1"), info("b", "sql@2"), info("a", "same@1"), info("b", "same@1")]
+    check_alert(tmp_path, "AstraAdaptersDrift", told, [{"labels": '{adapter="sql"}', "value": 1}])

@@ -1,0 +1,101 @@
+"""The chart is well-formed for every Helm and Kubernetes that it claims, in every feature."""
+
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from tests.helm.chart import CHART, CPU, EVERYTHING, HELMS, NODES, RELEASE, render, run, text_of
+
+GOLDEN = Path(__file__).parent / "golden"
+PROFILES = {"default": {}, "cpu": CPU, "everything": EVERYTHING}
+KUBERNETES = ("1.29", "1.33", "1.37")  # the oldest in Chart.yaml, one between, the newest with schemas
+FEATURES: dict[str, dict[str, Any]] = {
+    **PROFILES,
+    "nodes": NODES,
+    "nodes, scaled": {**NODES, "autoscaling": {"kind": "keda"}, "inferencePool": {"enabled": True}},
+    "hpa": {"autoscaling": {"kind": "hpa"}},
+    "one picker": {"inferencePool": {"enabled": True}, "httpRoute": {"enabled": True, "parentRefs": [{"name": "g"}]}},
+    "document elsewhere": {"adaptersUrl": "s3://adapters/adapters.yaml"},
+    "a claim for one": {"store": {"claim": {"name": "store"}}},
+    "base in a claim": {"base": {"source": "/base", "claim": {"name": "base"}}},
+    "open": {"networkPolicy": {"enabled": False}, "podDisruptionBudget": False, "shm": ""},
+    "writable root": {"podSecurity": {"readOnlyRootFilesystem": False, "user": 2000}},
+    "names": {"fullnameOverride": "llm", "nameOverride": "serve", "image": {"digest": "sha256:" + "a" * 64}},
+    "alerts": {"monitoring": {"rules": True}},
+    "an admin": {"admin": {"secret": "a", "port": 9001}, "service": {"type": "LoadBalancer", "port": 80}},
+}  # fmt: skip
+
+
+def validate(found: dict[str, Any], version: str) -> None:
+    """Raise ValidationError unless Kubernetes, or the schema of its custom resource, takes an object."""
+    crd = Path(__file__).parent / "crds" / f"{found['kind']}.yaml"
+    if not crd.exists():
+        kubernetes_validate.validate(found, version, strict=True)  # raises for kinds that it does not know, too
+        return
+    assert set(found) == {"apiVersion", "kind", "metadata", "spec"}
+    assert crd.read_text(encoding="utf-8").startswith(f"# {found['apiVersion']}\n")
+    jsonschema.validate(found["spec"], yaml.safe_load(crd.read_text(encoding="utf-8")))
+    if found["kind"] == "LeaderWorkerSet":
+        for role in ("leaderTemplate", "workerTemplate"):
+            template = found["spec"]["leaderWorkerTemplate"][role]
+            pod = {"apiVersion": "v1", "kind": "Pod", **template, "metadata": {"name": role, **template["metadata"]}}
+            kubernetes_validate.validate(pod, version, strict=True)
+
+
+@pytest.mark.parametrize("helm", HELMS)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_feature_renders_to_what_kubernetes_takes(feature: str, helm: str) -> None:
+    objects = render(FEATURES[feature], helm)
+    assert len({(o["kind"], o["metadata"]["name"]) for o in objects}) == len(objects)
+    for found in objects:
+        for version in KUBERNETES:
+            validate(found, version)
+
+
+@pytest.mark.parametrize("wrong", [{"unknown": 1}, {"replicas": "three"}])
+def test_the_check_above_fails_where_it_should(wrong: dict[str, Any]) -> None:
+    deployment = next(o for o in render() if o["kind"] == "Deployment")
+    with pytest.raises(Exception, match=r"unknown|three"):
+        validate({**deployment, "spec": {**deployment["spec"], **wrong}}, KUBERNETES[-1])
+    scaled = next(o for o in render({"autoscaling": {"kind": "keda"}}) if o["kind"] == "ScaledObject")
+    with pytest.raises(jsonschema.ValidationError):
+        validate({**scaled, "spec": {**scaled["spec"], "unknown": 1}}, KUBERNETES[-1])
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_both_helms_render_the_same(feature: str) -> None:
+    assert render(FEATURES[feature], "helm3") == render(FEATURES[feature], "helm4")
+
+
+@pytest.mark.parametrize("helm", HELMS)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_lint_is_silent(feature: str, helm: str) -> None:
+    assert "0 chart(s) failed" in run(helm, "lint", "--strict", str(CHART), values=FEATURES[feature])
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_profile_renders_to_what_was_reviewed(profile: str) -> None:
+    """Golden renders: after a change look at the difference, then run with ASTRA_WRITE_GOLDEN=1 and commit it."""
+    file = GOLDEN / f"{profile}.yaml"
+    found = text_of(PROFILES[profile], "helm3")
+    if os.environ.get("ASTRA_WRITE_GOLDEN"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(found, encoding="utf-8")
+    assert found == file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("helm", HELMS)
+def test_the_chart_is_packaged_without_images_and_readme(helm: str, tmp_path: Path) -> None:
+    run(helm, "package", str(CHART), "--destination", str(tmp_path))
+    (package,) = tmp_path.glob("*.tgz")
+    assert run(helm, "template", RELEASE, str(package))
+    with tarfile.open(package) as archive:
+        names = archive.getnames()
+    assert "astra/values.schema.json" in names
+    assert not [name for name in names if "images" in name or name.endswith("README.md")]

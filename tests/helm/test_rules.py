@@ -1,0 +1,302 @@
+"""What the chart promises, rule by rule."""
+
+import re
+from typing import Any
+
+import pytest
+import yaml
+
+from astra_serve import desired
+from tests.helm.chart import CPU, EVERYTHING, NODES, container, one, pod, render
+
+
+def args(objects: list[dict[str, Any]]) -> dict[str, str]:
+    """The server's options."""
+    return dict(option.removeprefix("--").partition("=")[::2] for option in container(objects)["args"])
+
+
+# Workload
+
+
+def test_gpus_are_requested_and_are_the_tensor_parallel_size() -> None:
+    objects = render({"gpu": {"count": 4, "resource": "amd.com/gpu"}})
+    assert container(objects)["resources"]["limits"]["amd.com/gpu"] == "4"
+    assert container(objects)["resources"]["requests"]["amd.com/gpu"] == "4"
+    assert args(objects)["tensor-parallel-size"] == "4"
+
+
+def test_the_cpu_profile_has_no_gpu_and_its_own_image() -> None:
+    objects = render(CPU)
+    assert set(container(objects)["resources"]["limits"]) == {"memory"}
+    assert "tensor-parallel-size" not in args(objects)
+    assert container(objects)["image"].startswith("astra-serve-cpu:")
+
+
+def test_dev_shm_is_memory_of_the_size_that_is_asked_for() -> None:
+    volumes = {volume["name"]: volume for volume in pod(render({"shm": "16Gi"}))["spec"]["volumes"]}
+    assert volumes["shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "16Gi"}
+
+
+def test_where_pods_run_is_said_by_the_values() -> None:
+    spec = pod(render(EVERYTHING))["spec"]
+    for key in ("nodeSelector", "tolerations", "affinity", "runtimeClassName", "priorityClassName"):
+        assert spec[key] == EVERYTHING[key]
+    (spread,) = spec["topologySpreadConstraints"]
+    assert spread["labelSelector"]["matchLabels"]["app.kubernetes.io/component"] == "server"
+
+
+def test_the_base_comes_from_the_hub_a_claim_or_an_object_store() -> None:
+    assert args(render())["base"] == "Qwen/Qwen3-0.6B"
+    claim = render({"base": {"source": "/base/qwen", "claim": {"name": "models", "subPath": "llm"}}})
+    assert args(claim)["base"] == "/base/qwen"
+    mounted = {mount["name"]: mount for mount in container(claim)["volumeMounts"]}["base"]
+    assert mounted == {"name": "base", "mountPath": "/base", "readOnly": True, "subPath": "llm"}
+    copied = render({"base": {"source": "s3://models/qwen3-8b/"}, "objectStore": {"secret": "s3"}})
+    assert args(copied)["base"] == "/base/qwen3-8b"
+    (init,) = pod(copied)["spec"]["initContainers"]
+    assert init["args"][1:] == ["s3://models/qwen3-8b/", "/base/qwen3-8b"]
+    assert init["envFrom"] == [{"secretRef": {"name": "s3"}}]
+
+
+def test_a_model_over_several_nodes_is_one_group_with_vllms_own_launcher_and_one_store() -> None:
+    objects = render(NODES)
+    assert not [found for found in objects if found["kind"] == "Deployment"]
+    group = one(objects, "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]
+    assert (group["size"], group["restartPolicy"]) == (2, "RecreateGroupOnPodRestart")
+    leader, worker = (group[role]["spec"]["containers"][0] for role in ("leaderTemplate", "workerTemplate"))
+    for found in (leader, worker):
+        assert {"--nnodes=2", "--pipeline-parallel-size=2", "--tensor-parallel-size=8"} < set(found["args"])
+        assert "--node-rank=$(LWS_WORKER_INDEX)" in found["args"]
+        assert {m["name"]: m for m in found["volumeMounts"]}["store"]["subPathExpr"] == "group-$(GROUP)"
+    assert "--headless" in worker["args"]
+    assert "--headless" not in leader["args"]
+    assert "readinessProbe" not in worker
+    assert not [word for word in leader["args"] + worker["args"] if "ray" in word]
+
+
+def test_of_a_group_only_the_leader_gets_requests_and_counts_for_disruption() -> None:
+    objects = render({**NODES, "inferencePool": {"enabled": True}})
+    index = "leaderworkerset.sigs.k8s.io/worker-index"
+    assert one(objects, "Service", "")["spec"]["selector"][index] == "0"
+    assert one(objects, "InferencePool")["spec"]["selector"]["matchLabels"][index] == "0"
+    assert one(objects, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"][index] == "0"
+
+
+# Adapters
+
+
+def test_the_document_is_what_the_server_reads() -> None:
+    objects = render(EVERYTHING)
+    text = one(objects, "ConfigMap", "adapters")["data"]["adapters.yaml"]
+    document = desired.parse(text, "the ConfigMap")
+    assert [adapter.name for adapter in document.adapters] == ["sql", "intent", "local"]
+    assert document.adapters[0].required
+    assert document.adapters[1].canary is not None
+
+
+def test_no_adapter_at_all_is_a_document_too() -> None:
+    text = one(render(), "ConfigMap", "adapters")["data"]["adapters.yaml"]
+    assert desired.parse(text, "the ConfigMap").adapters == []
+
+
+def test_a_change_of_adapters_changes_no_pod() -> None:
+    assert pod(render()) == pod(render({"adapters": [{"name": "a", "source": "hf://o/r"}]}))
+
+
+def test_the_document_is_mounted_as_a_folder_that_is_updated() -> None:
+    objects = render()
+    mount = next(m for m in container(objects)["volumeMounts"] if m["name"] == "document")
+    assert "subPath" not in mount
+    assert args(objects)["adapters"] == f"{mount['mountPath']}/adapters.yaml"
+
+
+def test_a_document_elsewhere_needs_no_config_map() -> None:
+    objects = render({"adaptersUrl": "s3://adapters/adapters.yaml"})
+    assert args(objects)["adapters"] == "s3://adapters/adapters.yaml"
+    assert not [o for o in objects if o["metadata"]["name"].endswith("-adapters")]
+
+
+def test_every_key_of_the_document_is_a_value_and_the_other_way_round() -> None:
+    from tests.helm.values_table import SCHEMA
+
+    known = set(SCHEMA["properties"]["adapters"]["items"]["properties"])
+    assert known - {"rank"} == set(desired.Adapter.model_fields)
+
+
+def test_local_adapters_come_from_their_claim_alone() -> None:
+    assert args(render(EVERYTHING))["adapter-root"] == "/adapters"
+
+
+def test_replicas_that_share_a_claim_have_folders_of_their_own() -> None:
+    def folder(values: dict[str, Any]) -> str:
+        found: str = next(m for m in container(render(values))["volumeMounts"] if m["name"] == "store")["subPathExpr"]
+        return found
+
+    claim = {"claim": {"name": "c", "accessMode": "ReadWriteMany"}}
+    assert folder({"store": claim, "replicas": 2}) == "$(POD)"
+    assert folder({"store": claim}) == "astra"
+
+
+# Rollout and life
+
+
+@pytest.mark.parametrize(("drain", "before"), [(1, 1), (60, 6), (600, 15), (3600, 15)])
+def test_one_number_sets_pre_stop_the_servers_deadline_and_the_grace_period(drain: int, before: int) -> None:
+    objects = render({"drainSeconds": drain})
+    assert args(objects)["drain-seconds"] == str(drain)
+    assert container(objects)["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", str(before)]
+    assert pod(objects)["spec"]["terminationGracePeriodSeconds"] == before + drain + 30
+
+
+@pytest.mark.parametrize("seconds", [10, 605, 7200])
+def test_probes_ask_our_endpoints_and_the_start_has_its_own_budget(seconds: int) -> None:
+    found = container(render({"startupSeconds": seconds}))
+    assert found["startupProbe"]["httpGet"]["path"] == found["livenessProbe"]["httpGet"]["path"] == "/livez"
+    assert found["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    budget = found["startupProbe"]["failureThreshold"] * found["startupProbe"]["periodSeconds"]
+    assert seconds <= budget < seconds + 10
+
+
+def test_a_gpu_cluster_replaces_pods_without_a_free_gpu() -> None:
+    assert one(render(), "Deployment")["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
+    assert one(render(CPU), "Deployment")["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_the_disruption_budget_never_keeps_a_node_from_being_drained(replicas: int) -> None:
+    spec = one(render({"replicas": replicas}), "PodDisruptionBudget")["spec"]
+    assert spec["maxUnavailable"] == 1
+    assert "minAvailable" not in spec
+
+
+# Scale and route
+
+
+@pytest.mark.parametrize("kind", ["keda", "hpa"])
+def test_an_autoscaler_alone_sets_the_replicas(kind: str) -> None:
+    objects = render({"autoscaling": {"kind": kind}})
+    assert "replicas" not in one(objects, "Deployment")["spec"]
+    scaler = one(objects, "ScaledObject" if kind == "keda" else "HorizontalPodAutoscaler")
+    assert scaler["spec"]["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": "astra"}
+
+
+def test_keda_scales_on_the_queue_and_on_the_time_to_first_token() -> None:
+    queue, first = one(render(EVERYTHING), "ScaledObject")["spec"]["triggers"]
+    assert "vllm:num_requests_waiting" in queue["metadata"]["query"]
+    assert "astra_time_to_first_token_seconds_bucket" in first["metadata"]["query"]
+    assert (queue["metadata"]["threshold"], first["metadata"]["threshold"]) == ("8", "2")
+
+
+def test_a_route_leads_to_the_service_or_to_the_pool() -> None:
+    route = {"httpRoute": {"enabled": True, "parentRefs": [{"name": "g"}]}}
+    (rule,) = one(render(route), "HTTPRoute")["spec"]["rules"]
+    assert rule["backendRefs"] == [{"name": "astra", "port": 8000}]
+    (rule,) = one(render({**route, "inferencePool": {"enabled": True}}), "HTTPRoute")["spec"]["rules"]
+    assert rule["backendRefs"][0]["kind"] == "InferencePool"
+
+
+def test_the_picker_prefers_replicas_that_have_the_adapter_by_its_name() -> None:
+    objects = render({"inferencePool": {"enabled": True, "weights": {"loraAffinity": 7}}})
+    (profile,) = yaml.safe_load(one(objects, "ConfigMap", "picker")["data"]["plugins.yaml"])["schedulingProfiles"]
+    assert {"pluginRef": "lora-affinity-scorer", "weight": 7} in profile["plugins"]
+    picker = one(objects, "Deployment", "picker")["spec"]["template"]["spec"]["containers"][0]
+    assert "--lora-info-metric=astra_lora_requests_info" in picker["args"]
+    pool = one(objects, "InferencePool")["spec"]
+    assert pool["endpointPickerRef"]["name"] == one(objects, "Service", "picker")["metadata"]["name"]
+
+
+def test_only_the_api_is_routed_from_outside() -> None:
+    objects = render(EVERYTHING)
+    (rule,) = one(objects, "Ingress")["spec"]["rules"]
+    assert [path["path"] for path in rule["http"]["paths"]] == ["/v1"]
+    (rule,) = one(objects, "HTTPRoute")["spec"]["rules"]
+    assert [match["path"]["value"] for match in rule["matches"]] == ["/v1"]
+
+
+# Secure by default
+
+
+@pytest.mark.parametrize("values", [{}, CPU, EVERYTHING, NODES], ids=["default", "cpu", "everything", "nodes"])
+def test_every_pod_is_restricted(values: dict[str, Any]) -> None:
+    pods = []
+    for found in render(values):
+        if found["kind"] == "Pod":
+            pods.append(found["spec"])
+        elif found["kind"] == "Deployment":
+            pods.append(found["spec"]["template"]["spec"])
+        elif found["kind"] == "LeaderWorkerSet":
+            group = found["spec"]["leaderWorkerTemplate"]
+            pods += [group["leaderTemplate"]["spec"], group["workerTemplate"]["spec"]]
+    assert len(pods) >= 2
+    for spec in pods:
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        picker = spec.get("serviceAccountName", "").endswith("-picker")
+        assert spec.get("automountServiceAccountToken") is (None if picker else False)
+        assert spec["enableServiceLinks"] is False
+        for found in [*spec["containers"], *spec.get("initContainers", [])]:
+            assert found["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+
+
+def test_what_is_written_with_a_read_only_root_is_written_to_volumes() -> None:
+    mounts = {mount["mountPath"] for mount in container(render())["volumeMounts"]}
+    assert {"/home/astra", "/tmp", "/store", "/dev/shm"} <= mounts  # noqa: S108
+    assert {"name": "HOME", "value": "/home/astra"} in container(render())["env"]
+
+
+def test_the_admin_port_is_closed_until_the_values_say_who_may_reach_it() -> None:
+    assert "admin-port" not in args(render())
+    closed = render({"admin": {"secret": "a"}})
+    assert args(closed)["admin-port"] == "8001"
+    assert "admin" not in ports(closed)
+    peers = [{"podSelector": {"matchLabels": {"role": "operator"}}}]
+    opened = render({"admin": {"secret": "a"}, "networkPolicy": {"adminFrom": peers}})
+    assert ports(opened)["admin"] == peers
+
+
+def ports(objects: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """By port from where it can be reached."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for rule in one(objects, "NetworkPolicy")["spec"]["ingress"]:
+        for port in rule["ports"]:
+            found.setdefault(port["port"], []).extend(rule["from"])
+    return found
+
+
+def test_what_the_network_policy_does_not_name_is_closed() -> None:
+    spec = one(render(), "NetworkPolicy")["spec"]
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    assert ports(render()) == {"http": [{"podSelector": {}}]}
+    assert {port["port"] for rule in spec["egress"] for port in rule["ports"]} == {53, 443}
+
+
+def test_secrets_are_references_and_never_values() -> None:
+    found = {variable["name"]: variable for variable in container(render(EVERYTHING))["env"]}
+    for name, secret in (("HF_TOKEN", "hub"), ("VLLM_API_KEY", "keys"), ("ASTRA_ADMIN_TOKEN", "admin")):
+        assert found[name]["valueFrom"]["secretKeyRef"]["name"] == secret
+        assert "value" not in found[name]
+    assert not [o for o in render(EVERYTHING) if o["kind"] == "Secret"]
+    assert not any(re.search(r"(?i)key|token", option) for option in container(render(EVERYTHING))["args"])
+
+
+# See it
+
+
+def test_labels_that_list_adapters_are_not_kept_as_series() -> None:
+    (endpoint,) = one(render(EVERYTHING), "ServiceMonitor")["spec"]["endpoints"]
+    (rule,) = endpoint["metricRelabelings"]
+    assert rule["action"] == "drop"
+    for name in ("vllm:lora_requests_info", "astra_lora_requests_info"):
+        assert re.fullmatch(rule["regex"], name)
+    assert not re.fullmatch(rule["regex"], "astra_requests_total")
+
+
+def test_the_service_monitor_finds_the_service_once() -> None:
+    objects = render(EVERYTHING)
+    wanted = one(objects, "ServiceMonitor")["spec"]["selector"]["matchLabels"].items()
+    services = [o for o in objects if o["kind"] == "Service" and wanted <= o["metadata"]["labels"].items()]
+    assert [service["metadata"]["name"] for service in services] == ["astra"]

@@ -1,0 +1,140 @@
+"""The values: every key is known, described, documented, and a wrong one is refused."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.helm.chart import CHART, EVERYTHING, NODES, RenderError, render
+from tests.helm.values_table import BEGIN, SCHEMA, VALUES, resolved, table
+
+FREE = {"global"}  # of a parent chart
+
+
+def keys(schema: dict[str, Any], path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Yield the path of every key that the schema knows; 0 is a list's first item."""
+    schema = resolved(schema)
+    for key, inner in schema.get("properties", {}).items():
+        if not path and key in FREE:
+            continue
+        yield (*path, key)
+        yield from keys(inner, (*path, key))
+    if "items" in schema:
+        yield from keys(schema["items"], (*path, 0))
+
+
+def with_typo(path: tuple[str | int, ...]) -> dict[str, Any]:
+    """Return values that have the key at `path` with one letter too many, and nothing else."""
+    *outer, last = path
+    value: Any = {f"{last}x": "?"}
+    for key in reversed(outer):
+        value = [value] if key == 0 else {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
+@pytest.mark.parametrize("path", list(keys(SCHEMA)), ids=lambda path: ".".join(map(str, path)))
+def test_a_typo_in_any_key_is_refused_with_its_name(path: tuple[str | int, ...]) -> None:
+    with pytest.raises(RenderError, match=rf"(?i)additional propert.*'?{path[-1]}x'?"):
+        render(with_typo(path))
+
+
+def objects(schema: dict[str, Any], path: str = "values") -> Iterator[tuple[str, dict[str, Any]]]:
+    schema = resolved(schema)
+    yield path, schema
+    for key, inner in schema.get("properties", {}).items():
+        if key not in FREE:
+            yield from objects(inner, f"{path}.{key}")
+    if "items" in schema:
+        yield from objects(schema["items"], f"{path}[]")
+
+
+def test_the_schema_is_closed_all_the_way_down_and_describes_every_key() -> None:
+    for path, schema in objects(SCHEMA):
+        if "properties" in schema:
+            assert schema["additionalProperties"] is False, path
+        elif schema.get("type") == "object":  # labels, annotations: names are the user's, values are text
+            assert schema["additionalProperties"] == {"type": "string"}, path
+        if path != "values" and not path.endswith("[]"):
+            assert schema.get("description"), path
+
+
+def test_every_value_has_a_default_and_every_default_is_in_the_schema() -> None:
+    def same(schema: dict[str, Any], values: dict[str, Any], path: str) -> None:
+        known = set(resolved(schema)["properties"]) - FREE
+        assert set(values) == known, path
+        for key, value in values.items():
+            inner = resolved(resolved(schema)["properties"][key])
+            if isinstance(value, dict) and value and path == "":
+                assert set(value) <= set(inner["properties"]), key
+
+    same(SCHEMA, VALUES, "")
+
+
+def test_the_readme_has_the_table_of_values_as_it_is() -> None:
+    readme = (CHART / "README.md").read_text(encoding="utf-8")
+    assert BEGIN + table() in readme, "run: python -m tests.helm.values_table"
+
+
+ADAPTER = {"name": "a", "source": "hf://o/r"}
+CLAIM = {"claim": {"name": "c"}}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"adapters": [{**ADAPTER, "rank": 128}]}, '"a" has rank 128, the engine takes up to 64'),
+    "names": ({"adapters": [ADAPTER, ADAPTER]}, 'two adapters are named "a"'),
+    "pinned": ({"adapters": [{**ADAPTER, "name": f"a{i}", "pin": True} for i in range(9)]}, "9 adapters are pinned"),
+    "slots": ({"engine": {"maxLoras": 9, "resident": 8}}, "what is in a slot is resident"),
+    "store, replicas": ({"replicas": 2, "store": CLAIM}, "store.claim is ReadWriteOnce, and there may be 2 pods"),
+    "store, scaled": ({"autoscaling": {"kind": "hpa"}, "store": CLAIM}, "there may be 4 pods"),
+    "store, surge": ({"store": CLAIM, "rollout": {"maxSurge": 1}}, "while the old one still has the store"),
+    "store, read-only": (
+        {"store": {"claim": {"name": "c", "accessMode": "ReadOnlyMany"}}},
+        "the server writes into it",
+    ),
+    "base claim": (
+        {"replicas": 2, "base": {"source": "/base", "claim": {"name": "c", "accessMode": "ReadWriteOnce"}}},
+        "base.claim is ReadWriteOnce",
+    ),
+    "canary": (
+        {"adapters": [{**ADAPTER, "canary": {"version": "hf://o/r2", "weight": 1}}]},
+        "the canary's weight is 1: it must be above 0 and below 1",
+    ),
+    "two documents": ({"adapters": [ADAPTER], "adaptersUrl": "s3://b/k"}, "the desired state is in one place"),
+    "no folder": ({"adapters": [{"name": "a", "source": "/adapters/a"}]}, "set adaptersClaim.name"),
+    "other folder": (
+        {"adapters": [{"name": "a", "source": "/tmp/a"}], "adaptersClaim": {"name": "c"}},  # noqa: S108
+        "adaptersClaim is mounted at /adapters",
+    ),
+    "big": ({"adapters": [{"name": f"a{i}", "source": "hf://o/" + "r" * 500} for i in range(2000)]}, "1 MB"),
+    "no rollout": ({"rollout": {"maxSurge": 0, "maxUnavailable": 0}}, "nothing could ever be replaced"),
+    "nodes, store": ({**NODES, "store": {"claim": {"name": ""}}}, "set store.claim, ReadWriteMany"),
+    "nodes, no GPU": ({**NODES, "gpu": {"count": 0}}, "gpu.count is 0"),
+    "base, no claim": ({"base": {"source": "/base"}}, "set base.claim.name"),
+    "base, elsewhere": ({"base": {"source": "o/r", "claim": {"name": "c"}}}, "name the folder in it"),
+    "scale": ({"autoscaling": {"kind": "keda", "minReplicas": 5}}, "minReplicas is above"),
+    "ingress": ({"ingress": {"enabled": True}}, "without ingress.host"),
+    "route": ({"httpRoute": {"enabled": True}}, "name the Gateway"),
+    "secret": ({"env": [{"name": "HF_TOKEN", "value": "hf_x"}]}, "env has HF_TOKEN in plain"),
+    "key": ({"engine": {"args": ["--api-key=x"]}}, "set apiKey.secret"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_when_it_is_rendered(case: str) -> None:
+    values, message = REFUSED[case]
+    with pytest.raises(RenderError, match=re.escape(message)):
+        render(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"replicas": -1}, {"image": {"pullPolicy": "Sometimes"}}, {"engine": {"maxLoraRank": 48}}, {"drainSeconds": 0},
+     {"adapters": [{"name": "../a", "source": "s"}]}, {"adapters": [{"name": "a"}]}, {"shm": "8 gigabytes"}],
+)  # fmt: skip
+def test_a_value_of_the_wrong_kind_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(RenderError, match="values don't meet the specifications of the schema"):
+        render(values)
+
+
+def test_the_test_values_are_not_refused() -> None:
+    assert render(EVERYTHING)
