@@ -128,7 +128,7 @@ def _forgetting(suite: Suite, results: Results, task: str, methods: Iterable[str
     lines = {}
     for method in methods:
         sweep = suite.sweep(task, method)
-        best = [outcome for _, outcome in at_best(sweep, results)]
+        best = [outcome for _, outcome in at_best(sweep, results) if math.isfinite(outcome.test)]
         if best:
             way = [results[trial] for trial in sweep.trials(results)]
             points = [(o.forgetting, o.test) for o in way if math.isfinite(o.test)]
