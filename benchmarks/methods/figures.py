@@ -1,7 +1,7 @@
 """The paper's figures, and three that it lacks: searches of the learning rate, and task loss against forgetting."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -27,7 +27,7 @@ def all_figures(suite: Suite, results: Results) -> dict[str, list[Panel]]:
         "figure3": _figure3(suite, results),
         "figure4": _curves(suite, results, parts.TASKS, parts.SUBSPACES),
         "figure5": _curves(suite, results, parts.FAMILIES, parts.FEW),
-        "rates": [_rates(suite, results, task, parts.CORE) for task in parts.TASKS],
+        "rates": [*(_rates(suite, results, task, parts.CORE) for task in parts.TASKS), _scalings(suite, results)],
         "forgetting": [_forgetting(suite, results, task, starts.METHODS) for task in parts.TASKS],
         "tried": [_forgetting(suite, results, task, [*_BESIDE_TRIED, *starts.TRIED]) for task in parts.TASKS],
     }
@@ -114,12 +114,21 @@ def _curves(suite: Suite, results: Results, tasks: Iterable[str], methods: Itera
 
 
 def _rates(suite: Suite, results: Results, task: str, methods: Iterable[str]) -> Panel:
+    sweeps = {method: suite.sweep(task, method) for method in methods}
+    return _searches(f"{task}: the search for a learning rate", sweeps, results)
+
+
+def _scalings(suite: Suite, results: Results) -> Panel:
+    sweeps = {f"alpha = {value:g} rank": parts.at_scaling(suite, value) for value in parts.SCALINGS}
+    return _searches(f"{parts.CODE}, tail: the same with other scalings", sweeps, results)
+
+
+def _searches(title: str, sweeps: Mapping[str, Sweep], results: Results) -> Panel:
     lines = {}
-    for method in methods:
-        trials = [trial for trial in suite.sweep(task, method).trials(results) if trial in results]
-        lines[method] = [(t.learning_rate, v) for t in trials if math.isfinite(v := results[t].validation)]
+    for name, sweep in sweeps.items():
+        trials = [trial for trial in sweep.trials(results) if trial in results]
+        lines[name] = [(t.learning_rate, v) for t in trials if math.isfinite(v := results[t].validation)]
     highest = 1.4 * min((loss for points in lines.values() for _, loss in points), default=1.0)
-    title = f"{task}: the search for a learning rate"
     return Panel(title, "learning rate", "validation loss", lines, "xy", "points", highest)
 
 

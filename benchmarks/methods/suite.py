@@ -23,6 +23,7 @@ OVER_RANKS = ("lora", "tail", "principal")
 CALIBRATED = ("tail", "principal")  # with other text, and with more and less of it
 MEASURED = ("lora", "tail", "principal", "full")  # their outputs' effective rank
 SIZES = (8, 32, 128, 256)
+SCALINGS = (0.5, 1.0, 2.0)  # alpha / rank
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,11 @@ def figure1(suite: Suite, results: Results) -> list[Trial]:
 
 def figure2(suite: Suite, results: Results) -> list[Trial]:
     """Metric and loss over the rank; whose text calibrates, and how much of it."""
-    found = []
+    found = _calibrated_otherwise(suite, results)
     for method in OVER_RANKS:
         for rank in suite.ranks:
             found += _swept_at(suite, results, rank, method, ANSWERS)
-    return found + _calibrated_otherwise(suite, results)
+    return found
 
 
 def _calibrated_otherwise(suite: Suite, results: Results) -> list[Trial]:
@@ -114,6 +115,11 @@ def encoder(suite: Suite, results: Results) -> list[Trial]:
     return _swept(suite, results, [CLASSES], (*FEW, "random"), suite.encoder)
 
 
+def scaling(suite: Suite, results: Results) -> list[Trial]:
+    """Whether alpha is worth a search of its own, beside the learning rate."""
+    return [trial for value in SCALINGS for trial in with_seeds(at_scaling(suite, value), results)]
+
+
 def tried(suite: Suite, results: Results) -> list[Trial]:
     """Ideas for a better start, on the code task; those worth it on the other tasks and the other base, too."""
     found = _swept(suite, results, [CODE], starts.TRIED)
@@ -130,6 +136,7 @@ PARTS: dict[str, Callable[[Suite, Results], list[Trial]]] = {
     "figure5": figure5,
     "other_base": other_base,
     "encoder": encoder,
+    "scaling": scaling,
     "tried": tried,
 }
 
@@ -147,6 +154,12 @@ def at_rank(suite: Suite, results: Results, rank: int, method: str, task: str) -
     if rank == suite.rank or best is None:
         return usual if best else None
     return Sweep(suite.trial(task, method, rank=rank), power_of(best.learning_rate) - 2)
+
+
+def at_scaling(suite: Suite, value: float) -> Sweep:
+    """Return the tail's search with another scaling of the change."""
+    usual = suite.sweep(CODE, "tail")
+    return replace(usual, of=replace(usual.of, scaling=value))
 
 
 def _swept_at(suite: Suite, results: Results, rank: int, method: str, task: str) -> list[Trial]:
