@@ -53,7 +53,7 @@ def _figure2(suite: Suite, results: Results) -> list[Panel]:
     def over_ranks(value: Callable[[Outcome], float]) -> dict[str, Points]:
         lines: dict[str, Points] = {}
         for method in parts.OVER_RANKS:
-            sweeps = {rank: at_rank(suite, results, rank, method, parts.ANSWERS) for rank in suite.ranks}
+            sweeps = {rank: at_rank(suite, results, rank, method, parts.ANSWERS) for rank in suite.ranks[:-1]}
             lines[method] = [
                 (rank, fmean(value(o) for _, o in found))
                 for rank, sweep in sweeps.items()

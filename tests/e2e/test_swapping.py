@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from benchmarks.server import Server
 from trainer.embedded import tasks
 
 pytestmark = pytest.mark.timeout(400)
+CHART = Path(__file__).parents[2] / "helm"
 
 
 def test_swapping_under_load_fails_no_request_and_mixes_no_versions(server, admin, loras) -> None:
@@ -117,6 +121,35 @@ def test_the_metrics_page_tells_of_adapters_and_of_the_engine(server: Server, ap
     assert after[f'astra_adapter_info{{adapter="sql",state="serving",version="{version}"}}'] == 1
     assert after["astra_ready"] == 1
     assert any(name.startswith("vllm:") for name in after)
+
+
+def test_every_metric_that_the_chart_names_is_on_the_page(server: Server, client) -> None:
+    """Alerts, dashboard, autoscaler and endpoint picker would stay silent for ever otherwise."""
+    demo.ask(client, "sql", tasks.rows("sql", test=True, n=1)[0])
+    there = {name.partition("{")[0] for name in metrics(server)}
+    files = [*(CHART / "templates").glob("*.yaml"), CHART / "files" / "dashboard.json"]
+    named = {n for file in files for n in re.findall(r"\b(?:astra_[a-z_]+|vllm:[a-z_]+)", file.read_text())}
+    assert len(named) > 15
+    assert named <= there
+
+
+def test_routers_are_told_adapters_by_the_names_that_requests_use(server: Server, client) -> None:
+    demo.ask(client, "sql", tasks.rows("sql", test=True, n=1)[0])
+    (found,) = (name for name in metrics(server) if name.startswith("astra_lora_requests_info"))
+    labels = dict(re.findall(r'(\w+)="([^"]*)"', found))
+    assert "sql" in labels["running_lora_adapters"].split(",")
+    assert int(labels["max_lora"]) >= 1
+
+
+def test_the_charts_smoke_test_passes_on_a_live_server_and_fails_where_nothing_listens(server: Server) -> None:
+    smoke = [sys.executable, str(CHART / "files" / "smoke.py")]
+    done = subprocess.run([*smoke, server.url], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("answered by") == 2  # the base, and one adapter's version
+    assert "@" in done.stdout
+    dead = subprocess.run([*smoke, "http://127.0.0.1:9"], capture_output=True, text=True, check=False, timeout=60)
+    assert dead.returncode == 1
+    assert len(dead.stderr.splitlines()) == 1
 
 
 def metrics(server: Server) -> dict[str, float]:
