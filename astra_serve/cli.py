@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["adapters"]:
         return adapters_cli.main(argv[1:])
     args, extra = _parser().parse_known_args(argv)
+    # Until the server has its own way to end: the first process of a container ignores SIGTERM otherwise.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if args.max_loras is not None and args.max_loras < 1:
             raise ServeError(f"--max-loras is {args.max_loras}: at least 1 adapter must fit into a batch")

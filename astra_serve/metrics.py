@@ -12,6 +12,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 
+from astra_serve.control import Control
 from astra_serve.fleet import Fleet
 from astra_serve.gateway import Gateway
 from astra_serve.journal import Event
@@ -28,8 +29,16 @@ CHANGE_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 class Metrics:
     """Counts what ended and happened, and looks at the rest when it is asked."""
 
-    def __init__(self, fleet: Fleet, reconciler: Reconciler, gateway: Gateway, registry: CollectorRegistry) -> None:
-        self._fleet, self._reconciler, self._gateway = fleet, reconciler, gateway
+    def __init__(
+        self,
+        fleet: Fleet,
+        reconciler: Reconciler,
+        gateway: Gateway,
+        registry: CollectorRegistry,
+        control: Control | None = None,
+    ) -> None:
+        """`control` follows the document, where there is one that may change."""
+        self._fleet, self._reconciler, self._gateway, self._control = fleet, reconciler, gateway, control
         self._own: set[str] = set()  # adapters with series of their own
         self._by_adapter: list[MetricWrapperBase] = []
 
@@ -118,8 +127,11 @@ class Metrics:
         room = GaugeMetricFamily("astra_engine_adapters_max", "Adapters that the engine's memory has room for")
         room.add_metric([], self._fleet.places.capacity)
         ready = GaugeMetricFamily("astra_ready", "1 when /readyz says yes")
-        ready.add_metric([], float(not (self._gateway.not_ready() or self._reconciler.ready())))
-        yield from (resident, room, ready, self._for_routers())
+        unread = self._control.not_ready() if self._control else []
+        ready.add_metric([], float(not (self._gateway.not_ready() or unread or self._reconciler.ready())))
+        fault = GaugeMetricFamily("astra_document_fault", "1 while the document as it is now is not followed")
+        fault.add_metric([], float(bool(self._control and self._control.fault)))
+        yield from (resident, room, ready, fault, self._for_routers())
 
     def describe(self) -> list[Metric]:
         """Return nothing: what `collect` yields depends on the moment."""

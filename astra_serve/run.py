@@ -48,16 +48,18 @@ def serve(args: Namespace, base: Base, settings: Settings) -> None:
         fleet = Fleet(vllm, store, base, settings.resident)
         reconciler = Reconciler(fleet, store, drain_s=settings.drain_s, roots=settings.roots)
         gateway = Gateway(fleet)
-        metrics = Metrics(fleet, reconciler, gateway, REGISTRY)
+        document = settings.document
+        control = Control(document, fleet, reconciler) if isinstance(document, str) else None
+        metrics = Metrics(fleet, reconciler, gateway, REGISTRY, control)
         gateway.ended += [metrics.count, log.request]
         fleet.journal.readers += [metrics.note, log.event]
         vllm.install(app, fleet, gateway)
         _keep(running, _tend(fleet, reconciler))
-        if isinstance(settings.document, Document):
+        if control is None:
             _add_health(app, gateway.not_ready, reconciler.ready)
-            await reconciler.serve_all(settings.document)
+            assert isinstance(document, Document)
+            await reconciler.serve_all(document)
             return gateway
-        control = Control(settings.document, fleet, reconciler)
         _add_health(app, gateway.not_ready, control.not_ready, reconciler.ready)
         _keep(running, control.follow())
         if settings.admin_port is not None and settings.admin_token:

@@ -1,11 +1,12 @@
 """Ask a server what it promises: its models, the base, one adapter, a stream. Exits with 1 and one line where it fails.
 
-python3 smoke.py http://HOST:PORT        # the API key, if there is one, in VLLM_API_KEY
+python3 smoke.py http://HOST:PORT [SECONDS]   # to wait until it is ready; the API key, if there is one, in VLLM_API_KEY
 """
 
 import json
 import os
 import sys
+import time
 import urllib.error
 import urllib.request
 from typing import Any
@@ -21,6 +22,19 @@ def ask(url: str, body: dict[str, Any] | None = None) -> str:
     request = urllib.request.Request(url, json.dumps(body).encode() if body else None, headers)  # noqa: S310
     with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
         return str(answer.read().decode())
+
+
+def wait(server: str, seconds: float) -> None:
+    """Wait until the server says that it is ready. Raises OSError with why it is not."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            ask(f"{server}/readyz")
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(2)
 
 
 def main(server: str) -> None:
@@ -44,8 +58,10 @@ def main(server: str) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1].rstrip("/"))
+        url = sys.argv[1].rstrip("/")
+        wait(url, float(sys.argv[2]) if len(sys.argv) > 2 else 0)
+        main(url)
     except urllib.error.HTTPError as error:
         sys.exit(f"{error.url} answers with {error.code}: {error.read().decode()[:500]}")
-    except (OSError, AssertionError, KeyError) as error:
+    except (OSError, AssertionError, KeyError, ValueError) as error:
         sys.exit(f"{sys.argv[1]}: {error}")

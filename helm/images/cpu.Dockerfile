@@ -1,5 +1,6 @@
 # docker build -f helm/images/cpu.Dockerfile -t astra-serve-cpu:0.1.0 .
 # Not built by this project's tests, which have no container engine: they lint it, and install the same lock by `make`.
+# The lock has the tests' packages, too.
 FROM python:3.11-slim-bookworm
 
 # g++ compiles the LoRA kernel at its first use, and vLLM's model.
@@ -18,7 +19,8 @@ COPY pyproject.toml README.md LICENSE ./
 COPY astra_serve astra_serve
 COPY converter converter
 COPY trainer trainer
-RUN pip install --no-cache-dir --no-deps --no-build-isolation .
+RUN pip install --no-cache-dir --no-deps --no-build-isolation . \
+    && python3 -c "import s3fs, astra_serve.cli"
 
 USER 1000:1000
 ENV HOME=/home/astra

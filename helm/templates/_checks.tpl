@@ -5,6 +5,7 @@
   {{- fail "adapters and adaptersUrl are both set: the desired state is in one place" -}}
 {{- end -}}
 {{- $names := list -}}
+{{- $sources := list -}}
 {{- $pinned := 0 -}}
 {{- range $v.adapters -}}
   {{- if has .name $names -}}
@@ -20,12 +21,26 @@
       {{- fail (printf "the canary's weight is %v: it must be above 0 and below 1" .weight) -}}
     {{- end -}}
   {{- end -}}
-  {{- if and (not (contains "://" .source)) (not (hasPrefix "sha256:" .source)) -}}
-    {{- if not $v.adaptersClaim.name -}}
-      {{- fail (printf "adapter %q comes from the folder %q: set adaptersClaim.name, which is mounted at /adapters" .name .source) -}}
-    {{- else if not (hasPrefix "/adapters/" .source) -}}
-      {{- fail (printf "adapter %q comes from the folder %q: adaptersClaim is mounted at /adapters" .name .source) -}}
+  {{- $name := .name -}}
+  {{- $mine := compact (list .source (dig "canary" "version" "" .)) -}}
+  {{- $sources = concat $sources $mine -}}
+  {{- range $mine -}}
+    {{- if hasPrefix "sha256:" . -}}
+      {{- if not $v.store.claim.name -}}
+        {{- fail (printf "adapter %q comes from the store, which is empty in a new pod: give its source, or set store.claim.name" $name) -}}
+      {{- end -}}
+    {{- else if not (contains "://" .) -}}
+      {{- if not $v.adaptersClaim.name -}}
+        {{- fail (printf "adapter %q comes from the folder %q: set adaptersClaim.name, which is mounted at /adapters" $name .) -}}
+      {{- else if not (hasPrefix "/adapters/" .) -}}
+        {{- fail (printf "adapter %q comes from the folder %q: adaptersClaim is mounted at /adapters" $name .) -}}
+      {{- end -}}
     {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- range concat (list $v.adaptersUrl $v.base.source) $sources -}}
+  {{- if regexMatch "//[^/]*@" . -}}
+    {{- fail "a URL has credentials in it: put them into a Secret, and name it in objectStore.secret" -}}
   {{- end -}}
 {{- end -}}
 {{- if gt (int $pinned) (int $v.engine.maxLoras) -}}
@@ -39,16 +54,13 @@
 {{- end -}}
 {{- $replicas := int (include "astra.mostReplicas" .) -}}
 {{- $pods := mul $replicas (int $v.nodes) -}}
-{{- range $name, $claim := dict "store.claim" $v.store.claim "base.claim" $v.base.claim -}}
+{{- range $name, $claim := dict "store.claim" $v.store.claim "base.claim" $v.base.claim "adaptersClaim" $v.adaptersClaim -}}
   {{- if and $claim.name (gt $pods 1) (has $claim.accessMode (list "ReadWriteOnce" "ReadWriteOncePod")) -}}
     {{- fail (printf "%s is %s, and there may be %d pods: one of them alone could mount it" $name $claim.accessMode $pods) -}}
   {{- end -}}
 {{- end -}}
 {{- if and $v.store.claim.name (eq $v.store.claim.accessMode "ReadOnlyMany") -}}
   {{- fail "store.claim is ReadOnlyMany: the server writes into it" -}}
-{{- end -}}
-{{- if and $v.store.claim.name (eq $pods 1) (gt (int $v.rollout.maxSurge) 0) -}}
-  {{- fail "rollout.maxSurge starts a new pod while the old one still has the store: with store.claim set it to 0" -}}
 {{- end -}}
 {{- if and (eq (int $v.rollout.maxSurge) 0) (eq (int $v.rollout.maxUnavailable) 0) -}}
   {{- fail "rollout.maxSurge and rollout.maxUnavailable are both 0: nothing could ever be replaced" -}}
@@ -77,14 +89,22 @@
   {{- fail "httpRoute is enabled without httpRoute.parentRefs: name the Gateway" -}}
 {{- end -}}
 {{- range $v.env -}}
-  {{- if and .value (regexMatch "(?i)(token|secret|password|api_?key)" .name) -}}
+  {{- if and .value (regexMatch "(?i)(^|_)(token|secret|password|passwd|api_?key|access_key)$" .name) -}}
     {{- fail (printf "env has %s in plain: take it from a Secret with valueFrom.secretKeyRef" .name) -}}
   {{- end -}}
 {{- end -}}
+{{- $set := dict "base" "base.source" "max-loras" "engine.maxLoras" "max-lora-rank" "engine.maxLoraRank" "resident" "engine.resident" "tensor-parallel-size" "gpu.count" "pipeline-parallel-size" "nodes" "nnodes" "nodes" "node-rank" "nodes" "master-addr" "nodes" "headless" "nodes" "adapters" "adapters" "adapter" "adapters" "store" "store" "adapter-root" "adaptersClaim" "drain-seconds" "drainSeconds" "host" "service" "port" "service.port" "admin-host" "admin" "admin-port" "admin.port" "api-key" "apiKey.secret" -}}
 {{- range $v.engine.args -}}
-  {{- if hasPrefix "--api-key" . -}}
-    {{- fail "engine.args has --api-key in plain: set apiKey.secret" -}}
+  {{- $option := regexReplaceAll "=.*" (trimPrefix "--" .) "" | replace "_" "-" -}}
+  {{- if hasKey $set $option -}}
+    {{- fail (printf "engine.args has --%s, which is this chart's to set: use %s" $option (get $set $option)) -}}
   {{- end -}}
+{{- end -}}
+{{- if and (eq $v.autoscaling.kind "keda") (not $v.monitoring.serviceMonitor) -}}
+  {{- fail "autoscaling.kind=keda asks Prometheus, which scrapes nothing: set monitoring.serviceMonitor" -}}
+{{- end -}}
+{{- if and (or $v.ingress.enabled $v.httpRoute.enabled) (not $v.apiKey.secret) (not $v.apiKey.checkedElsewhere) -}}
+  {{- fail "a route without a key lets everybody in: set apiKey.secret, or apiKey.checkedElsewhere where a gateway asks for one" -}}
 {{- end -}}
 {{- end -}}
 

@@ -62,7 +62,12 @@ kind: LeaderWorkerSet
 apiVersion: apps/v1
 kind: Deployment
 {{- end }}
-name: {{ include "astra.fullname" . }}
+name: {{ include "astra.workloadName" . }}
+{{- end -}}
+
+{{- /* A group makes itself a headless Service of its own name, so that name must not be ours. */ -}}
+{{- define "astra.workloadName" -}}
+{{ include "astra.fullname" . }}{{ if gt (int .Values.nodes) 1 }}-group{{ end }}
 {{- end -}}
 
 {{- define "astra.mostReplicas" -}}

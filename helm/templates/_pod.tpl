@@ -21,7 +21,7 @@ spec:
   automountServiceAccountToken: false
   # A Service called "vllm" would put VLLM_PORT into the environment, which means something else to the engine.
   enableServiceLinks: false
-  terminationGracePeriodSeconds: {{ add (include "astra.preStopSeconds" $) (int $v.drainSeconds) 30 }}
+  terminationGracePeriodSeconds: {{ add (include "astra.preStopSeconds" $) (int $v.drainSeconds) 60 }}
   securityContext:
     runAsNonRoot: true
     runAsUser: {{ $v.podSecurity.user }}
@@ -74,7 +74,7 @@ spec:
           system.get(path.rstrip("/") + "/", sys.argv[2], recursive=True)
         - {{ $v.base.source | quote }}
         - {{ include "astra.base" $ }}
-      {{- include "astra.environment" $ | nindent 6 }}
+      {{- include "astra.environment" (list $ "copy") | nindent 6 }}
       {{- include "astra.security" $ | nindent 6 }}
       resources:
         {{- toYaml $v.resources | nindent 8 }}
@@ -89,7 +89,7 @@ spec:
       imagePullPolicy: {{ $v.image.pullPolicy }}
       args:
         {{- include "astra.args" . | nindent 8 }}
-      {{- include "astra.environment" $ | nindent 6 }}
+      {{- include "astra.environment" . | nindent 6 }}
       {{- include "astra.security" $ | nindent 6 }}
       resources:
         {{- include "astra.resources" $ | nindent 8 }}
@@ -118,15 +118,26 @@ spec:
         preStop:
           exec:
             command: [sleep, {{ include "astra.preStopSeconds" $ | quote }}]
+      {{- else }}
+      # All pods of a group are told to end at once: this one computes for the leader until that has drained.
+      lifecycle:
+        preStop:
+          exec:
+            command:
+              - python3
+              - -c
+              - |
+                import os, time, urllib.request
+                try:
+                    while urllib.request.urlopen("http://" + os.environ["LWS_LEADER_ADDRESS"] + ":8000/livez", timeout=10):
+                        time.sleep(1)
+                except OSError:
+                    pass
       {{- end }}
       volumeMounts:
         - {name: home, mountPath: /home/astra}
         - {name: tmp, mountPath: /tmp}
-        - name: store
-          mountPath: /store
-          {{- if $v.store.claim.name }}
-          subPathExpr: {{ include "astra.storeFolder" $ }}
-          {{- end }}
+        - {name: store, mountPath: /store}
         {{- if $v.shm }}
         - {name: shm, mountPath: /dev/shm}
         {{- end }}
@@ -198,14 +209,14 @@ spec:
 {{- end -}}
 {{- end -}}
 
-{{- /* A server has a store of its own; the nodes of one group share theirs. */ -}}
-{{- define "astra.storeFolder" -}}
+{{- /* A server has a store of its own, which it makes itself; the nodes of one group share theirs. */ -}}
+{{- define "astra.store" -}}
 {{- if gt (int .Values.nodes) 1 -}}
-group-$(GROUP)
+/store/group-$(GROUP)
 {{- else if gt (int (include "astra.mostReplicas" .)) 1 -}}
-$(POD)
+/store/$(POD)
 {{- else -}}
-{{ include "astra.fullname" . }}
+/store/{{ include "astra.fullname" . }}
 {{- end -}}
 {{- end -}}
 
@@ -230,7 +241,7 @@ $(POD)
 {{- if eq $role "worker" }}
 - --headless
 {{- else }}
-- --store=/store
+- --store={{ include "astra.store" $ }}
 - --adapter-root=/adapters
 - --drain-seconds={{ $v.drainSeconds }}
 - --log-format=json
@@ -246,8 +257,10 @@ $(POD)
 {{- end }}
 {{- end -}}
 
+{{- /* Every role gets the secrets that it needs: to copy the base none but the object store's. */ -}}
 {{- define "astra.environment" -}}
-{{- $v := .Values -}}
+{{- $role := index . 1 -}}
+{{- $v := (index . 0).Values -}}
 env:
   - {name: HOME, value: /home/astra}
   - name: POD
@@ -256,15 +269,15 @@ env:
   - name: GROUP
     valueFrom: {fieldRef: {fieldPath: "metadata.labels['leaderworkerset.sigs.k8s.io/group-index']"}}
   {{- end }}
-  {{- with $v.hubToken }}{{ if .secret }}
+  {{- with $v.hubToken }}{{ if and .secret (ne $role "copy") }}
   - name: HF_TOKEN
     valueFrom: {secretKeyRef: {name: {{ .secret }}, key: {{ .key }}}}
   {{- end }}{{ end }}
-  {{- with $v.apiKey }}{{ if .secret }}
+  {{- with $v.apiKey }}{{ if and .secret (has $role (list "server" "leader")) }}
   - name: VLLM_API_KEY
     valueFrom: {secretKeyRef: {name: {{ .secret }}, key: {{ .key }}}}
   {{- end }}{{ end }}
-  {{- with $v.admin }}{{ if .secret }}
+  {{- with $v.admin }}{{ if and .secret (has $role (list "server" "leader")) }}
   - name: ASTRA_ADMIN_TOKEN
     valueFrom: {secretKeyRef: {name: {{ .secret }}, key: {{ .key }}}}
   {{- end }}{{ end }}

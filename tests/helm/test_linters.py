@@ -60,31 +60,35 @@ def test_prometheus_reads_the_alerts_and_the_dashboards_queries(tmp_path: Path) 
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-ALERTS = {  # a series with which an alert fires, and one with which it must not
-    "AstraNotReady": ("astra_ready{}", "0x40", "astra_ready{}", "1x40"),
-    "AstraNoneReady": ("astra_ready{}", "0x40", "astra_ready{}", "1x40"),
+INFO, PROBES = "astra_adapter_info", "astra_adapter_probes_total"
+ALERTS = {  # a series with which an alert fires half an hour on, and one with which it must not
+    "AstraNotReady": ("astra_ready{}", "0x60", "astra_ready{}", "1x60"),
+    "AstraNoneReady": ("astra_ready{}", "0x60", "astra_ready{}", "1x60"),
+    "AstraDown": ("up{}", "0x60", "up{}", "1x60"),
+    "AstraAbsent": ("other{}", "1x60", "astra_ready{}", "1x60"),
+    "AstraDocument": ("astra_document_fault{}", "1x60", "astra_document_fault{}", "0x60"),
+    # What cannot be fetched is tried again and again: two minutes failed, one minute fetching.
     "AstraAdapterFailed": (
-        'astra_adapter_info{adapter="sql",state="failed"}', "1x40",
-        'astra_adapter_info{adapter="sql",state="serving"}', "1x40",
+        f'{INFO}{{adapter="sql",state="failed"}}', "1 1 _ " * 20, f'{INFO}{{adapter="sql",state="serving"}}', "1x60",
     ),
+    # The counter of failed probes comes into being with the first one.
     "AstraProbesFail": (
-        'astra_adapter_probes_total{adapter="sql",result="failed"}', "0+1x40",
-        'astra_adapter_probes_total{adapter="sql",result="passed"}', "0+1x40",
+        f'{PROBES}{{adapter="sql",result="failed"}}', "_x20 1x60",
+        f'{PROBES}{{adapter="sql",result="passed"}}', "0+1x60",
     ),
     "AstraErrors": (
-        'astra_requests_total{outcome="server_error"}', "0+60x40",
-        'astra_requests_total{outcome="ok"}', "0+60x40",
+        'astra_requests_total{outcome="server_error"}', "0+60x60", 'astra_requests_total{outcome="ok"}', "0+60x60",
     ),
 }  # fmt: skip
 
 
 def check_alert(folder: Path, alert: str, series: list[tuple[str, str]], expected: list[dict[str, Any]]) -> None:
-    """Let promtool say whether `alert` fires 30 minutes after the series began; they get the chart's own labels."""
+    """Let promtool say whether `alert` fires 31 minutes after the series began; they get the chart's own labels."""
     told = [
         {"series": name.replace("{", '{namespace="apps",service="astra",', 1), "values": values}
         for name, values in series
     ]
-    wanted = {"expr": f'ALERTS{{alertname="{alert}",alertstate="firing"}}', "eval_time": "30m", "exp_samples": expected}
+    wanted = {"expr": f'ALERTS{{alertname="{alert}",alertstate="firing"}}', "eval_time": "31m", "exp_samples": expected}
     wanted["expr"] = f"count by (adapter) ({wanted['expr']})"
     test = {
         "rule_files": ["rules.yaml"],
@@ -103,6 +107,14 @@ def test_an_alert_fires_when_it_should_and_only_then(alert: str, tmp_path: Path)
     labels = '{adapter="sql"}' if "adapter=" in bad else "{}"
     check_alert(tmp_path, alert, [(bad, bad_values)], [{"labels": labels, "value": 1}])
     check_alert(tmp_path, alert, [(good, good_values)], [])
+
+
+def test_requests_that_wait_at_every_replica_are_told(tmp_path: Path) -> None:
+    ready = ("astra_ready{}", "1x60")
+    check_alert(
+        tmp_path, "AstraQueue", [("vllm:num_requests_waiting{}", "17x60"), ready], [{"labels": "{}", "value": 1}]
+    )
+    check_alert(tmp_path, "AstraQueue", [("vllm:num_requests_waiting{}", "16x60"), ready], [])
 
 
 def test_replicas_that_serve_different_versions_are_drift(tmp_path: Path) -> None:

@@ -13,14 +13,15 @@ import yaml
 from tests.helm.chart import CHART, CPU, EVERYTHING, HELMS, NODES, RELEASE, render, run, text_of
 
 GOLDEN = Path(__file__).parent / "golden"
-PROFILES = {"default": {}, "cpu": CPU, "everything": EVERYTHING}
+PROFILES = {"default": {}, "cpu": CPU, "everything": EVERYTHING, "nodes": NODES}
 KUBERNETES = ("1.29", "1.33", "1.37")  # the oldest in Chart.yaml, one between, the newest with schemas
 FEATURES: dict[str, dict[str, Any]] = {
     **PROFILES,
-    "nodes": NODES,
-    "nodes, scaled": {**NODES, "autoscaling": {"kind": "keda"}, "inferencePool": {"enabled": True}},
+    "nodes, scaled": {**NODES, "autoscaling": {"kind": "keda"}, "inferencePool": {"enabled": True},
+                      "monitoring": {"serviceMonitor": True}},
     "hpa": {"autoscaling": {"kind": "hpa"}},
-    "one picker": {"inferencePool": {"enabled": True}, "httpRoute": {"enabled": True, "parentRefs": [{"name": "g"}]}},
+    "one picker": {"inferencePool": {"enabled": True}, "httpRoute": {"enabled": True, "parentRefs": [{"name": "g"}]},
+                   "apiKey": {"checkedElsewhere": True}},
     "document elsewhere": {"adaptersUrl": "s3://adapters/adapters.yaml"},
     "a claim for one": {"store": {"claim": {"name": "store"}}},
     "base in a claim": {"base": {"source": "/base", "claim": {"name": "base"}}},
@@ -63,7 +64,7 @@ def test_the_check_above_fails_where_it_should(wrong: dict[str, Any]) -> None:
     deployment = next(o for o in render() if o["kind"] == "Deployment")
     with pytest.raises(Exception, match=r"unknown|three"):
         validate({**deployment, "spec": {**deployment["spec"], **wrong}}, KUBERNETES[-1])
-    scaled = next(o for o in render({"autoscaling": {"kind": "keda"}}) if o["kind"] == "ScaledObject")
+    scaled = next(o for o in render(EVERYTHING) if o["kind"] == "ScaledObject")
     with pytest.raises(jsonschema.ValidationError):
         validate({**scaled, "spec": {**scaled["spec"], "unknown": 1}}, KUBERNETES[-1])
 

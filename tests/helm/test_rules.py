@@ -67,19 +67,32 @@ def test_a_model_over_several_nodes_is_one_group_with_vllms_own_launcher_and_one
     for found in (leader, worker):
         assert {"--nnodes=2", "--pipeline-parallel-size=2", "--tensor-parallel-size=8"} < set(found["args"])
         assert "--node-rank=$(LWS_WORKER_INDEX)" in found["args"]
-        assert {m["name"]: m for m in found["volumeMounts"]}["store"]["subPathExpr"] == "group-$(GROUP)"
+        assert {"name": "store", "mountPath": "/store"} in found["volumeMounts"]
+    assert "--store=/store/group-$(GROUP)" in leader["args"]
     assert "--headless" in worker["args"]
     assert "--headless" not in leader["args"]
     assert "readinessProbe" not in worker
     assert not [word for word in leader["args"] + worker["args"] if "ray" in word]
+    # It makes itself a headless Service of its own name, through which its nodes find each other before they are ready.
+    assert one(objects, "LeaderWorkerSet")["metadata"]["name"] not in {
+        found["metadata"]["name"] for found in objects if found["kind"] == "Service"
+    }
 
 
-def test_of_a_group_only_the_leader_gets_requests_and_counts_for_disruption() -> None:
+def test_a_groups_worker_computes_until_its_leader_has_drained() -> None:
+    group = one(render(NODES), "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]["workerTemplate"]["spec"]
+    (container,) = group["containers"]
+    script = container["lifecycle"]["preStop"]["exec"]["command"][-1]
+    compile(script, "preStop", "exec")
+    assert "LWS_LEADER_ADDRESS" in script
+
+
+def test_of_a_group_only_the_leader_gets_requests_and_every_node_counts_for_disruption() -> None:
     objects = render({**NODES, "inferencePool": {"enabled": True}})
     index = "leaderworkerset.sigs.k8s.io/worker-index"
     assert one(objects, "Service", "")["spec"]["selector"][index] == "0"
     assert one(objects, "InferencePool")["spec"]["selector"]["matchLabels"][index] == "0"
-    assert one(objects, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"][index] == "0"
+    assert index not in one(objects, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"]
 
 
 # Adapters
@@ -127,14 +140,12 @@ def test_local_adapters_come_from_their_claim_alone() -> None:
     assert args(render(EVERYTHING))["adapter-root"] == "/adapters"
 
 
-def test_replicas_that_share_a_claim_have_folders_of_their_own() -> None:
-    def folder(values: dict[str, Any]) -> str:
-        found: str = next(m for m in container(render(values))["volumeMounts"] if m["name"] == "store")["subPathExpr"]
-        return found
-
+def test_replicas_that_share_a_claim_have_folders_of_their_own_which_they_make_themselves() -> None:
     claim = {"claim": {"name": "c", "accessMode": "ReadWriteMany"}}
-    assert folder({"store": claim, "replicas": 2}) == "$(POD)"
-    assert folder({"store": claim}) == "astra"
+    assert args(render({"store": claim, "replicas": 2}))["store"] == "/store/$(POD)"
+    alone = render({"store": claim})
+    assert args(alone)["store"] == "/store/astra"
+    assert one(alone, "Deployment")["spec"]["strategy"] == {"type": "Recreate"}  # its successor waits for the store
 
 
 # Rollout and life
@@ -145,7 +156,7 @@ def test_one_number_sets_pre_stop_the_servers_deadline_and_the_grace_period(drai
     objects = render({"drainSeconds": drain})
     assert args(objects)["drain-seconds"] == str(drain)
     assert container(objects)["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", str(before)]
-    assert pod(objects)["spec"]["terminationGracePeriodSeconds"] == before + drain + 30
+    assert pod(objects)["spec"]["terminationGracePeriodSeconds"] == before + drain + 60
 
 
 @pytest.mark.parametrize("seconds", [10, 605, 7200])
@@ -174,7 +185,7 @@ def test_the_disruption_budget_never_keeps_a_node_from_being_drained(replicas: i
 
 @pytest.mark.parametrize("kind", ["keda", "hpa"])
 def test_an_autoscaler_alone_sets_the_replicas(kind: str) -> None:
-    objects = render({"autoscaling": {"kind": kind}})
+    objects = render({"autoscaling": {"kind": kind}, "monitoring": {"serviceMonitor": True}})
     assert "replicas" not in one(objects, "Deployment")["spec"]
     scaler = one(objects, "ScaledObject" if kind == "keda" else "HorizontalPodAutoscaler")
     assert scaler["spec"]["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": "astra"}
@@ -185,10 +196,12 @@ def test_keda_scales_on_the_queue_and_on_the_time_to_first_token() -> None:
     assert "vllm:num_requests_waiting" in queue["metadata"]["query"]
     assert "astra_time_to_first_token_seconds_bucket" in first["metadata"]["query"]
     assert (queue["metadata"]["threshold"], first["metadata"]["threshold"]) == ("8", "2")
+    for trigger in (queue, first):  # no numbers: an error, for which there is a fallback, and not zero
+        assert trigger["metadata"]["ignoreNullValues"] == "false"
 
 
 def test_a_route_leads_to_the_service_or_to_the_pool() -> None:
-    route = {"httpRoute": {"enabled": True, "parentRefs": [{"name": "g"}]}}
+    route = {"httpRoute": {"enabled": True, "parentRefs": [{"name": "g"}]}, "apiKey": {"secret": "k"}}
     (rule,) = one(render(route), "HTTPRoute")["spec"]["rules"]
     assert rule["backendRefs"] == [{"name": "astra", "port": 8000}]
     (rule,) = one(render({**route, "inferencePool": {"enabled": True}}), "HTTPRoute")["spec"]["rules"]
@@ -261,7 +274,7 @@ def test_the_admin_port_is_closed_until_the_values_say_who_may_reach_it() -> Non
 def ports(objects: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """By port from where it can be reached."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for rule in one(objects, "NetworkPolicy")["spec"]["ingress"]:
+    for rule in one(objects, "NetworkPolicy", "")["spec"]["ingress"]:
         for port in rule["ports"]:
             found.setdefault(port["port"], []).extend(rule["from"])
     return found
@@ -270,8 +283,26 @@ def ports(objects: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def test_what_the_network_policy_does_not_name_is_closed() -> None:
     spec = one(render(), "NetworkPolicy")["spec"]
     assert spec["policyTypes"] == ["Ingress", "Egress"]
-    assert ports(render()) == {"http": [{"podSelector": {}}]}
-    assert {port["port"] for rule in spec["egress"] for port in rule["ports"]} == {53, 443}
+    assert ports(render())["http"][0] == {"podSelector": {}}
+    assert {port["port"] for rule in spec["egress"] for port in rule["ports"]} == {53, 5353, 443}
+
+
+def test_the_charts_own_test_gets_through_whoever_else_does() -> None:
+    closed = render({"networkPolicy": {"from": []}})
+    (peer,) = ports(closed)["http"]
+    labels = one(closed, "Pod")["metadata"]["labels"]
+    assert peer["podSelector"]["matchLabels"].items() <= labels.items()
+
+
+def test_the_nodes_of_a_group_do_not_reach_the_admin_port() -> None:
+    objects = render({**NODES, "admin": {"secret": "a"}})
+    group = one(objects, "NetworkPolicy")["spec"]["ingress"][-1]["ports"]
+    assert [(port["port"], port["endPort"]) for port in group] == [(1, 8000), (8002, 65535)]
+
+
+def test_the_picker_has_a_policy_too() -> None:
+    spec = one(render(EVERYTHING), "NetworkPolicy", "picker")["spec"]
+    assert [port["port"] for rule in spec["ingress"] for port in rule["ports"]] == ["grpc"]
 
 
 def test_secrets_are_references_and_never_values() -> None:
@@ -280,6 +311,8 @@ def test_secrets_are_references_and_never_values() -> None:
         assert found[name]["valueFrom"]["secretKeyRef"]["name"] == secret
         assert "value" not in found[name]
     assert not [o for o in render(EVERYTHING) if o["kind"] == "Secret"]
+    (copy,) = pod(render(EVERYTHING))["spec"]["initContainers"]
+    assert not {"HF_TOKEN", "VLLM_API_KEY", "ASTRA_ADMIN_TOKEN"} & {variable["name"] for variable in copy["env"]}
     assert not any(re.search(r"(?i)key|token", option) for option in container(render(EVERYTHING))["args"])
 
 
