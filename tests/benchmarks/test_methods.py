@@ -182,7 +182,7 @@ def test_the_table_compares_seed_by_seed_at_each_methods_own_rate_and_counts_wha
             return math.inf
         return (0.9 if trial.method == "tail" else 1.0) * (1 + away) * (10 + trial.seed)
 
-    run_all(tmp_path, loss, ["core"])
+    run_all(tmp_path, loss, ["core", "fixed_rate"])
     summary.write(tmp_path, SMALL, Results(tmp_path / "runs"), Console(quiet=True))
     cases = json.loads((tmp_path / "summary.json").read_text())["cases"]
     tail, eva = (next(c for c in cases if (c["task"], c["method"]) == ("math", name)) for name in ("tail", "eva"))
