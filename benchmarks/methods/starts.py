@@ -63,9 +63,19 @@ def gradient_tail(m: Moments, rank: int) -> Start:
 def whitened_tail(m: Moments, rank: int) -> Start:
     """B0: the tail within the range of W; rows of A0 scaled by eigenvalue^-1/2, so that A0 x has unit variance."""
     values, vectors = torch.linalg.eigh(m.outputs)
-    first = max(0, len(values) - min(m.weight.shape))
+    first = _in_range(m)
     found = _astra(m, vectors[:, first : first + rank])
     return Start(found.a0 / values[first : first + rank].clamp(min=1e-6 * values.mean()).sqrt()[:, None], found.b0)
+
+
+def scaled_tail(m: Moments, rank: int) -> Start:
+    """The tail within the range of W, and an alpha for the layer from its spectrum: A0 x has unit variance on average."""
+    return _scaled(m, torch.linalg.eigh(m.outputs).eigenvectors[:, (first := _in_range(m)) : first + rank])
+
+
+def scaled_principal(m: Moments, rank: int) -> Start:
+    """The principal subspace with such an alpha."""
+    return _scaled(m, _top(m.outputs, rank))
 
 
 def balanced_principal(m: Moments, rank: int) -> Start:
@@ -108,8 +118,8 @@ def inputs_tail(m: Moments, rank: int) -> Start:
 TRIED: dict[str, Tried] = {
     made.__name__: made
     for made in (
-        gradient, gradient_tail, whitened_tail, balanced_principal, contrast, soft_contrast, contrast_gradient,
-        inputs, inputs_gradient, inputs_tail,
+        gradient, gradient_tail, whitened_tail, scaled_tail, scaled_principal, balanced_principal, contrast,
+        soft_contrast, contrast_gradient, inputs, inputs_gradient, inputs_tail,
     )
 }  # fmt: skip
 
@@ -178,6 +188,15 @@ def _measure(
         for handle in handles:
             handle.remove()
     return {name: (x / tokens, y / tokens, g) for name, (x, y, g) in sums.items()}
+
+
+def _scaled(m: Moments, q: torch.Tensor) -> Start:
+    return Start(q.T @ m.weight / (q.T @ m.outputs @ q).diagonal().mean().sqrt(), q)
+
+
+def _in_range(m: Moments) -> int:
+    """Return how many eigenvalues of the outputs are zero because W has fewer columns than rows."""
+    return max(0, len(m.weight) - min(m.weight.shape))
 
 
 def _from_zero(m: Moments, a0: torch.Tensor) -> Start:

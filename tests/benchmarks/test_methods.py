@@ -252,6 +252,10 @@ def test_a_tried_start_is_what_its_name_says(name: str, moments: Moments) -> Non
         assert torch.allclose(start.a0.norm(dim=1), start.b0.norm(dim=0))
         q = torch.linalg.eigh(moments.outputs).eigenvectors[:, -4:]
         assert torch.allclose(start.b0 @ start.a0, q @ q.T @ moments.weight)
+    if name.startswith("scaled"):
+        variance = (start.a0 @ moments.inputs @ start.a0.T).diagonal()
+        assert float(variance.mean()) == pytest.approx(1)
+        assert torch.linalg.matrix_rank(torch.cat([start.a0, start.b0.T @ moments.weight])) == 4  # one scalar a layer
     if name == "whitened_tail":
         variance = (start.a0 @ moments.inputs @ start.a0.T).diagonal()
         assert torch.allclose(variance, torch.ones(4, dtype=torch.float64))
