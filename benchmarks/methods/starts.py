@@ -69,8 +69,9 @@ def whitened_tail(m: Moments, rank: int) -> Start:
 
 
 def scaled_tail(m: Moments, rank: int) -> Start:
-    """The tail within the range of W, and an alpha for the layer from its spectrum: A0 x has unit variance on average."""
-    return _scaled(m, torch.linalg.eigh(m.outputs).eigenvectors[:, (first := _in_range(m)) : first + rank])
+    """The tail within the range of W, with an alpha for the layer from its spectrum: A0 x has a mean variance of 1."""
+    first = _in_range(m)
+    return _scaled(m, torch.linalg.eigh(m.outputs).eigenvectors[:, first : first + rank])
 
 
 def scaled_principal(m: Moments, rank: int) -> Start:
