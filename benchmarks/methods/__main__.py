@@ -19,7 +19,7 @@ from benchmarks.methods import bases, pool, summary
 from benchmarks.methods.suite import PARTS, SUITES, missing
 from benchmarks.methods.trial import Results
 
-console = Console(width=max(110, Console().width))
+console = Console(width=max(140, Console().width))
 
 
 def main() -> int:

@@ -50,8 +50,8 @@ def write(name: str, panels: Sequence[Panel], out: Path) -> None:
     columns = min(2, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(6.2 * columns, 4.2 * rows), layout="constrained")
-    for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, shown, strict=False):
-        _draw(axes, panel)
+    for number, panel in enumerate(shown):
+        _draw(figure.add_subplot(rows, columns, number + 1), panel)
     figure.savefig(out / f"{name}.png", dpi=90, metadata={"Software": None})
 
 
