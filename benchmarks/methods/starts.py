@@ -63,14 +63,14 @@ def gradient_tail(m: Moments, rank: int) -> Start:
 def whitened_tail(m: Moments, rank: int) -> Start:
     """B0: the tail within the range of W; rows of A0 scaled by eigenvalue^-1/2, so that A0 x has unit variance."""
     values, vectors = torch.linalg.eigh(m.outputs)
-    first = _in_range(m)
+    first = _zeros(m)
     found = _astra(m, vectors[:, first : first + rank])
     return Start(found.a0 / values[first : first + rank].clamp(min=1e-6 * values.mean()).sqrt()[:, None], found.b0)
 
 
 def scaled_tail(m: Moments, rank: int) -> Start:
     """The tail within the range of W, with an alpha for the layer from its spectrum: A0 x has a mean variance of 1."""
-    first = _in_range(m)
+    first = _zeros(m)
     return _scaled(m, torch.linalg.eigh(m.outputs).eigenvectors[:, first : first + rank])
 
 
@@ -195,9 +195,10 @@ def _scaled(m: Moments, q: torch.Tensor) -> Start:
     return Start(q.T @ m.weight / (q.T @ m.outputs @ q).diagonal().mean().sqrt(), q)
 
 
-def _in_range(m: Moments) -> int:
+def _zeros(m: Moments) -> int:
     """Return how many eigenvalues of the outputs are zero because W has fewer columns than rows."""
-    return max(0, len(m.weight) - min(m.weight.shape))
+    rows, columns = m.weight.shape
+    return max(0, rows - columns)
 
 
 def _from_zero(m: Moments, a0: torch.Tensor) -> Start:
