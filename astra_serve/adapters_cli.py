@@ -14,7 +14,8 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from astra_serve import desired
+from astra_serve import desired, replicas_cli
+from astra_serve.errors import ServeError
 
 TOKEN, URL = "ASTRA_ADMIN_TOKEN", "ASTRA_ADMIN_URL"
 DEFAULT_URL = "http://127.0.0.1:8001"
@@ -31,19 +32,30 @@ def main(argv: list[str]) -> int:
     if not token:
         print(f"astra-serve adapters: the admin token is not set: put it into {TOKEN}", file=sys.stderr)
         return 2
+    args.url = args.url or os.environ.get(URL, DEFAULT_URL).split()
+    if args.command in ("status", "prepare", "rollout"):
+        try:
+            return replicas_cli.run(args, _wanted(args) if args.command != "status" else {}, token)
+        except ServeError as error:
+            print(f"astra-serve adapters: {error}", file=sys.stderr)
+            return 1
+    if len(args.url) > 1:
+        print(f"astra-serve adapters: {args.command} asks one server: give one --url", file=sys.stderr)
+        return 2
+    (url,) = args.url
     headers = {"Authorization": f"Bearer {token}"}
     try:
-        with httpx.Client(base_url=args.url, headers=headers, timeout=args.timeout) as client:
+        with httpx.Client(base_url=url, headers=headers, timeout=args.timeout) as client:
             if args.command == "events" and args.follow:
                 return _follow(client, args)
             answer = _with_progress(client, args) if args.command == "publish" else _ask(client, args)
     except httpx.HTTPError as error:
-        print(f"astra-serve adapters: {args.url} does not answer: {error}", file=sys.stderr)
+        print(f"astra-serve adapters: {url} does not answer: {error}", file=sys.stderr)
         return 2
     try:
         content = answer.json()
     except ValueError:
-        content = {"error": {"message": f"{args.url} answers with {answer.status_code}: is it the admin port?"}}
+        content = {"error": {"message": f"{url} answers with {answer.status_code}: is it the admin port?"}}
     if args.json:
         print(json.dumps(content, indent=2))
     elif answer.is_success:
@@ -69,14 +81,7 @@ def _ask(client: httpx.Client, args: argparse.Namespace) -> httpx.Response:
         case "remove":
             return client.delete(f"/adapters/{args.name}")
         case "publish":
-            wanted = {
-                "source": args.source,
-                "digest": args.digest,
-                "required": args.required,
-                "pin": args.pin,
-                "allow_no_effect": args.allow_no_effect,
-            }
-            return client.put(f"/adapters/{args.name}", json={k: v for k, v in wanted.items() if v is not None})
+            return client.put(f"/adapters/{args.name}", json=_wanted(args))
         case "rollback":
             return client.post(f"/adapters/{args.name}/rollback", json={"digest": args.digest} if args.digest else {})
         case "canary":
@@ -84,6 +89,12 @@ def _ask(client: httpx.Client, args: argparse.Namespace) -> httpx.Response:
             return client.post(f"/adapters/{args.name}/canary", json=body)
         case command:
             return client.post(f"/adapters/{args.name}/{command}")
+
+
+def _wanted(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what was said of the version that is to be served."""
+    given = {key: getattr(args, key) for key in ("source", "digest", "required", "pin", "allow_no_effect")}
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def _with_progress(client: httpx.Client, args: argparse.Namespace) -> httpx.Response:
@@ -104,7 +115,7 @@ def _follow(client: httpx.Client, args: argparse.Namespace) -> int:
     try:
         with client.stream("GET", "/events", params={"follow": True}, timeout=None) as answer:
             if not answer.is_success:
-                print(f"astra-serve adapters: {args.url} answers with {answer.status_code}", file=sys.stderr)
+                print(f"astra-serve adapters: {client.base_url} answers with {answer.status_code}", file=sys.stderr)
                 return 1
             for line in answer.iter_lines():
                 print(line, flush=True) if args.json else _show_event(Console(), json.loads(line))
@@ -133,8 +144,8 @@ def _show(content: dict[str, Any]) -> None:
         console.print(f"{state}; {content['running']} requests run")
         return
     adapters = content.get("adapters", [content])
-    if content.get("fault"):
-        console.print(Text(f"the document is not followed as it is now: {content['fault']}"), soft_wrap=True)
+    if fault := content.get("document", {}).get("fault"):
+        console.print(Text(f"the document is not followed as it is now: {fault}"), soft_wrap=True)
     table = Table("adapter", "state", "version", "where", "requests", "effect", "previous")
     for adapter in adapters:
         version = adapter.get("version") or {}
@@ -161,7 +172,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"The admin token comes from {TOKEN}.",
     )
     parser.add_argument(
-        "--url", default=os.environ.get(URL, DEFAULT_URL), help=f"the admin port ({URL}, {DEFAULT_URL})"
+        "--url",
+        action="append",
+        help=f"the admin port ({URL}, {DEFAULT_URL}); of several replicas repeated, or a name with all their addresses",
     )
     parser.add_argument("--json", action="store_true", help="the server's answer as it is")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds to wait (default: 600)")
@@ -176,11 +189,19 @@ def _parser() -> argparse.ArgumentParser:
     add("list", "All adapters.", named=False)
     add("get", "One adapter.")
     publish = add("publish", "Serve what is at SOURCE as NAME; the version before serves until it is proved.")
-    publish.add_argument("source", metavar="SOURCE", help="a folder, hf://org/repo@revision, any fsspec URL")
-    publish.add_argument("--digest", help="refuse anything else")
-    publish.add_argument("--required", action="store_true", default=None, help="the server is not ready without it")
-    publish.add_argument("--pin", action="store_true", default=None, help="never swap it out")
-    publish.add_argument("--allow-no-effect", action="store_true", default=None, help="even if it changes nothing")
+    prepare = add("prepare", "Prove on every replica what is at SOURCE, and hold it for ten minutes, served by none.")
+    rollout = add("rollout", "Serve what is at SOURCE as NAME on every replica, once all have proved it; or on none.")
+    for command in (publish, prepare, rollout):
+        command.add_argument("source", metavar="SOURCE", help="a folder, hf://org/repo@revision, any fsspec URL")
+        command.add_argument("--digest", help="refuse anything else")
+        command.add_argument("--required", action="store_true", default=None, help="the server is not ready without it")
+        command.add_argument("--pin", action="store_true", default=None, help="never swap it out")
+        command.add_argument("--allow-no-effect", action="store_true", default=None, help="even if it changes nothing")
+    rollout.add_argument(
+        "--document", metavar="FILE_OR_URL", help="as seen from here (default: where the replicas say that it is)"
+    )
+    status = add("status", "Whether all replicas serve what the document says; exit 1 when not.", named=False)
+    status.add_argument("--wait", type=float, metavar="S", help="for at most so many seconds until they do")
     alias = add("alias", "Let NAME mean a version that is in the store already.")
     alias.add_argument("version", metavar="VERSION", help="name@digest-prefix of one that is served, or sha256:...")
     rollback = add("rollback", "Serve the version before again.")

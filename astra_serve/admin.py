@@ -1,6 +1,6 @@
 """The admin API: what operators and their tools may do, on a port of its own, with a token.
 
-GET    /adapters                      all, with state and versions
+GET    /adapters                      all, with state and versions; where the document is, and what is wrong with it
 GET    /adapters/{name}
 PUT    /adapters/{name}               {"source", "digest"?, "required"?, "pin"?, "allow_no_effect"?}  until it serves
 DELETE /adapters/{name}
@@ -9,6 +9,9 @@ POST   /adapters/{name}/unload        out of the engine's memory; its next reque
 POST   /adapters/{name}/rollback      {"digest"?}
 POST   /adapters/{name}/canary        {"source", "weight"}, or {} to end it
 POST   /adapters/{name}/pin, /unpin
+PUT    /prepared/{name}               the same: its version is brought into the engine and proved, for ten minutes
+DELETE /prepared/{name}               it leaves, unless a name means it by now
+POST   /refresh                       read the document now, and try again what is waiting for its next try
 GET    /events                        what happened, oldest first; ?follow=true: JSON lines, as it happens
 GET    /requests                      how many run; POST /drain: not ready from now on; DELETE /drain: ready again
 POST   /v1/load_lora_adapter, /v1/unload_lora_adapter    as vLLM's, onto the same lifecycle
@@ -16,20 +19,21 @@ POST   /v1/load_lora_adapter, /v1/unload_lora_adapter    as vLLM's, onto the sam
 
 import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from astra_serve.control import Control
-from astra_serve.desired import Canary, Digest
+from astra_serve.desired import Adapter, Canary, Digest
 from astra_serve.errors import ServeError
 from astra_serve.gateway import Gateway
 from astra_serve.reconcile import Status
+from converter.adapter_dir import AdapterError
 
 
 class _Body(BaseModel):
@@ -96,71 +100,34 @@ def build(control: Control, gateway: Gateway, token: str) -> FastAPI:
         body = {"message": str(error.detail), "type": kind, "param": None, "code": error.status_code}
         return JSONResponse({"error": body}, status_code=error.status_code)
 
-    @app.get("/adapters")
+    app.include_router(_looking(control))
+    app.include_router(_changing(control))
+    app.include_router(_preparing(control))
+    app.include_router(_draining(gateway))
+    return app
+
+
+def _looking(control: Control) -> APIRouter:
+    router = APIRouter()
+
+    async def look() -> None:
+        with suppress(ServeError):  # what was known before is shown
+            await control.fleet.places.look()
+
+    @router.get("/adapters")
     async def all_adapters() -> dict[str, Any]:
         await look()
         adapters = [describe(control, name) for name in control.reconciler.status]
-        return {"adapters": adapters, "fault": control.fault}
+        return {"adapters": adapters, "document": control.document()}
 
-    @app.get("/adapters/{name}")
+    @router.get("/adapters/{name}")
     async def adapter(name: str) -> dict[str, Any]:
         if name not in control.reconciler.status:
             raise HTTPException(404, f"there is no adapter {name!r}")
         await look()
         return describe(control, name)
 
-    @app.put("/adapters/{name}")
-    async def publish(name: str, body: Publish) -> dict[str, Any]:
-        settings = body.model_dump(exclude={"source"}, exclude_none=True)
-        return await done(name, lambda: control.publish(name, body.source, **settings))
-
-    @app.delete("/adapters/{name}")
-    async def remove(name: str) -> dict[str, Any]:
-        async def removed() -> None:
-            await control.remove(name)
-
-        return await done(name, removed)
-
-    @app.post("/adapters/{name}/rollback")
-    async def rollback(name: str, body: Rollback | None = None) -> dict[str, Any]:
-        return await done(name, lambda: control.rollback(name, body.digest if body else None))
-
-    @app.post("/adapters/{name}/canary")
-    async def canary(name: str, body: CanaryChange) -> dict[str, Any]:
-        if (body.source is None) != (body.weight is None):
-            raise HTTPException(400, "a canary needs a source and a weight; give neither to end it")
-        found = Canary(version=body.source, weight=body.weight).model_dump() if body.source and body.weight else None
-        return await done(name, lambda: control.change(name, canary=found))
-
-    @app.post("/adapters/{name}/pin")
-    async def pin(name: str) -> dict[str, Any]:
-        return await done(name, lambda: control.change(name, pin=True))
-
-    @app.post("/adapters/{name}/unpin")
-    async def unpin(name: str) -> dict[str, Any]:
-        return await done(name, lambda: control.change(name, pin=False))
-
-    @app.post("/adapters/{name}/alias")
-    async def alias(name: str, body: AliasOf) -> dict[str, Any]:
-        digest = body.version
-        if not digest.startswith("sha256:"):
-            version = control.fleet.resolve(digest)
-            if version is None:
-                raise HTTPException(404, f"there is no version {digest!r}")
-            digest = version.digest
-        return await done(name, lambda: control.publish(name, digest, digest=digest))
-
-    @app.post("/adapters/{name}/unload")
-    async def unload(name: str) -> dict[str, Any]:
-        if name not in control.fleet.aliases:
-            raise HTTPException(404, f"there is no adapter {name!r}")
-        if control.reconciler.status[name].entry.pin:
-            raise HTTPException(409, f"{name!r} is pinned: unpin it first")
-        for version in list(control.fleet.aliases[name].versions()):
-            await control.fleet.places.unload(version)
-        return describe(control, name)
-
-    @app.get("/events", response_model=None)
+    @router.get("/events", response_model=None)
     async def events(follow: bool = False) -> dict[str, Any] | StreamingResponse:
         if not follow:
             return {"events": [asdict(event) for event in control.fleet.journal.events]}
@@ -171,48 +138,139 @@ def build(control: Control, gateway: Gateway, token: str) -> FastAPI:
 
         return StreamingResponse(lines(), media_type="application/x-ndjson")
 
-    @app.get("/requests")
-    async def requests() -> dict[str, Any]:
-        return {"drained": gateway.drained, "running": len(gateway.running)}
+    @router.post("/refresh")
+    async def refresh() -> dict[str, Any]:
+        await control.refresh()
+        control.reconciler.retry()
+        return control.document()
 
-    @app.post("/drain")
-    async def drain() -> dict[str, Any]:
-        gateway.drained = True
-        return await requests()
+    return router
 
-    @app.delete("/drain")
-    async def undrain() -> dict[str, Any]:
-        gateway.drained = False
-        return await requests()
 
-    @app.post("/v1/load_lora_adapter")
+def _changing(control: Control) -> APIRouter:
+    router = APIRouter()
+
+    @router.put("/adapters/{name}")
+    async def publish(name: str, body: Publish) -> dict[str, Any]:
+        settings = body.model_dump(exclude={"source"}, exclude_none=True)
+        return await done(name, control.publish(name, body.source, **settings))
+
+    @router.delete("/adapters/{name}")
+    async def remove(name: str) -> dict[str, Any]:
+        with _refused(name):
+            await control.remove(name)
+        return {"name": name, "state": "removed"}
+
+    @router.post("/adapters/{name}/rollback")
+    async def rollback(name: str, body: Rollback | None = None) -> dict[str, Any]:
+        return await done(name, control.rollback(name, body.digest if body else None))
+
+    @router.post("/adapters/{name}/canary")
+    async def canary(name: str, body: CanaryChange) -> dict[str, Any]:
+        if (body.source is None) != (body.weight is None):
+            raise HTTPException(400, "a canary needs a source and a weight; give neither to end it")
+        found = Canary(version=body.source, weight=body.weight).model_dump() if body.source and body.weight else None
+        return await done(name, control.change(name, canary=found))
+
+    @router.post("/adapters/{name}/pin")
+    async def pin(name: str) -> dict[str, Any]:
+        return await done(name, control.change(name, pin=True))
+
+    @router.post("/adapters/{name}/unpin")
+    async def unpin(name: str) -> dict[str, Any]:
+        return await done(name, control.change(name, pin=False))
+
+    @router.post("/adapters/{name}/alias")
+    async def alias(name: str, body: AliasOf) -> dict[str, Any]:
+        digest = body.version
+        if not digest.startswith("sha256:"):
+            version = control.fleet.resolve(digest)
+            if version is None:
+                raise HTTPException(404, f"there is no version {digest!r}")
+            digest = version.digest
+        return await done(name, control.publish(name, digest, digest=digest))
+
+    @router.post("/adapters/{name}/unload")
+    async def unload(name: str) -> dict[str, Any]:
+        if name not in control.fleet.aliases:
+            raise HTTPException(404, f"there is no adapter {name!r}")
+        if control.reconciler.status[name].entry.pin:
+            raise HTTPException(409, f"{name!r} is pinned: unpin it first")
+        for version in list(control.fleet.aliases[name].versions()):
+            await control.fleet.places.unload(version)
+        return describe(control, name)
+
+    @router.post("/v1/load_lora_adapter")
     async def load(body: VllmLoad) -> dict[str, Any]:
-        return await done(body.lora_name, lambda: control.publish(body.lora_name, body.lora_path))
+        return await done(body.lora_name, control.publish(body.lora_name, body.lora_path))
 
-    @app.post("/v1/unload_lora_adapter")
+    @router.post("/v1/unload_lora_adapter")
     async def unload_as_vllm(body: VllmUnload) -> dict[str, Any]:
         return await remove(body.lora_name)
 
-    async def look() -> None:
-        with suppress(ServeError):  # what was known before is shown
-            await control.fleet.places.look()
-
-    async def done(name: str, change: Callable[[], Awaitable[Status | None]]) -> dict[str, Any]:
-        try:
-            status = await change()
-        except KeyError as error:
-            raise HTTPException(404, f"there is no adapter {name!r}") from error
-        except ValidationError as error:
-            raise HTTPException(400, error.errors()[0]["msg"]) from error
-        except ServeError as error:
-            raise HTTPException(409, str(error)) from error
-        if status is None:
-            return {"name": name, "state": "removed"}
+    async def done(name: str, change: Awaitable[Status]) -> dict[str, Any]:
+        with _refused(name):
+            status = await change
         if status.state == "failed":
             raise HTTPException(422, f"{name!r} was not published: {status.reason}")
         return describe(control, name)
 
-    return app
+    return router
+
+
+def _preparing(control: Control) -> APIRouter:
+    """What a rollout over several replicas asks of each; `rollout` is its client."""
+    router = APIRouter()
+
+    @router.put("/prepared/{name}")
+    async def prepare(name: str, body: Publish) -> dict[str, Any]:
+        with _refused(name):
+            entry = Adapter(name=name, **body.model_dump(exclude_none=True))
+        try:
+            version = await control.reconciler.prepare(entry)
+        except (ServeError, AdapterError, OSError) as error:
+            raise HTTPException(422, f"{name!r} was not prepared: {error.__cause__ or error}") from error
+        return control.reconciler.record(version)
+
+    @router.delete("/prepared/{name}")
+    async def release(name: str) -> dict[str, Any]:
+        control.reconciler.release(name)
+        return {"name": name, "state": "released"}
+
+    return router
+
+
+def _draining(gateway: Gateway) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/requests")
+    async def requests() -> dict[str, Any]:
+        return {"drained": gateway.drained, "running": len(gateway.running)}
+
+    @router.post("/drain")
+    async def drain() -> dict[str, Any]:
+        gateway.drained = True
+        return await requests()
+
+    @router.delete("/drain")
+    async def undrain() -> dict[str, Any]:
+        gateway.drained = False
+        return await requests()
+
+    return router
+
+
+@contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """Make an HTTP error of what is wrong with a change of the adapter `name`."""
+    try:
+        yield
+    except KeyError as error:
+        raise HTTPException(404, f"there is no adapter {name!r}") from error
+    except ValidationError as error:
+        raise HTTPException(400, error.errors()[0]["msg"]) from error
+    except ServeError as error:
+        raise HTTPException(409, str(error)) from error
 
 
 def describe(control: Control, name: str) -> dict[str, Any]:

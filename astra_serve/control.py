@@ -8,17 +8,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import httpx
 from watchfiles import awatch
 
 from astra_serve import desired
 from astra_serve.desired import Adapter, Canary, Document
 from astra_serve.errors import BadDocument, ServeError
+from astra_serve.fetch import without_secrets
 from astra_serve.fleet import Fleet
 from astra_serve.reconcile import Reconciler, Status
 
-TIMER_S = 10.0  # a changed file or page is seen after this long at the latest
+TIMER_S = 5.0  # a changed file or page is seen after this long at the latest
 
 
 class Control:
@@ -34,6 +34,11 @@ class Control:
         self._etag = ""
         self._editing = asyncio.Lock()  # of the document, for as long as it takes to write it
         self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # of an adapter, until it serves
+
+    def document(self) -> dict[str, str | None]:
+        """Return where the document is, the digest of its text as it is followed, and why it is not as it is now."""
+        where = str(self.file.resolve()) if self.file else without_secrets(self._where)
+        return {"where": where, "digest": desired.digest(self._text) if self._read_once else None, "fault": self.fault}
 
     @property
     def file(self) -> Path | None:
@@ -60,11 +65,13 @@ class Control:
             try:
                 document, text = await self._read()
             except Exception as error:  # whatever is wrong with the file, the page or the way to it
-                fault = (str(error).strip() or type(error).__name__).splitlines()[0]
+                fault = without_secrets((str(error).strip() or type(error).__name__).splitlines()[0])
                 if fault != self.fault:
                     self.reconciler.tell_of_document(fault)
                 self.fault = fault
                 return
+            if self.fault:  # whatever kept the document away may have kept adapters away, too
+                self.reconciler.retry()
             self.fault, self._read_once = None, True
             before, self._document, self._text = self._document, document, text
         self._follow(before, document)
@@ -121,7 +128,7 @@ class Control:
                 return status
             served = self._as_served(entry, old)
             try:
-                await self._edit(lambda document: _replaced(document, old, served), served)
+                await self._edit(lambda document: document.replacing(name, old, served), served)
             except (OSError, ServeError) as error:
                 await self._restore(name, old)
                 reason = getattr(error, "strerror", None) or error
@@ -146,7 +153,7 @@ class Control:
 
     def _writable(self) -> None:
         if self.file is None:
-            raise ServeError(f"the desired state is at {self._where}: change it there")
+            raise ServeError(f"the desired state is at {without_secrets(self._where)}: change it there")
         if self.file.exists() and not os.access(self.file.parent, os.W_OK):
             raise ServeError(f"{self.file} is read-only here, as a ConfigMap is: change it where it comes from")
 
@@ -177,7 +184,7 @@ class Control:
     async def _read(self) -> tuple[Document, str]:
         """Return the document as it is now, and its text. Raises ServeError, OSError, httpx.HTTPError and others."""
         if not self._where.startswith(("http://", "https://")):
-            text = await asyncio.to_thread(_text, self._where)
+            text = await asyncio.to_thread(desired.read, self._where)
             if text and text == self._text:
                 return self._document, text
             if not text.strip() and self._document.adapters:
@@ -192,22 +199,6 @@ class Control:
         document = desired.parse(answer.text, self._where)
         self._etag = answer.headers.get("etag", "")
         return document, answer.text
-
-
-def _replaced(document: Document, old: Adapter | None, new: Adapter) -> Document:
-    """Return `document` with `new` for `old`. Raises ServeError where that is not what it says of it any more."""
-    if document.get(new.name) not in (old, new):
-        raise ServeError(f"somebody else changed {new.name!r} in it meanwhile: try again")
-    return document.with_adapter(new)
-
-
-def _text(where: str) -> str:
-    """Return what is in a file, or in an object of any store that fsspec knows; nothing where it is not there."""
-    try:
-        with fsspec.open(where, "rb") as stream:
-            return str(stream.read().decode("utf-8"))
-    except FileNotFoundError:
-        return ""
 
 
 def _there(entry: Adapter | None, name: str) -> Adapter:

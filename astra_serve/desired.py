@@ -14,12 +14,14 @@ The admin API edits this document; the server does what it says, now and after a
 """
 
 import difflib
+import hashlib
 import os
 import re
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
+import fsspec
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
@@ -80,6 +82,12 @@ class Document(_Strict):
         rest = [adapter if old.name == adapter.name else old for old in self.adapters]
         return Document(adapters=rest if self.get(adapter.name) else [*rest, adapter])
 
+    def replacing(self, name: str, old: Adapter | None, new: Adapter | None) -> "Document":
+        """Return the document with `new` for `old`; None is no entry. Raises BadDocument where it says neither."""
+        if self.get(name) not in (old, new):
+            raise BadDocument(f"somebody else changed {name!r} in the document meanwhile: try again")
+        return self.with_adapter(new) if new else self.without(name)
+
     def without(self, name: str) -> "Document":
         """Return the document without the adapter `name`."""
         return Document(adapters=[adapter for adapter in self.adapters if adapter.name != name])
@@ -106,9 +114,26 @@ def dump(document: Document) -> str:
     )
 
 
-def write(document: Document, path: Path) -> str:
-    """Replace the file `path` by the document, in one step, and return its text."""
+def read(where: str) -> str:
+    """Return what is in a file, or in an object of any store that fsspec knows; nothing where it is not there."""
+    try:
+        with fsspec.open(where, "rb") as stream:
+            return str(stream.read().decode("utf-8"))
+    except FileNotFoundError:
+        return ""
+
+
+def write(document: Document, where: str | Path) -> str:
+    """Replace a file, or an object of a store that fsspec knows, by the document, in one step; return its text.
+
+    Raises OSError, and what the store raises: NotImplementedError where nothing can be written, as on a web page.
+    """
     text = dump(document)
+    if "://" in str(where):
+        with fsspec.open(str(where), "wb") as stream:
+            stream.write(text.encode("utf-8"))
+        return text
+    path = Path(where)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     with os.fdopen(handle, "w", encoding="utf-8") as stream:
@@ -117,6 +142,11 @@ def write(document: Document, path: Path) -> str:
         os.fsync(stream.fileno())
     Path(partial).replace(path)
     return text
+
+
+def digest(text: str) -> str:
+    """Return what tells one text of a document from another: sha256:HEX."""
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def json_schema() -> dict[str, Any]:

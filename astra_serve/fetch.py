@@ -33,7 +33,7 @@ def fetch(source: str, store: Store, roots: tuple[Path, ...] = ()) -> Path:
     except Exception as error:  # each file system has errors of its own
         shutil.rmtree(folder, ignore_errors=True)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CannotFetch(_without_secrets(f"{source} cannot be fetched: {reason}")) from error
+        raise CannotFetch(without_secrets(f"{source} cannot be fetched: {reason}")) from error
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -49,7 +49,7 @@ def _local(path: Path, roots: tuple[Path, ...]) -> Path:
     return real
 
 
-def _without_secrets(text: str) -> str:
+def without_secrets(text: str) -> str:
     """Return `text` without what URLs may carry before an @ and behind a ?."""
     return re.sub(r"\?[^\s'\"]*", "", re.sub(r"//[^/@\s]*@", "//", text))
 

@@ -13,7 +13,7 @@ KEPT = 4096
 class Event:
     """Something happened to an adapter.
 
-    `event` is a state that it entered (see `reconcile`), or one of: loaded, load_failed, probe_failed,
+    `event` is a state that it entered (see `reconcile`), or one of: prepared, loaded, load_failed, probe_failed,
     unloaded, removed; document_failed is of none.
     """
 

@@ -3,20 +3,21 @@
     pending -> fetching -> verifying -> loading -> probing -> serving        (the alias moves at the last arrow)
                                    \\-> failed: the version before serves on
 
-An adapter that leaves the document is drained and unloaded. What may heal by itself (a source that cannot be read) is
-tried again, later and later; what cannot is tried again when its entry changes.
+An adapter that leaves the document is drained and unloaded. What may heal by itself (a source that cannot be read, or
+whose bytes are not the ones that were named) is tried again, later and later; what cannot is tried again when its entry
+changes, or when it is said.
 """
 
 import asyncio
 import re
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from astra_serve.desired import DIGEST, Adapter, Document
-from astra_serve.errors import CannotFetch, ServeError, Unavailable
+from astra_serve.errors import CannotFetch, Damaged, ServeError, Unavailable
 from astra_serve.fetch import fetch
 from astra_serve.fleet import Fleet
 from astra_serve.journal import Event
@@ -24,7 +25,9 @@ from astra_serve.store import Store
 from astra_serve.version import Alias, Version
 from converter.adapter_dir import AdapterError
 
-RETRIES_S = (1.0, 5.0, 30.0, 120.0)  # waits between tries; the last one over and over
+# Waits between tries: four minutes in which whatever heals is served within 10 s, then the last one over and over.
+RETRIES_S = (1.0, 5.0, *[8.0] * 30, 120.0)
+HOLD_S = 600.0  # how long a version that was prepared stays in the engine, if no name comes to mean it
 
 
 @dataclass
@@ -59,6 +62,8 @@ class Reconciler:
         self._fleet, self._store = fleet, store
         self._drain_s, self._keep, self._roots = drain_s, keep_versions, roots
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._holds: dict[str, asyncio.Task[None]] = {}  # of versions that are being prepared, or are
+        self._now = asyncio.Event()  # set to end the waits between tries
 
     def apply(self, document: Document) -> None:
         """Start to make `document` true; entries that are as they were are left alone."""
@@ -84,6 +89,35 @@ class Reconciler:
             self.status[entry.name] = Status(entry)
             self._tasks[entry.name] = asyncio.create_task(self._bring(self.status[entry.name]))
 
+    def retry(self) -> None:
+        """Try again now what has failed."""
+        self._now.set()
+        self._now = asyncio.Event()
+        for name, status in list(self.status.items()):
+            if status.state == "failed" and name not in self._tasks:
+                self.bring(status.entry, again=True)
+
+    async def prepare(self, entry: Adapter) -> Version:
+        """Return the version that `entry` means when the engine has it, proved; no name means it by that.
+
+        It stays for `HOLD_S`, or until it is released. Raises ServeError and AdapterError.
+        """
+        self.release(entry.name)
+        ready: asyncio.Future[Version] = asyncio.get_running_loop().create_future()
+        hold = self._holds[entry.name] = asyncio.create_task(self._hold(entry, ready))
+        hold.add_done_callback(lambda _: ready.cancel())
+        try:
+            return await asyncio.shield(ready)
+        except asyncio.CancelledError:
+            if hold.cancelled():
+                raise ServeError(f"{entry.name!r} was released before it was prepared") from None
+            raise
+
+    def release(self, name: str) -> None:
+        """Let what was prepared for `name` leave, unless a name means it by now."""
+        if hold := self._holds.pop(name, None):
+            hold.cancel()
+
     def adopt(self, entry: Adapter) -> None:
         """Take what serves for what `entry` says, if that is the version which it names."""
         alias, status = self._fleet.aliases.get(entry.name), self.status.get(entry.name)
@@ -101,7 +135,8 @@ class Reconciler:
             if reason:
                 self._enter(status, "failed", reason)
                 self.bring(status.entry, again=True)
-        if all(status.state in ("serving", "failed") for status in self.status.values()):
+        preparing = any(not hold.done() for hold in self._holds.values())
+        if not preparing and all(status.state in ("serving", "failed") for status in self.status.values()):
             self._collect()  # nothing is being published that nobody refers to yet
 
     def remove(self, name: str) -> None:
@@ -145,6 +180,8 @@ class Reconciler:
         """Stop what is on its way."""
         for name in list(self._tasks):
             self._stop(name)
+        for name in list(self._holds):
+            self.release(name)
 
     async def _bring(self, status: Status) -> None:
         name = status.entry.name
@@ -155,7 +192,7 @@ class Reconciler:
                 try:
                     await self._serve(status)
                     return
-                except (CannotFetch, OSError) as error:
+                except (CannotFetch, Damaged, OSError) as error:
                     wait = next(waits, RETRIES_S[-1])
                     self._enter(status, "failed", f"{error}; trying again in {wait:.0f} s")
                 except Unavailable as error:
@@ -170,16 +207,27 @@ class Reconciler:
                 except Exception as error:  # a fault of ours must not stay unseen, nor stop the others
                     self._enter(status, "failed", f"{type(error).__name__}: {error}")
                     raise
-                await asyncio.sleep(wait)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._now.wait(), wait)
                 self._enter(status, "pending")
         finally:
             if self._tasks.get(name) is asyncio.current_task():
                 del self._tasks[name]
 
+    async def _hold(self, entry: Adapter, ready: asyncio.Future[Version]) -> None:
+        status = Status(entry)
+        async with AsyncExitStack() as coming:
+            try:
+                version = await self._version(entry, entry.source, entry.digest, status, coming)
+            except Exception as error:
+                ready.set_exception(error)
+                return
+            self._fleet.journal.tell(Event(entry.name, "prepared", version.name))
+            ready.set_result(version)
+            await asyncio.sleep(HOLD_S)
+
     async def _serve(self, status: Status) -> None:
         entry = status.entry
-        if entry.name == self._fleet.base.name:
-            raise ServeError("it has the base's name: requests for the base would get the adapter")
         async with AsyncExitStack() as coming:
             current = await self._version(entry, entry.source, entry.digest, status, coming)
             canary = None
@@ -200,6 +248,8 @@ class Reconciler:
 
         It stays in the engine until `coming` ends, and then if a name means it.
         """
+        if entry.name == self._fleet.base.name:
+            raise ServeError("it has the base's name: requests for the base would get the adapter")
         stored = source.startswith("sha256:")
         digest = source if stored else expected
         if stored and not re.fullmatch(DIGEST, source):

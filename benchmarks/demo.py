@@ -30,11 +30,11 @@ CONCURRENCY = 32
 console = Console()
 
 
-def train_and_convert(task: str, out: Path) -> Path:
+def train_and_convert(task: str, out: Path, steps: int = STEPS) -> Path:
     """Train the adapter of `task` with the console scripts and return the folder of its LoRA."""
     data = out / "data" / f"{task}.train.jsonl"
     astra, lora = out / "astra" / task, out / "lora" / task
-    run("astra-train", "--base", str(BASE), "--data", str(data), "--out", str(astra), "--set", f"steps={STEPS}")
+    run("astra-train", "--base", str(BASE), "--data", str(data), "--out", str(astra), "--set", f"steps={steps}")
     run("astra-convert", str(astra), str(lora), "--base", str(BASE))
     return lora
 

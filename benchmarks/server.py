@@ -26,21 +26,22 @@ class Server:
 
 
 def free_port() -> int:
+    """Return a port that nobody listens on, at any of this machine's addresses."""
     with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
+        sock.bind(("", 0))
         return int(sock.getsockname()[1])
 
 
 @contextmanager
-def astra_serve(options: list[str], log: Path, *, timeout_s: float = 240) -> Iterator[Server]:
-    """Start `astra-serve` with `options`, wait until it answers, yield it, and stop it with SIGTERM.
+def astra_serve(options: list[str], log: Path, *, host: str = "127.0.0.1", timeout_s: float = 240) -> Iterator[Server]:
+    """Start `astra-serve` with `options` at `host`, wait until it answers, yield it, and stop it with SIGTERM.
 
     Its store is beside the log, unless `options` say otherwise.
     Raises RuntimeError with the end of the log when it exits or is not ready within `timeout_s` seconds.
     """
     if "--store" not in options:
         options = [*options, "--store", str(log.with_suffix(".store"))]
-    with _running([str(BIN / "astra-serve"), *options], {}, log, timeout_s) as server:
+    with _running([str(BIN / "astra-serve"), *options, "--host", host], {}, log, timeout_s, host) as server:
         yield server
 
 
@@ -56,13 +57,15 @@ def vllm_serve(
 
 
 @contextmanager
-def _running(command: list[str], environment: dict[str, str], log: Path, timeout_s: float) -> Iterator[Server]:
+def _running(
+    command: list[str], environment: dict[str, str], log: Path, timeout_s: float, host: str = "127.0.0.1"
+) -> Iterator[Server]:
     port = free_port()
     with log.open("wb") as stream:
         process = subprocess.Popen(
             [*command, "--port", str(port)], env={**os.environ, **environment}, stdout=stream, stderr=subprocess.STDOUT
         )
-    server = Server(f"http://127.0.0.1:{port}", process, log)
+    server = Server(f"http://{host}:{port}", process, log)
     try:
         _wait_until_ready(server, timeout_s)
         yield server

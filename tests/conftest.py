@@ -2,13 +2,15 @@
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 import torch
+from moto.server import ThreadedMotoServer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import trainer.embedded
@@ -68,3 +70,20 @@ def jsonl(tmp_path: Path) -> Callable[[list[Any]], Path]:
 def rows() -> list[dict[str, Any]]:
     """Forty short prompt-completion rows."""
     return [{"prompt": f"{i} plus one is", "completion": f" {i + 1}."} for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """An S3 service with a bucket; its address is in the environment, as for any client."""
+    server = ThreadedMotoServer("127.0.0.1", port=0)
+    server.start()
+    _, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        s3fs.S3FileSystem().mkdir("adapters")
+        yield "s3://adapters"
+        s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()

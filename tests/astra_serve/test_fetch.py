@@ -11,7 +11,6 @@ from typing import ClassVar
 
 import pytest
 import s3fs
-from moto.server import ThreadedMotoServer
 
 from astra_serve import desired
 from astra_serve.control import Control
@@ -83,23 +82,6 @@ def hub(monkeypatch, tmp_path: Path) -> Iterator[type[StubHub]]:
     server.shutdown()
     thread.join()
     server.server_close()
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """An S3 service with a bucket; its address is in the environment, as for any client."""
-    server = ThreadedMotoServer("127.0.0.1", port=0)
-    server.start()
-    _, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "key")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        s3fs.S3FileSystem().mkdir("adapters")
-        yield "s3://adapters"
-        s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 def test_an_adapter_comes_from_a_hub_at_its_revision(hub, store, write_lora) -> None:

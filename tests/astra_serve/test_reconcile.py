@@ -418,7 +418,7 @@ async def test_the_documents_file_is_followed_and_a_fault_in_it_changes_nothing(
         desired.write(document({"name": "a", "source": str(write_lora("two", 2.0))}), file)
         while w.current("a") == first:
             await asyncio.sleep(0.01)
-        assert (await w.api.get("/adapters")).json()["fault"] is None
+        assert (await w.api.get("/adapters")).json()["document"]["fault"] is None
         following.cancel()
 
 

@@ -1,0 +1,82 @@
+"""`astra-serve adapters status, prepare, rollout`: what is asked of several servers over one document."""
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from astra_serve import replicas
+from astra_serve.replicas import Replica
+from astra_serve.rollout import prepare, rollout
+
+POLL_S = 1.0
+
+
+def run(args: argparse.Namespace, wanted: dict[str, Any], token: str) -> int:
+    """Run the command of `args`; `wanted` is what a new version is to be, as in the admin API.
+
+    Return 0, 1 when a replica refused or differs, after Ctrl-C or SIGTERM 130. Raises ServeError for what went wrong.
+    """
+    try:
+        return asyncio.run(_run(args, wanted, token))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        return 130
+
+
+async def _run(args: argparse.Namespace, wanted: dict[str, Any], token: str) -> int:
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    async with replicas.connect(args.url, token) as found:
+        if args.command == "status":
+            return await _status(args, found)
+        if args.command == "prepare":
+            digest = await prepare(args.name, wanted, found, _tell, args.timeout)
+            print(json.dumps({"name": args.name, "digest": digest}) if args.json else digest)
+            return 0
+        entry = await rollout(args.name, wanted, found, _tell, where=args.document, timeout_s=args.timeout)
+        print(entry.model_dump_json() if args.json else f"{entry.name} is {entry.digest} at all {len(found)}")
+        return 0
+
+
+async def _status(args: argparse.Namespace, found: list[Replica]) -> int:
+    loop = asyncio.get_running_loop()
+    end = loop.time() + (args.wait or 0)
+    while (state := await replicas.status(found))["drift"] and loop.time() < end:
+        await asyncio.sleep(POLL_S)
+    if args.json:
+        print(json.dumps(state, indent=2))
+    else:
+        _show(state)
+    return 1 if state["drift"] else 0
+
+
+def _tell(step: str, text: str) -> None:
+    print(f"{step:8} {text}", file=sys.stderr, flush=True)
+
+
+def _show(state: dict[str, Any]) -> None:
+    console = Console()
+    by_replica = {one["replica"]: {a["name"]: a for a in one["adapters"]} for one in state["replicas"]}
+    table = Table("adapter", *(name.partition("://")[2] for name in by_replica))
+    for name in dict.fromkeys(name for adapters in by_replica.values() for name in adapters):
+        cells = [_cell(adapters.get(name)) for adapters in by_replica.values()]
+        table.add_row(Text(name), *map(Text, cells))
+    console.print(table)
+    for line in state["drift"]:
+        console.print(Text(line), soft_wrap=True)
+    if not state["drift"]:
+        console.print(f"{len(by_replica)} replicas serve what the document says")
+
+
+def _cell(adapter: dict[str, Any] | None) -> str:
+    if adapter is None:
+        return "-"
+    version = adapter["version"]["name"].partition("@")[2] if adapter["version"] else ""
+    return version if adapter["state"] == "serving" else f"{version} {adapter['state']}".strip()

@@ -1,0 +1,337 @@
+"""A rollout over three replicas, each with a stand-in for the engine; tests/e2e/test_replicas.py has real ones."""
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from astra_serve import admin, desired, reconcile, replicas
+from astra_serve.control import Control
+from astra_serve.desired import Adapter, Document
+from astra_serve.errors import ServeError
+from astra_serve.fleet import Fleet
+from astra_serve.gateway import Gateway
+from astra_serve.reconcile import Reconciler
+from astra_serve.replicas import Replica
+from astra_serve.rollout import prepare, rollout
+from astra_serve.store import Store
+from tests.astra_serve.conftest import StandInEngine
+from tests.astra_serve.test_fleet import in_a_loop
+
+TOKEN = "secret"  # noqa: S105
+
+
+class Wire(httpx.AsyncBaseTransport):
+    """The way to one replica, which can be cut after a request to `cut_after`, and tampered with."""
+
+    def __init__(self, app: Any) -> None:
+        self._inner = httpx.ASGITransport(app)
+        self.cut_after: str | None = None
+        self.cut = False
+        self.sources: dict[str, str] = {}  # what this replica finds at a source
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if self.cut:
+            raise httpx.ConnectError("All connection attempts failed")
+        for source, mine in self.sources.items():
+            if source.encode() in request.content:
+                content = request.content.replace(source.encode(), mine.encode())
+                headers = {**request.headers, "content-length": str(len(content))}
+                request = httpx.Request(request.method, request.url, headers=headers, content=content)
+        answer = await self._inner.handle_async_request(request)
+        self.cut = self.cut_after is not None and self.cut_after in f"{request.method} {request.url.path}"
+        return answer
+
+
+class Three:
+    """Three replicas over one document, what they said on the way, and how to ask for a rollout."""
+
+    def __init__(self, document: Path) -> None:
+        self.document = document
+        self.engines: list[StandInEngine] = []
+        self.controls: list[Control] = []
+        self.wires: list[Wire] = []
+        self.replicas: list[Replica] = []
+        self.told: list[str] = []
+
+    async def roll(self, name: str, source: Path | str, **more: Any) -> Adapter:
+        wanted = {"source": str(source), **more.pop("wanted", {})}
+        return await rollout(name, wanted, self.replicas, lambda step, _: self.told.append(step), **more)
+
+    def served(self, name: str) -> list[str | None]:
+        aliases = [control.fleet.aliases.get(name) for control in self.controls]
+        return [alias.current.digest if alias else None for alias in aliases]
+
+    def entry(self, name: str) -> Adapter | None:
+        return desired.parse(self.document.read_text(), "").get(name)
+
+    async def nothing_held(self) -> None:
+        for control, engine in zip(self.controls, self.engines, strict=True):
+            await control.fleet.drained()
+            assert len(engine.loaded) == len(control.fleet.aliases)
+
+
+@pytest.fixture
+def three(base, tmp_path: Path, write_lora) -> Callable[..., Any]:
+    """Replicas that serve `a`, and nothing else."""
+
+    @asynccontextmanager
+    async def make() -> AsyncIterator[Three]:
+        found = Three(tmp_path / "desired" / "adapters.yaml")
+        desired.write(Document(adapters=[Adapter(name="a", source=str(write_lora("one", 1.0)))]), found.document)
+        async with AsyncExitStack() as stack:
+            for number in range(3):
+                engine, store = StandInEngine(4), Store(tmp_path / f"store{number}")
+                stack.callback(store.close)
+                fleet = Fleet(engine, store, base, 4, wait_s=2)
+                control = Control(str(found.document), fleet, Reconciler(fleet, store, drain_s=1))
+                stack.push_async_callback(control.reconciler.close)
+                wire = Wire(admin.build(control, Gateway(fleet), TOKEN))
+                headers = {"Authorization": f"Bearer {TOKEN}"}
+                client = httpx.AsyncClient(transport=wire, base_url=f"http://r{number}", headers=headers)
+                found.engines.append(engine)
+                found.controls.append(control)
+                found.wires.append(wire)
+                found.replicas.append(Replica(f"r{number}", await stack.enter_async_context(client)))
+                await control.refresh()
+                await control.reconciler.settled("a")
+            yield found
+
+    return make
+
+
+@in_a_loop
+async def test_a_version_is_proved_everywhere_before_any_replica_serves_it(three, write_lora) -> None:
+    async with three() as t:
+        (old,) = set(t.served("a"))
+        entry = await t.roll("a", write_lora("two", 2.0), wanted={"required": True})
+        assert t.told == ["prepare", "prepare", "prepare", "verify", "flip", "serve", "serve", "serve"]
+        assert t.served("a") == [entry.digest] * 3
+        assert entry == t.entry("a")
+        assert entry.previous == [old]
+        assert entry.required
+        assert (await replicas.status(t.replicas))["drift"] == []
+        await t.nothing_held()
+
+
+@in_a_loop
+async def test_a_name_that_is_new_is_served_everywhere(three, write_lora) -> None:
+    async with three() as t:
+        entry = await t.roll("b", write_lora("two", 2.0))
+        assert t.served("b") == [entry.digest] * 3
+        assert entry.previous == []
+
+
+@in_a_loop
+async def test_what_one_replica_cannot_prove_is_served_by_none(three, write_lora) -> None:
+    async with three() as t:
+        before, text = t.served("a"), t.document.read_text()
+        t.engines[1].refuse.add("a@")
+        with pytest.raises(ServeError, match=r"r1: 'a' was not prepared: .*it said no.*; the document is as before"):
+            await t.roll("a", write_lora("two", 2.0))
+        assert t.served("a") == before
+        assert t.document.read_text() == text
+        assert "flip" not in t.told
+        await t.nothing_held()
+
+
+@in_a_loop
+async def test_replicas_that_find_different_bytes_at_the_source_serve_neither(three, write_lora) -> None:
+    async with three() as t:
+        before, source = t.served("a"), write_lora("two", 2.0)
+        t.wires[2].sources[str(source)] = str(write_lora("three", 3.0))
+        with pytest.raises(ServeError, match="is not the same everywhere"):
+            await t.roll("a", source)
+        assert t.served("a") == before
+        await t.nothing_held()
+
+
+@in_a_loop
+async def test_when_a_replica_is_gone_after_it_prepared_the_others_go_back(three, write_lora) -> None:
+    async with three() as t:
+        old = t.served("a")[0]
+        t.wires[1].cut_after = "PUT /prepared"
+        with pytest.raises(ServeError, match=r"r1 does not answer.*what it said before; not there yet: r1$"):
+            await t.roll("a", write_lora("two", 2.0))
+        assert t.told.count("flip") == t.told.count("back") == 1
+        assert t.served("a") == [old] * 3
+        assert t.entry("a").digest == old  # and not whatever the source holds by now
+
+
+@in_a_loop
+async def test_what_it_goes_back_to_is_what_was_served_even_if_the_source_has_changed(three, write_lora) -> None:
+    """The document named `a` by its folder alone; after a rollout that failed it must not serve what is there now."""
+    async with three() as t:
+        old = t.served("a")[0]
+        (Path(t.entry("a").source) / "adapter_model.safetensors").write_bytes(b"something else")
+        t.wires[1].cut_after = "PUT /prepared"
+        with pytest.raises(ServeError):
+            await t.roll("a", write_lora("two", 2.0))
+        assert t.served("a") == [old] * 3
+        assert [control.reconciler.status["a"].state for control in t.controls] == ["serving"] * 3
+
+
+@in_a_loop
+async def test_a_new_name_that_is_taken_back_is_gone(three, write_lora) -> None:
+    async with three() as t:
+        t.wires[1].cut_after = "PUT /prepared"
+        with pytest.raises(ServeError, match="r1 does not answer"):
+            await t.roll("b", write_lora("two", 2.0))
+        assert t.entry("b") is None
+        assert [t.served("b")[0], t.served("b")[2]] == [None, None]
+
+
+@in_a_loop
+async def test_a_replica_that_does_not_come_to_serve_it_in_time_takes_all_back(three, write_lora) -> None:
+    async with three() as t:
+        old = t.served("a")[0]
+        t.controls[2].reconciler.bring = lambda *_, **__: None
+        with pytest.raises(
+            ServeError, match=r"not everywhere within 1 s; the document says again what it said before$"
+        ):
+            await t.roll("a", write_lora("two", 2.0), timeout_s=1.0)
+        assert t.served("a") == [old] * 3
+        assert t.entry("a").digest == old
+
+
+@in_a_loop
+async def test_an_interrupted_rollout_goes_back(three, write_lora) -> None:
+    async with three() as t:
+        old = t.served("a")[0]
+        slow = t.controls[2].reconciler
+        slow.bring, bring = lambda *_, **__: None, slow.bring  # the third never comes to serve it
+        rolling = asyncio.create_task(t.roll("a", write_lora("two", 2.0)))
+        while t.served("a")[0] == old:
+            await asyncio.sleep(0.01)
+        slow.bring = bring
+        rolling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await rolling
+        assert t.entry("a").digest == old
+        assert t.served("a") == [old] * 3
+
+
+@in_a_loop
+async def test_what_somebody_else_wrote_meanwhile_stays(three, write_lora) -> None:
+    async with three() as t:
+        theirs = Adapter(name="a", source=str(write_lora("theirs", 4.0)))
+
+        class Meddler(StandInEngine):
+            async def load(self, name: str, folder: Path) -> str:
+                desired.write(Document(adapters=[theirs]), t.document)
+                return await super().load(name, folder)
+
+        t.engines[0].__class__ = Meddler
+        with pytest.raises(ServeError, match="somebody else changed 'a'"):
+            await t.roll("a", write_lora("two", 2.0))
+        assert t.entry("a") == theirs
+
+
+@in_a_loop
+async def test_nothing_begins_while_a_replica_is_gone_or_follows_something_else(three, write_lora, tmp_path) -> None:
+    async with three() as t:
+        source = write_lora("two", 2.0)
+        other = tmp_path / "other.yaml"
+        other.write_text("adapters: []")
+        with pytest.raises(ServeError, match="does not follow the text at"):
+            await t.roll("a", source, where=str(other))
+        with pytest.raises(ServeError, match="not there as seen from here"):
+            await t.roll("a", source, where=str(tmp_path / "none.yaml"))
+        t.wires[0].cut = True
+        with pytest.raises(ServeError, match="r0 does not answer"):
+            await t.roll("a", source)
+        t.wires[0].cut = False
+        t.document.write_text("adapters: [{name: a}]")
+        await t.controls[2].refresh()
+        with pytest.raises(ServeError, match="r2 does not follow the document as it is now"):
+            await t.roll("a", source)
+        assert t.told == []
+
+
+@in_a_loop
+async def test_what_is_prepared_and_never_named_leaves_the_engine(three, write_lora, monkeypatch) -> None:
+    monkeypatch.setattr(reconcile, "HOLD_S", 0.1)
+    async with three() as t:
+        digest = await prepare("b", {"source": str(write_lora("two", 2.0))}, t.replicas, lambda *_: None)
+        assert [len(engine.loaded) for engine in t.engines] == [2] * 3
+        assert t.served("b") == [None] * 3
+        with pytest.raises(ServeError, match="there is no adapter 'b'"):
+            await t.replicas[0].ask("GET", "/adapters/b")
+        assert t.controls[0].fleet.resolve(f"b@{digest[7:19]}") is None  # no request can ask for it, either
+        await asyncio.sleep(0.2)
+        await t.nothing_held()
+
+
+@in_a_loop
+async def test_status_says_every_way_in_which_replicas_differ(three, write_lora) -> None:
+    async with three() as t:
+        assert (await replicas.status(t.replicas))["drift"] == []
+        desired.write(Document(adapters=[Adapter(name="a", source=str(write_lora("two", 2.0)))]), t.document)
+        await t.controls[0].refresh()
+        await t.controls[0].reconciler.settled("a")
+        state = await replicas.status(t.replicas)
+        assert [line.partition(" ")[0] for line in state["drift"]] == ["the", "a"]
+        assert "r1, r2" in state["drift"][1]
+        t.engines[1].refuse.add("a@")
+        await t.controls[1].refresh()
+        await t.controls[1].reconciler.settled("a")
+        t.wires[2].cut = True
+        drift = "\n".join((await replicas.status(t.replicas))["drift"])
+        assert "r1: a is failed, serves a@" in drift
+        assert "it said no" in drift
+        assert "r2 does not answer" in drift
+        json.dumps(state)
+
+
+@in_a_loop
+async def test_adapters_that_wait_for_their_source_are_tried_again_when_the_document_comes_back(
+    three, tmp_path, write_lora, monkeypatch
+) -> None:
+    monkeypatch.setattr(reconcile, "RETRIES_S", (1000.0,))
+    async with three() as t:
+        control = t.controls[0]
+        later = Document(adapters=[Adapter(name="late", source=str(tmp_path / "late"))])
+        desired.write(later, t.document)
+        await control.refresh()
+        assert (await control.reconciler.settled("late")).state == "failed"
+        t.document.unlink()  # as when an object store is gone, with all that is in it
+        await control.refresh()
+        assert control.fault
+        write_lora("late", 3.0)
+        desired.write(later, t.document)
+        await control.refresh()
+        while control.reconciler.status["late"].state != "serving":
+            await control.fleet.journal.change()
+
+
+def test_a_name_with_several_addresses_is_several_replicas(monkeypatch) -> None:
+    def found(host: str, port: int, type: int) -> list[Any]:
+        four = [(socket.AF_INET, type, 6, "", (f"10.0.0.{n}", port)) for n in (2, 1)]
+        six = [(socket.AF_INET6, type, 6, "", (f"fd00::{n}", port, 0, 0)) for n in (1, 2)]
+        if host == "none":
+            raise socket.gaierror(-2, "Name or service not known")
+        return four[:1] + six[:1] if host == "one" else six + four
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+
+    async def names(*urls: str) -> list[str]:
+        async with replicas.connect(urls, TOKEN) as there:
+            return [replica.name for replica in there]
+
+    assert asyncio.run(names("http://all:8001")) == ["http://10.0.0.1:8001", "http://10.0.0.2:8001"]
+    assert asyncio.run(names("http://one:8001", "http://one:8001/")) == ["http://one:8001"]
+    assert asyncio.run(names("https://all:8001")) == ["https://all:8001"]
+    assert asyncio.run(names("http://127.0.0.1:1", "http://127.0.0.2:1")) == [
+        "http://127.0.0.1:1",
+        "http://127.0.0.2:1",
+    ]
+    with pytest.raises(ServeError, match="http://none:8001: Name or service not known"):
+        asyncio.run(names("http://none:8001"))
+    with pytest.raises(ServeError, match="is no URL of an admin port"):
+        asyncio.run(names("127.0.0.1:8001"))
