@@ -1,142 +1,16 @@
-"""`astra-serve --base BASE --adapter name=DIR ...`: one engine, one base, every adapter by its name."""
+"""`astra-serve`: starts a server, or with `adapters` as its first word asks one that runs."""
 
-import argparse
-import os
-import signal
 import sys
-from importlib.metadata import version
-from pathlib import Path
-
-from astra_serve import adapters_cli, desired
-from astra_serve.admission import Base, engine_rank, open_base, parse_adapter
-from astra_serve.desired import Adapter, Document
-from astra_serve.errors import EngineDied, ServeError
-from converter.adapter_dir import AdapterError
-
-MAX_SLOTS = 8
-STORES = Path("~/.cache/astra/store").expanduser()
-TOKEN = "ASTRA_ADMIN_TOKEN"  # noqa: S105 (its name)
-DOCUMENT_RANK = 64  # engine rank for adapters that are not known yet, unless --max-lora-rank says otherwise
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `astra-serve` and return its exit status.
-
-    0 after SIGTERM; with one line on stderr 2 for bad input, and 1 when the engine has died.
-    """
+    """Run `astra-serve` and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    # Each imports what it needs alone: who asks a server does not wait for torch.
     if argv[:1] == ["adapters"]:
+        from astra_serve import adapters_cli
+
         return adapters_cli.main(argv[1:])
-    args, extra = _parser().parse_known_args(argv)
-    # Until the server has its own way to end: the first process of a container ignores SIGTERM otherwise.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        if args.max_loras is not None and args.max_loras < 1:
-            raise ServeError(f"--max-loras is {args.max_loras}: at least 1 adapter must fit into a batch")
-        if args.adapters and args.adapter:
-            raise ServeError("--adapter names adapters that stay, --adapters a document that may change: give one")
-        token = os.environ.get(TOKEN)
-        if args.admin_port is not None and not (token and args.adapters):
-            raise ServeError(f"--admin-port needs a token in {TOKEN}, and --adapters FILE, the document that it edits")
-        base = open_base(args.base)
-        document, rank = _document(args, base, [parse_adapter(text) for text in args.adapter])
-        from astra_serve import engine, run  # after the checks: it takes seconds to import
+    from astra_serve import start
 
-        known = len(document.adapters) if isinstance(document, Document) else 2 * MAX_SLOTS
-        slots = args.max_loras or min(known, MAX_SLOTS)
-        resident = max(args.resident or known, slots)
-        options = ["--host", args.host, "--port", str(args.port), *extra]
-        if args.log_format == "json" or (args.log_format is None and not sys.stderr.isatty()):
-            options = ["--logging-config.formatter", "json", *options]
-        settings = engine.parse(args.base, rank, slots, resident, options)
-        if settings.headless:
-            engine.compute(settings)
-            return 0
-        run.serve(
-            settings,
-            base if not rank else Base(base.name, base.folder, base.digest, base.shapes, settings.max_lora_rank),
-            run.Settings(
-                document, args.store or STORES / str(args.port), resident, args.drain_seconds, tuple(args.adapter_root),
-                args.admin_host, args.admin_port, token,
-            ),
-        )  # fmt: skip
-    except (ServeError, AdapterError) as error:
-        print(f"astra-serve: {error}", file=sys.stderr)
-        return 1 if isinstance(error, EngineDied) else 2
-    return 0
-
-
-def _document(args: argparse.Namespace, base: Base, adapters: list[tuple[str, Path]]) -> tuple[Document | str, int]:
-    """Return the desired state, or where it is, and the engine's maximum rank (0: no LoRA).
-
-    What is known now is checked now, before the engine starts. Raises ServeError and AdapterError.
-    """
-    if args.adapters:
-        if not args.adapters.startswith(("http://", "https://")) and Path(args.adapters).exists():
-            desired.parse(Path(args.adapters).read_text(encoding="utf-8"), args.adapters)
-        return args.adapters, DOCUMENT_RANK
-    names = [name for name, _ in adapters]
-    for name in names:
-        if names.count(name) > 1:
-            raise ServeError(f"two adapters are named {name!r}: names must differ")
-        if name == base.name:
-            raise ServeError(f"adapter {name!r} has the base's name: requests for the base would get the adapter")
-    ranks = [base.check(folder).rank for _, folder in adapters]
-    entries = [Adapter(name=name, source=str(folder.resolve()), required=True) for name, folder in adapters]
-    return Document(adapters=entries), engine_rank(ranks) if ranks else 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="astra-serve",
-        description="Serve one base model and many LoRA adapters with vLLM, OpenAI-compatible.",
-        epilog="Every other option goes to vLLM as it is: --max-model-len, --dtype, --api-key, --max-lora-rank, ... "
-        "Of a running server: astra-serve adapters --help.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--base", required=True, help="a model folder, or a hub id such as Qwen/Qwen3-0.6B")
-    parser.add_argument(
-        "--adapter", action="append", default=[], metavar="NAME=DIR", help="serve the LoRA in DIR as NAME; repeatable"
-    )
-    parser.add_argument(
-        "--adapters", metavar="FILE_OR_URL", help="serve what this document says, and follow its changes"
-    )
-    parser.add_argument(
-        "--max-loras",
-        type=int,
-        metavar="N",
-        help=f"adapters in one batch; the engine swaps the others in (default: all, but at most {MAX_SLOTS})",
-    )
-    parser.add_argument(
-        "--resident", type=int, metavar="N", help="adapters in the engine's memory; others are loaded when asked for"
-    )
-    parser.add_argument(
-        "--store",
-        type=Path,
-        metavar="DIR",
-        help="where versions of adapters are kept, this server's own (default: ~/.cache/astra/store/PORT)",
-    )
-    parser.add_argument(
-        "--adapter-root",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="adapters from local folders must lie in it; repeatable",
-    )
-    parser.add_argument(
-        "--drain-seconds",
-        type=float,
-        default=600.0,
-        metavar="S",
-        help="what requests may take of a version that was replaced, and of all after SIGTERM (default: 600)",
-    )
-    parser.add_argument(
-        "--log-format", choices=["json", "text"], help="default: text on a terminal, JSON lines everywhere else"
-    )
-    parser.add_argument("--admin-port", type=int, metavar="PORT", help=f"the admin API, with the token in {TOKEN}")
-    parser.add_argument("--admin-host", default="127.0.0.1", help="where it listens (default: 127.0.0.1)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
-    parser.add_argument("--version", action="version", version=version("astra-serve"))
-    return parser
+    return start.main(argv)

@@ -8,6 +8,7 @@ class ServeError(ValueError):
     ├── BadDocument   the desired state cannot be understood
     ├── CannotFetch   an adapter's source cannot be read
     ├── Damaged       a version in the store is no longer what was published
+    ├── InUse         another server has the store
     ├── ProbeFailed   the engine does not answer as the adapter should
     ├── Unavailable   an adapter that is known cannot answer now
     └── EngineDied    the engine's process has ended by itself
@@ -24,6 +25,10 @@ class CannotFetch(ServeError):
 
 class Damaged(ServeError):
     """A version in the store is no longer what was published."""
+
+
+class InUse(ServeError):
+    """Another server has the store."""
 
 
 class ProbeFailed(ServeError):

@@ -5,7 +5,7 @@ when it is removed. Requests for names that nobody serves are counted under `_un
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
@@ -35,10 +35,12 @@ class Metrics:
         reconciler: Reconciler,
         gateway: Gateway,
         registry: CollectorRegistry,
+        not_ready: Callable[[], list[str]],
         control: Control | None = None,
     ) -> None:
-        """`control` follows the document, where there is one that may change."""
+        """`not_ready` says what /readyz says; `control` follows the document, where there is one that may change."""
         self._fleet, self._reconciler, self._gateway, self._control = fleet, reconciler, gateway, control
+        self._not_ready = not_ready
         self._own: set[str] = set()  # adapters with series of their own
         self._by_adapter: list[MetricWrapperBase] = []
 
@@ -127,8 +129,7 @@ class Metrics:
         room = GaugeMetricFamily("astra_engine_adapters_max", "Adapters that the engine's memory has room for")
         room.add_metric([], self._fleet.places.capacity)
         ready = GaugeMetricFamily("astra_ready", "1 when /readyz says yes")
-        unread = self._control.not_ready() if self._control else []
-        ready.add_metric([], float(not (self._gateway.not_ready() or unread or self._reconciler.ready())))
+        ready.add_metric([], float(not self._not_ready()))
         fault = GaugeMetricFamily("astra_document_fault", "1 while the document as it is now is not followed")
         fault.add_metric([], float(bool(self._control and self._control.fault)))
         yield from (resident, room, ready, fault, self._for_routers())

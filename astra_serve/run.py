@@ -19,7 +19,7 @@ from astra_serve.fleet import Fleet
 from astra_serve.gateway import Gateway
 from astra_serve.metrics import Metrics
 from astra_serve.reconcile import Reconciler
-from astra_serve.store import Store
+from astra_serve.store import Store, first_free
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Settings:
 
     document: Document | str  # a fixed one, or where it is: a file or a URL
     store: Path
+    store_shared: bool  # with other servers: each takes a folder in it
     resident: int  # adapters in the engine's memory at a time
     drain_s: float
     roots: tuple[Path, ...]
@@ -41,7 +42,7 @@ def serve(args: Namespace, base: Base, settings: Settings) -> None:
 
     Raises ServeError where the store cannot be used, or a fixed adapter fails; EngineDied when the engine has died.
     """
-    store = Store(settings.store)
+    store = first_free(settings.store) if settings.store_shared else Store(settings.store)
     running: set[asyncio.Task[None]] = set()
 
     async def start(vllm: engine.VllmEngine, app: FastAPI) -> Gateway:
@@ -50,17 +51,20 @@ def serve(args: Namespace, base: Base, settings: Settings) -> None:
         gateway = Gateway(fleet)
         document = settings.document
         control = Control(document, fleet, reconciler) if isinstance(document, str) else None
-        metrics = Metrics(fleet, reconciler, gateway, REGISTRY, control)
+
+        def not_ready() -> list[str]:
+            return [*gateway.not_ready(), *(control.not_ready() if control else []), *reconciler.ready()]
+
+        metrics = Metrics(fleet, reconciler, gateway, REGISTRY, not_ready, control)
         gateway.ended += [metrics.count, log.request]
         fleet.journal.readers += [metrics.note, log.event]
         vllm.install(app, fleet, gateway)
+        _add_health(app, not_ready)
         _keep(running, _tend(fleet, reconciler))
         if control is None:
-            _add_health(app, gateway.not_ready, reconciler.ready)
             assert isinstance(document, Document)
             await reconciler.serve_all(document)
             return gateway
-        _add_health(app, gateway.not_ready, control.not_ready, reconciler.ready)
         _keep(running, control.follow())
         if settings.admin_port is not None and settings.admin_token:
             admin_app = admin.build(control, gateway, settings.admin_token)
@@ -73,12 +77,12 @@ def serve(args: Namespace, base: Base, settings: Settings) -> None:
         store.close()
 
 
-def _add_health(app: FastAPI, *not_ready: Callable[[], list[str]]) -> None:
+def _add_health(app: FastAPI, not_ready: Callable[[], list[str]]) -> None:
     async def livez() -> JSONResponse:
         return JSONResponse({"alive": True})
 
     async def readyz() -> JSONResponse:
-        reasons = [reason for ask in not_ready for reason in ask()]
+        reasons = not_ready()
         return JSONResponse({"ready": not reasons, "reasons": reasons}, status_code=503 if reasons else 200)
 
     app.add_api_route("/livez", livez, methods=["GET"], include_in_schema=False)

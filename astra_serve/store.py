@@ -9,13 +9,15 @@ the server itself downloaded lies in the staging folder already, and is moved.
 """
 
 import fcntl
+import itertools
 import os
 import shutil
 import tempfile
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
-from astra_serve.errors import Damaged, ServeError
+from astra_serve.errors import Damaged, InUse, ServeError
 from converter import adapter_dir
 from converter.adapter_dir import CONFIG, LORA_WEIGHTS, PROVENANCE, AdapterError
 
@@ -23,7 +25,10 @@ FILES = (LORA_WEIGHTS, CONFIG, PROVENANCE)
 
 
 class Store:
-    """The versions under `root`, for this process alone. Raises ServeError where another process has them."""
+    """The versions under `root`, for this process alone.
+
+    Raises InUse where another process has them, and ServeError where they cannot be had.
+    """
 
     def __init__(self, root: Path) -> None:
         self._versions, self._staging = root / "versions", root / "staging"
@@ -36,7 +41,9 @@ class Store:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
-            raise ServeError(f"store {root} is in use by another server: give each its own --store") from error
+            if not isinstance(error, BlockingIOError):
+                raise ServeError(f"store {root} cannot be locked: {error.strerror}") from error
+            raise InUse(f"store {root} is in use by another server: give each its own --store") from error
         shutil.rmtree(self._staging, ignore_errors=True)  # what a killed server was publishing
         self._staging.mkdir()
 
@@ -139,6 +146,18 @@ class Store:
             return
         folder.chmod(0o755)
         folder.rename(self.folder(digest))
+
+
+def first_free(parent: Path) -> Store:
+    """Return the first of the stores `parent`/0, `parent`/1, ... that no server has. Raises ServeError.
+
+    A server that starts again finds what it, or another one that is gone, had in there. The file system must have locks
+    that hold on all the machines that share it.
+    """
+    for number in itertools.count():
+        with suppress(InUse):
+            return Store(parent / str(number))
+    raise AssertionError
 
 
 def version_digest(folder: Path) -> str:

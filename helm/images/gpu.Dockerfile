@@ -11,7 +11,7 @@ COPY trainer trainer
 RUN python3 -m pip freeze --exclude-editable > /tmp/installed.txt \
     && python3 -m pip install --no-cache-dir --constraint /tmp/installed.txt '.[s3]' \
     && rm /tmp/installed.txt \
-    && python3 -c "import s3fs, astra_serve.cli" \
+    && python3 -c "import s3fs, astra_serve.start" \
     && useradd --uid 1000 --create-home --home-dir /home/astra astra
 
 USER 1000:1000

@@ -93,7 +93,7 @@
     {{- fail (printf "env has %s in plain: take it from a Secret with valueFrom.secretKeyRef" .name) -}}
   {{- end -}}
 {{- end -}}
-{{- $set := dict "base" "base.source" "max-loras" "engine.maxLoras" "max-lora-rank" "engine.maxLoraRank" "resident" "engine.resident" "tensor-parallel-size" "gpu.count" "pipeline-parallel-size" "nodes" "nnodes" "nodes" "node-rank" "nodes" "master-addr" "nodes" "headless" "nodes" "adapters" "adapters" "adapter" "adapters" "store" "store" "adapter-root" "adaptersClaim" "drain-seconds" "drainSeconds" "host" "service" "port" "service.port" "admin-host" "admin" "admin-port" "admin.port" "api-key" "apiKey.secret" -}}
+{{- $set := dict "base" "base.source" "max-loras" "engine.maxLoras" "max-lora-rank" "engine.maxLoraRank" "resident" "engine.resident" "tensor-parallel-size" "gpu.count" "pipeline-parallel-size" "nodes" "nnodes" "nodes" "node-rank" "nodes" "master-addr" "nodes" "headless" "nodes" "adapters" "adapters" "adapter" "adapters" "store" "store" "shared-store" "store" "adapter-root" "adaptersClaim" "drain-seconds" "drainSeconds" "host" "service" "port" "service.port" "admin-host" "admin" "admin-port" "admin.port" "api-key" "apiKey.secret" -}}
 {{- range $v.engine.args -}}
   {{- $option := regexReplaceAll "=.*" (trimPrefix "--" .) "" | replace "_" "-" -}}
   {{- if hasKey $set $option -}}

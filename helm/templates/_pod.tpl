@@ -209,14 +209,14 @@ spec:
 {{- end -}}
 {{- end -}}
 
-{{- /* A server has a store of its own, which it makes itself; the nodes of one group share theirs. */ -}}
+{{- /* A server has a store of its own; of a claim that several share each takes a folder. The nodes of a group share theirs. */ -}}
 {{- define "astra.store" -}}
 {{- if gt (int .Values.nodes) 1 -}}
-/store/group-$(GROUP)
-{{- else if gt (int (include "astra.mostReplicas" .)) 1 -}}
-/store/$(POD)
+--store=/store/group-$(GROUP)
+{{- else if and .Values.store.claim.name (gt (int (include "astra.mostReplicas" .)) 1) -}}
+--shared-store=/store
 {{- else -}}
-/store/{{ include "astra.fullname" . }}
+--store=/store/{{ include "astra.fullname" . }}
 {{- end -}}
 {{- end -}}
 
@@ -241,7 +241,7 @@ spec:
 {{- if eq $role "worker" }}
 - --headless
 {{- else }}
-- --store={{ include "astra.store" $ }}
+- {{ include "astra.store" $ }}
 - --adapter-root=/adapters
 - --drain-seconds={{ $v.drainSeconds }}
 - --log-format=json
@@ -263,8 +263,6 @@ spec:
 {{- $v := (index . 0).Values -}}
 env:
   - {name: HOME, value: /home/astra}
-  - name: POD
-    valueFrom: {fieldRef: {fieldPath: metadata.name}}
   {{- if gt (int $v.nodes) 1 }}
   - name: GROUP
     valueFrom: {fieldRef: {fieldPath: "metadata.labels['leaderworkerset.sigs.k8s.io/group-index']"}}

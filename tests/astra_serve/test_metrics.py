@@ -24,7 +24,7 @@ class Page:
         self.fleet = Fleet(engine, store, base, 2)
         self.reconciler, self.gateway = Reconciler(self.fleet, store, drain_s=1), Gateway(self.fleet)
         self._registry = CollectorRegistry()
-        self.metrics = Metrics(self.fleet, self.reconciler, self.gateway, self._registry)
+        self.metrics = Metrics(self.fleet, self.reconciler, self.gateway, self._registry, self.gateway.not_ready)
         self.fleet.journal.readers.append(self.metrics.note)
 
     async def serve(self, **sources: Path) -> None:

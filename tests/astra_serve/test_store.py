@@ -1,5 +1,7 @@
 """Versions on disk: immutable, complete or absent, and found out when they are neither."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from astra_serve.errors import Damaged, ServeError
-from astra_serve.store import Store, version_digest
+from astra_serve.store import Store, first_free, version_digest
 from converter import adapter_dir
 from converter.adapter_dir import MalformedAdapter
 
@@ -108,3 +110,23 @@ def test_a_store_belongs_to_one_process_and_forgets_what_a_killed_one_was_publis
     store = Store(tmp_path)
     assert not list((tmp_path / "staging").iterdir())
     store.close()
+
+
+def test_servers_that_share_a_folder_each_take_a_store_in_it_and_find_it_again(tmp_path: Path, write_lora) -> None:
+    first, second = first_free(tmp_path / "shared"), first_free(tmp_path / "shared")
+    digest = first.add(write_lora("a", 1.0))
+    assert digest not in second
+    first.close()
+    again = first_free(tmp_path / "shared")
+    assert digest in again
+    again.close()
+    second.close()
+
+
+def test_a_store_whose_file_system_has_no_locks_is_refused(tmp_path: Path, monkeypatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(ServeError, match="cannot be locked: No locks available"):
+        first_free(tmp_path / "shared")

@@ -140,9 +140,12 @@ def test_local_adapters_come_from_their_claim_alone() -> None:
     assert args(render(EVERYTHING))["adapter-root"] == "/adapters"
 
 
-def test_replicas_that_share_a_claim_have_folders_of_their_own_which_they_make_themselves() -> None:
+def test_replicas_that_share_a_claim_each_take_a_folder_in_it() -> None:
     claim = {"claim": {"name": "c", "accessMode": "ReadWriteMany"}}
-    assert args(render({"store": claim, "replicas": 2}))["store"] == "/store/$(POD)"
+    shared = args(render({"store": claim, "replicas": 2}))
+    assert shared["shared-store"] == "/store"
+    assert "store" not in shared
+    assert args(render({"replicas": 2}))["store"] == "/store/astra"
     alone = render({"store": claim})
     assert args(alone)["store"] == "/store/astra"
     assert one(alone, "Deployment")["spec"]["strategy"] == {"type": "Recreate"}  # its successor waits for the store
