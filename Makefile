@@ -1,6 +1,6 @@
 # make demo   train three adapters, convert them, serve them from one engine, and ask them held-out questions
 # make test   the test suite
-# make chart-test   the Helm chart's: fetches Helm 3 and 4, promtool, checkov and hadolint
+# make chart-test   the Helm chart's, and three servers over one document: fetches Helm 3 and 4, promtool, checkov, hadolint
 # make check  lint, format and types
 PYTHON ?= python3.11
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu

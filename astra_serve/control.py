@@ -1,7 +1,6 @@
 """The desired state as a running server has it: where it is read from, how it is edited, and that it is followed."""
 
 import asyncio
-import os
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
@@ -154,8 +153,7 @@ class Control:
     def _writable(self) -> None:
         if self.file is None:
             raise ServeError(f"the desired state is at {without_secrets(self._where)}: change it there")
-        if self.file.exists() and not os.access(self.file.parent, os.W_OK):
-            raise ServeError(f"{self.file} is read-only here, as a ConfigMap is: change it where it comes from")
+        desired.check_writable(str(self.file))
 
     async def _edit(self, change: Callable[[Document], Document], served: Adapter | None = None) -> None:
         """Write what `change` makes of the document as it is now; what others have changed in it is followed, too.

@@ -25,7 +25,7 @@ import fsspec
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from astra_serve.errors import BadDocument
+from astra_serve.errors import BadDocument, ServeError
 
 # libyaml's, where PyYAML was built with it: a thousand adapters are read in 0.06 s instead of 0.3.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -142,6 +142,14 @@ def write(document: Document, where: str | Path) -> str:
         os.fsync(stream.fileno())
     Path(partial).replace(path)
     return text
+
+
+def check_writable(where: str) -> None:
+    """Raise ServeError where the document can only be read: a web page, a mounted ConfigMap."""
+    if where.startswith(("http://", "https://")):
+        raise ServeError(f"{where} is a web page: change it where it comes from")
+    if "://" not in where and Path(where).exists() and not os.access(Path(where).parent, os.W_OK):
+        raise ServeError(f"{where} is read-only here, as a ConfigMap is: change it where it comes from")
 
 
 def digest(text: str) -> str:

@@ -206,6 +206,8 @@ def _metered(generate: Callable[..., AsyncGenerator[Any, None]]) -> Callable[...
             with request.computes(request_id):
                 async with aclosing(answers):
                     async for answer in answers:
+                        if not told and answer.metrics and answer.metrics.num_generation_tokens:
+                            request.first_token(began + answer.metrics.first_token_latency)
                         for output in answer.outputs:
                             new = len(output.token_ids)
                             only_new = sampling_params.output_kind == RequestOutputKind.DELTA
@@ -218,17 +220,14 @@ def _metered(generate: Callable[..., AsyncGenerator[Any, None]]) -> Callable[...
             if answer is not None:
                 request.prompt_tokens += len(answer.prompt_token_ids or ())
                 request.output_tokens += sum(told.values())
-                _time(request, answer.metrics, began)
+                _time(request, answer.metrics)
 
     return counted
 
 
-def _time(request: requests.Request, stats: RequestStateStats | None, began: float) -> None:
-    """Note the engine's own times of an answer; there are none with --disable-log-stats."""
-    if stats is None or not stats.num_generation_tokens:
-        return
-    request.first_token_s.append(began + stats.first_token_latency)
-    if stats.num_generation_tokens > 1:
+def _time(request: requests.Request, stats: RequestStateStats | None) -> None:
+    """Note the engine's own mean time between an answer's tokens; there is none with --disable-log-stats."""
+    if stats and stats.num_generation_tokens > 1:
         seconds = stats.last_token_ts - stats.first_token_ts
         request.between_tokens_s.append(seconds / (stats.num_generation_tokens - 1))
 

@@ -51,6 +51,7 @@ class Gateway:
         self.running: set[Request] = set()
         self.drained = False  # by an operator: not ready, but what comes all the same is served
         self.closed: str | None = None  # why no request is let in any more
+        self.answering: list[Callable[[Request, float], None]] = []  # told of every first token, and after how long
         self.ended: list[Callable[[Request], None]] = []  # told of every request that has ended
         # What the engine adds: ending what it computes, by its ids, and which requests are to models at all.
         self.abort: Callable[[set[str]], Awaitable[None]] | None = None
@@ -93,7 +94,7 @@ class Gateway:
             model = self._fleet.base.name
         task = asyncio.current_task()
         assert task is not None
-        request = Request(_request_id(scope), scope["path"], model, task, self._fleet.known(model))
+        request = Request(_request_id(scope), scope["path"], model, task, self._fleet.known(model), told=self.answering)
         send = _recorded(send, request)
         self.running.add(request)
         self._idle.clear()

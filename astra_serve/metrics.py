@@ -87,10 +87,12 @@ class Metrics:
             self._errors.labels(adapter).inc()
         self._prompt.labels(adapter).inc(request.prompt_tokens)
         self._output.labels(adapter).inc(request.output_tokens)
-        for seconds in request.first_token_s:
-            self._first.labels(adapter).observe(seconds)
         for seconds in request.between_tokens_s:
             self._between.labels(adapter).observe(seconds)
+
+    def first_token(self, request: Request, seconds: float) -> None:
+        """Count a first token as it comes: who scales by it does not wait for the ends of long streams."""
+        self._first.labels(self._of(request)).observe(seconds)
 
     def note(self, event: Event) -> None:
         """Count what happened to an adapter."""

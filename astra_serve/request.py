@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -36,6 +36,7 @@ class Request:
     between_tokens_s: list[float] = field(default_factory=list)  # per answer, the mean
     began: float = field(default_factory=time.monotonic)
     computing: set[str] = field(default_factory=set)  # ids of what the engine computes for it
+    told: "list[Callable[[Request, float], None]]" = field(default_factory=list)  # of each first token, as it comes
     _computed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -51,6 +52,12 @@ class Request:
         if self.broke or (self.status is not None and self.status >= 500):
             return "server_error"
         return "ok" if self.complete and not self.left else "cancelled"
+
+    def first_token(self, seconds: float) -> None:
+        """Note that an answer's first token has come, `seconds` after the request."""
+        self.first_token_s.append(seconds)
+        for tell in self.told:
+            tell(self, seconds)
 
     @contextmanager
     def computes(self, engine_id: str) -> Iterator[None]:

@@ -108,7 +108,11 @@ async def _document(name: str, replicas: Sequence[Replica], where: str | None) -
     places = {document["where"] for document in found}
     if where is None and len(places) > 1:
         raise ServeError(f"the replicas follow different documents: {', '.join(sorted(places))}")
-    where = where or found[0]["where"]
+    where = where or str(found[0]["where"])
+    try:
+        desired.check_writable(where)
+    except ServeError as error:
+        raise ServeError(f"{error}; `prepare` first, and `status --wait` after that") from error
     await of_all(replicas, lambda replica: replica.ask("POST", "/refresh"))
     text = await asyncio.to_thread(_read, where)
     for replica in replicas:

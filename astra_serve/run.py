@@ -56,6 +56,7 @@ def serve(args: Namespace, base: Base, settings: Settings) -> None:
             return [*gateway.not_ready(), *(control.not_ready() if control else []), *reconciler.ready()]
 
         metrics = Metrics(fleet, reconciler, gateway, REGISTRY, not_ready, control)
+        gateway.answering.append(metrics.first_token)
         gateway.ended += [metrics.count, log.request]
         fleet.journal.readers += [metrics.note, log.event]
         vllm.install(app, fleet, gateway)

@@ -58,7 +58,8 @@ async def test_requests_are_counted_under_the_adapter_that_served_them(page, bas
     p = page()
     await p.serve(a=write_lora("one", 1.0))
     current = p.fleet.aliases["a"].current
-    tokens = {"prompt_tokens": 5, "output_tokens": 7, "first_token_s": [0.02], "between_tokens_s": [0.003]}
+    tokens = {"prompt_tokens": 5, "output_tokens": 7, "between_tokens_s": [0.003]}
+    p.metrics.first_token(request("a", current), 0.02)
     p.metrics.count(request("a", current, **tokens))
     p.metrics.count(request(current.name, current, status=500))
     p.metrics.count(request(base.name))

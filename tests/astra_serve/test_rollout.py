@@ -243,6 +243,8 @@ async def test_nothing_begins_while_a_replica_is_gone_or_follows_something_else(
             await t.roll("a", source, where=str(other))
         with pytest.raises(ServeError, match="not there as seen from here"):
             await t.roll("a", source, where=str(tmp_path / "none.yaml"))
+        with pytest.raises(ServeError, match=r"https://example.org/a.yaml is a web page: .*`prepare` first"):
+            await t.roll("a", source, where="https://example.org/a.yaml")
         t.wires[0].cut = True
         with pytest.raises(ServeError, match="r0 does not answer"):
             await t.roll("a", source)

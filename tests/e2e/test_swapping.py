@@ -124,6 +124,18 @@ def test_the_metrics_page_tells_of_adapters_and_of_the_engine(server: Server, ap
     assert any(name.startswith("vllm:") for name in after)
 
 
+def test_a_first_token_is_counted_as_it_comes_and_not_when_the_stream_ends(server: Server) -> None:
+    count = 'astra_time_to_first_token_seconds_count{adapter="sql"}'
+    before = metrics(server)[count]
+    body = {"model": "sql", "prompt": "Table a (b, c)", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        assert metrics(server)[count] == before + 1
+        assert "data: [DONE]" in lines
+    assert metrics(server)[count] == before + 1
+
+
 def test_every_metric_that_the_chart_names_is_on_the_page(server: Server) -> None:
     """Alerts, dashboard, autoscaler and endpoint picker would stay silent for ever otherwise."""
     page = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)

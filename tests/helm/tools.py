@@ -68,7 +68,11 @@ def _promtool() -> Path:
     if not shutil.which("apt-get"):
         raise RuntimeError("install promtool (it comes with Prometheus): it checks the chart's alerts")
     folder = Path(tempfile.mkdtemp())
-    subprocess.run(["apt-get", "--quiet", "download", "prometheus"], cwd=folder, check=True, capture_output=True)
+    download = ["apt-get", "--quiet", "download", "prometheus"]
+    if subprocess.run(download, cwd=folder, check=False, capture_output=True).returncode:
+        # As in a new container: apt does not know of any package yet, or of some that is no longer there.
+        subprocess.run(["apt-get", "--quiet", "update"], check=True, capture_output=True)
+        subprocess.run(download, cwd=folder, check=True, capture_output=True)
     (package,) = folder.glob("*.deb")
     subprocess.run(["dpkg-deb", "--extract", str(package), str(folder)], check=True)
     return folder / "usr" / "bin" / "promtool"

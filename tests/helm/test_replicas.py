@@ -3,9 +3,7 @@
 import itertools
 import json
 import os
-import shutil
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,13 +16,16 @@ import fsspec
 import httpx
 import psutil
 import pytest
+import torch
 
 from astra_serve import desired
+from astra_serve.admission import open_base
 from astra_serve.desired import Adapter, Document
 from astra_serve.store import FILES, version_digest
 from benchmarks import demo
 from benchmarks.server import BIN, Server, astra_serve, free_port
-from converter.adapter_dir import CONFIG, LORA_WEIGHTS
+from converter import adapter_dir
+from converter.adapter_dir import LORA_WEIGHTS, LoraAdapter
 
 pytestmark = pytest.mark.timeout(600)
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
@@ -94,6 +95,25 @@ class Replicas:
         return self._stacks[number].enter_context(server)
 
 
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Four adapters that nobody trained, and that change what the base says."""
+    folder = tmp_path_factory.mktemp("loras")
+    base = open_base(str(demo.BASE))
+    for seed in range(4):
+        torch.manual_seed(seed)
+        layers = {
+            module: (torch.randn(8, d_in) / d_in**0.5, torch.randn(d_out, 8) / 8**0.5)
+            for module, (d_out, d_in) in base.shapes.items()
+            if module.endswith("down_proj")
+        }
+        with adapter_dir.new_folder(folder / str(seed)) as partial:
+            config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["down_proj"]}
+            lora = LoraAdapter(layers, config, {"base": {"digest": base.digest}})
+            adapter_dir.save_lora(partial, lora)
+    return [folder / str(seed) for seed in range(4)]
+
+
 @pytest.fixture(params=["a file", "an object in S3"])
 def root(request, tmp_path: Path) -> str:
     """Where the document and the adapters are."""
@@ -103,12 +123,16 @@ def root(request, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def replicas(root: str, loras, tmp_path: Path, monkeypatch) -> Iterator[Replicas]:
+def replicas(root: str, loras: list[Path], tmp_path: Path, monkeypatch) -> Iterator[Replicas]:
     monkeypatch.setenv("ASTRA_ADMIN_TOKEN", "e2e-token")
-    for task, folder in loras.items():
-        copy(folder, f"{root}/{task}")
+    # Three engines on two cores: with threads bound to the cores they would wait for each other, spinning.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no process of its own for the engine's worker
+    for lora in loras:
+        copy(lora, f"{root}/{lora.name}")
     found = Replicas(f"{root}/adapters.yaml", tmp_path)
-    entries = [Adapter(name="good", source=f"{root}/intent", required=True), Adapter(name="a", source=f"{root}/sql")]
+    entries = [Adapter(name="good", source=f"{root}/0", required=True), Adapter(name="a", source=f"{root}/1")]
     desired.write(Document(adapters=entries), found.document)
     try:
         found.start()
@@ -125,17 +149,6 @@ def copy(folder: Path, target: str) -> None:
 def put(target: str, content: bytes) -> None:
     with fsspec.open(target, "wb", auto_mkdir=True) as stream:
         stream.write(content)
-
-
-def another(folder: Path, target: str) -> str:
-    """Put the adapter in `folder` at `target`, as another version of itself, and return its digest."""
-    with tempfile.TemporaryDirectory() as beside:
-        other = Path(beside) / "other"
-        shutil.copytree(folder, other)
-        with (other / CONFIG).open("a") as config:
-            config.write("\n")
-        copy(other, target)
-        return version_digest(other)
 
 
 def damage(target: str) -> None:
@@ -186,50 +199,49 @@ class Traffic:
                     self.faults.append(f"{url} {model}: {version} said {text!r}")
 
 
-def test_replicas_over_one_document_converge_whatever_happens_to_one_of_them(replicas, root: str, loras) -> None:
-    sql, intent = (version_digest(loras[task]) for task in ("sql", "intent"))
+def test_replicas_over_one_document_converge_whatever_happens_to_one_of_them(
+    replicas: Replicas, root: str, loras: list[Path]
+) -> None:
+    _, first, second, third = map(version_digest, loras)
     replicas.converge()
-    assert replicas.served("a") == {sql}
+    assert replicas.served("a") == {first}
     with Traffic(replicas.servers[:2]) as traffic:
         # A new version, everywhere or nowhere.
-        done = replicas.adapters("rollout", "a", f"{root}/intent")
+        done = replicas.adapters("rollout", "a", f"{root}/2")
         assert done.returncode == 0, done.stderr
-        assert replicas.served("a") == {intent}
+        assert replicas.served("a") == {second}
         assert replicas.status()["drift"] == []
 
         # Back again; a replica dies when the first one has proved it.
-        rolling = subprocess.Popen(replicas.command("rollout", "a", f"{root}/sql"), stderr=subprocess.PIPE, text=True)
+        rolling = subprocess.Popen(replicas.command("rollout", "a", f"{root}/1"), stderr=subprocess.PIPE, text=True)
         assert rolling.stderr is not None
         assert "prepare" in rolling.stderr.readline()
         replicas.kill(2)
         _, rest = rolling.communicate(timeout=120)
         assert rolling.returncode == 1
         assert f"{HOSTS[2]}:{replicas.admin_port} does not answer" in rest
-        assert replicas.served("a") == {intent}
+        assert replicas.served("a") == {second}
         assert any(HOSTS[2] in line and "does not answer" in line for line in replicas.status()["drift"])
 
         # While it is away the document is changed by hand; it comes back to what that says.
-        replicas.write(lambda d: d.with_adapter(Adapter(name="a", source=f"{root}/sql", digest=sql)))
+        replicas.write(lambda d: d.with_adapter(Adapter(name="a", source=f"{root}/1", digest=first)))
         replicas.restart(2)
         replicas.converge()
-        assert replicas.served("a") == {sql}
+        assert replicas.served("a") == {first}
 
         # An adapter whose bytes are not those that its entry names harms nobody, and is served once they are.
-        third = another(loras["intent"], f"{root}/third")
-        damage(f"{root}/third")
-        done = replicas.adapters("rollout", "a", f"{root}/third", "--digest", third)
+        damage(f"{root}/3")
+        done = replicas.adapters("rollout", "a", f"{root}/3", "--digest", third)
         assert done.returncode == 1
         assert "the document is as before" in done.stderr
-        replicas.write(lambda d: d.with_adapter(Adapter(name="third", source=f"{root}/third", digest=third)))
+        replicas.write(lambda d: d.with_adapter(Adapter(name="third", source=f"{root}/3", digest=third)))
         end = time.monotonic() + CONVERGED_S
-        while [": third is failed, serves none" in line for line in replicas.status()["drift"]].count(True) < len(
-            HOSTS
-        ):
+        while sum("third is failed, serves none" in line for line in replicas.status()["drift"]) < len(HOSTS):
             assert time.monotonic() < end
-        damage(f"{root}/third")
+        damage(f"{root}/3")
         replicas.converge()
         assert replicas.served("third") == {third}
-        assert replicas.served("a") == {sql}
+        assert replicas.served("a") == {first}
     assert traffic.faults == []
     assert traffic.answers > 100
     assert os.environ["ASTRA_ADMIN_TOKEN"] not in "".join(server.log.read_text() for server in replicas.servers)
