@@ -1,10 +1,10 @@
 """The vLLM engine behind its own OpenAI handlers. Only this module, `server` and the engine's plugin import vllm."""
 
+import asyncio
 import itertools
 import os
 import time
 from argparse import Namespace
-from asyncio import gather
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -52,6 +52,7 @@ OURS = (
     "max_cpu_loras",
     "worker_extension_cls",
 )
+ANSWER_S = 10.0  # for the engine to say what is in its slots
 PROBE_PRIORITY = 100  # after every request of a user, whose priority is 0
 PROBE_TOKENS = 20  # of which log probabilities are asked: vLLM's default maximum
 
@@ -88,8 +89,11 @@ def compute(args: Namespace) -> None:
 class VllmEngine:
     """What the fleet asks of the engine."""
 
-    def __init__(self, client: EngineClient, base: str) -> None:
-        self._client, self._base = client, base
+    def __init__(self, client: EngineClient, base: str, patience_s: float) -> None:
+        """After `patience_s` seconds without an answer the engine is given up; it is asked often enough to know."""
+        self._client, self._base, self._patience_s = client, base, patience_s
+        self._asked: asyncio.Task[list[list[int]]] | None = None  # what is in the slots
+        self._answered = time.monotonic()
         self._names: dict[int, str] = {}
         self._ids = itertools.count(1)  # never used twice: the engine's caches know an adapter by its number and name
 
@@ -118,18 +122,39 @@ class VllmEngine:
 
     async def in_slots(self) -> set[str]:
         """Return the names of the adapters that have a slot in the engine's batches. Raises ServeError."""
+        if self._asked is None or self._asked.done():  # an engine that hangs is asked once
+            self._asked = asyncio.create_task(self._client.collective_rpc("adapters_in_slots"))
         try:
-            (found, *_) = await self._client.collective_rpc("adapters_in_slots")
+            found, *_ = await asyncio.wait_for(asyncio.shield(self._asked), ANSWER_S)
+        except TimeoutError as error:
+            raise ServeError(f"the engine has not answered for {self._silent_s:.0f} s") from error
         except Exception as error:
             raise ServeError(f"the engine does not say what is in its slots: {_first_line(error)}") from error
+        self._answered = time.monotonic()
         return {self._names[number] for number in found if number in self._names}
+
+    def not_ready(self) -> list[str]:
+        """Return why it should not be sent requests: it has been silent for a fifth of what is waited for it."""
+        silent = self._silent_s > self._patience_s / 5
+        return [f"the engine has not answered for {self._silent_s:.0f} s"] if silent else []
+
+    def lost(self) -> str | None:
+        """Return why it has to be given up, if it has: it died, or it hangs, as when another of its nodes is gone."""
+        if self._client.errored:
+            return "the engine has died: its log says why"
+        hangs = self._silent_s > self._patience_s
+        return f"the engine has not answered for {self._patience_s:.0f} s (--engine-timeout)" if hangs else None
+
+    @property
+    def _silent_s(self) -> float:
+        return time.monotonic() - self._answered
 
     async def next_tokens(
         self, prompts: list[list[int]], handle: LoRARequest | None, *, urgent: bool = False
     ) -> list[dict[int, float]]:
         """Return the log probabilities of the likeliest next tokens after each prompt. Raises ServeError."""
         asked = [self._next(prompt, handle, 0 if urgent else PROBE_PRIORITY) for prompt in prompts]
-        found = await gather(*asked, return_exceptions=True)  # all have ended: none is left with an adapter
+        found = await asyncio.gather(*asked, return_exceptions=True)  # all have ended: none is left with an adapter
         for answer in found:
             if isinstance(answer, BaseException):
                 raise ServeError(f"the engine refuses its probe: {_first_line(answer)}") from answer

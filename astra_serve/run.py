@@ -3,6 +3,7 @@
 import asyncio
 from argparse import Namespace
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from astra_serve import admin, engine, log, server
 from astra_serve.admission import Base
 from astra_serve.control import TIMER_S, Control
 from astra_serve.desired import Document
+from astra_serve.errors import ServeError
 from astra_serve.fleet import Fleet
 from astra_serve.gateway import Gateway
 from astra_serve.metrics import Metrics
@@ -31,6 +33,7 @@ class Settings:
     store_shared: bool  # with other servers: each takes a folder in it
     resident: int  # adapters in the engine's memory at a time
     drain_s: float
+    engine_timeout_s: float
     roots: tuple[Path, ...]
     admin_host: str
     admin_port: int | None
@@ -53,7 +56,12 @@ def serve(args: Namespace, base: Base, settings: Settings) -> None:
         control = Control(document, fleet, reconciler) if isinstance(document, str) else None
 
         def not_ready() -> list[str]:
-            return [*gateway.not_ready(), *(control.not_ready() if control else []), *reconciler.ready()]
+            return [
+                *gateway.not_ready(),
+                *vllm.not_ready(),
+                *(control.not_ready() if control else []),
+                *reconciler.ready(),
+            ]
 
         metrics = Metrics(fleet, reconciler, gateway, REGISTRY, not_ready, control)
         gateway.answering.append(metrics.first_token)
@@ -73,7 +81,7 @@ def serve(args: Namespace, base: Base, settings: Settings) -> None:
         return gateway
 
     try:
-        server.serve(args, start, settings.drain_s)
+        server.serve(args, start, settings.drain_s, settings.engine_timeout_s)
     finally:
         store.close()
 
@@ -95,7 +103,8 @@ async def _tend(fleet: Fleet, reconciler: Reconciler) -> None:
         await asyncio.sleep(TIMER_S)
         try:
             reconciler.tend()
-            await fleet.places.look()
+            with suppress(ServeError):  # an engine that is silent is not ready, and at last lost
+                await fleet.places.look()
         except Exception:  # as a full disk: the next time may be better
             log.logger.exception("the server's timer failed")
 

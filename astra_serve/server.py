@@ -10,7 +10,6 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI
 from vllm import envs
-from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
 from vllm.entrypoints.launchers.app import build_app
@@ -27,19 +26,20 @@ from astra_serve.engine import VllmEngine
 from astra_serve.errors import EngineDied, ServeError
 from astra_serve.gateway import Gateway
 
-PULSE_S = 0.5  # how soon it is seen that the engine has died
+PULSE_S = 0.5  # how soon it is seen that the engine is lost
 FAILING_S = 10.0  # for its requests to get their errors then
 
 # Starts what runs beside the HTTP server, given the engine and the application.
 Start = Callable[[VllmEngine, FastAPI], Awaitable[Gateway]]
 
 
-def serve(args: Namespace, start: Start, finish_s: float) -> None:
+def serve(args: Namespace, start: Start, finish_s: float, patience_s: float) -> None:
     """Run engine and HTTP server, with what `start` makes of them, until SIGTERM or SIGINT.
 
-    Requests that run then have `finish_s` seconds to end. Raises EngineDied, and ServeError.
+    Requests that run then have `finish_s` seconds to end. Raises ServeError, and EngineDied, also when the engine has
+    not answered for `patience_s` seconds.
     """
-    uvloop.run(_serve(args, start, finish_s))
+    uvloop.run(_serve(args, start, finish_s, patience_s))
 
 
 async def serve_admin(app: FastAPI, host: str, port: int) -> None:
@@ -48,7 +48,7 @@ async def serve_admin(app: FastAPI, host: str, port: int) -> None:
     await NoSignalServer(config).serve()
 
 
-async def _serve(args: Namespace, start: Start, finish_s: float) -> None:
+async def _serve(args: Namespace, start: Start, finish_s: float, patience_s: float) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt("terminated")
 
@@ -59,43 +59,48 @@ async def _serve(args: Namespace, start: Start, finish_s: float) -> None:
             tasks = await client.get_supported_tasks()
             app = build_app(args, tasks, client.model_config)
             await init_app_state(client, app.state, args, tasks)
-            gateway = await start(VllmEngine(client, base_name(args.model)), app)
-            await _answer(_server(app, args), sock, client, gateway, finish_s)
+            engine = VllmEngine(client, base_name(args.model), patience_s)
+            gateway = await start(engine, app)
+            await _answer(_server(app, args), sock, engine, gateway, finish_s)
     finally:
         sock.close()
 
 
-async def _answer(server: NoSignalServer, sock: Any, client: EngineClient, gateway: Gateway, finish_s: float) -> None:
-    """Answer requests until a signal comes or the engine dies; then let those that run end, and the others know."""
+async def _answer(server: NoSignalServer, sock: Any, engine: VllmEngine, gateway: Gateway, finish_s: float) -> None:
+    """Answer requests until a signal comes or the engine is lost; then let those that run end, and the others know."""
     told, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
-    serving = asyncio.create_task(server.serve(sockets=[sock]))
-    ends = {serving, asyncio.create_task(told.wait()), asyncio.create_task(_death(client))}
-    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    died = client.errored and not told.is_set()
+    serving, losing = asyncio.create_task(server.serve(sockets=[sock])), asyncio.create_task(_loss(engine))
+    await _first({serving, losing, asyncio.create_task(told.wait())})
+    lost = losing.result() if losing.done() and not told.is_set() else None
     if told.is_set():
         told.clear()
         closing = asyncio.create_task(gateway.close("the server is shutting down", finish_s))
-        await asyncio.wait({closing, asyncio.create_task(told.wait())}, return_when=asyncio.FIRST_COMPLETED)
-        if not closing.done():  # told again: now
+        await _first({closing, losing, asyncio.create_task(told.wait())})
+        if not closing.done():  # told again, or nobody is there to end what runs: now
             closing.cancel()
             server.force_exit = True
-    elif died:
-        await gateway.close("the engine has died", FAILING_S)
+    elif lost:
+        await gateway.close(lost, FAILING_S)
     server.should_exit = True
     await serving
-    for task in ends:
-        task.cancel()
-    if died:
-        raise EngineDied("the engine has died: its log says why; start the server again")
+    losing.cancel()
+    if lost:
+        raise EngineDied(f"{lost}; start the server again")
     if not server.started:
         raise ServeError("the HTTP server did not start")
 
 
-async def _death(client: EngineClient) -> None:
-    while not client.errored:
+async def _first(tasks: set[asyncio.Task[Any]]) -> None:
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _loss(engine: VllmEngine) -> str:
+    """Wait until the engine is lost, and return why it is."""
+    while not (lost := engine.lost()):
         await asyncio.sleep(PULSE_S)
+    return lost
 
 
 def _server(app: FastAPI, args: Namespace) -> NoSignalServer:

@@ -54,7 +54,8 @@ def main(argv: list[str]) -> int:
             base if not rank else Base(base.name, base.folder, base.digest, base.shapes, settings.max_lora_rank),
             run.Settings(
                 document, args.shared_store or args.store or STORES / str(args.port), args.shared_store is not None,
-                resident, args.drain_seconds, tuple(args.adapter_root), args.admin_host, args.admin_port, token,
+                resident, args.drain_seconds, args.engine_timeout, tuple(args.adapter_root),
+                args.admin_host, args.admin_port, token,
             ),
         )  # fmt: skip
     except (ServeError, AdapterError) as error:
@@ -134,6 +135,13 @@ def _parser() -> argparse.ArgumentParser:
         default=600.0,
         metavar="S",
         help="what requests may take of a version that was replaced, and of all after SIGTERM (default: 600)",
+    )
+    parser.add_argument(
+        "--engine-timeout",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="an engine that is silent for so long is lost, and the server ends with status 1 (default: 300)",
     )
     parser.add_argument(
         "--log-format", choices=["json", "text"], help="default: text on a terminal, JSON lines everywhere else"

@@ -16,18 +16,16 @@ import fsspec
 import httpx
 import psutil
 import pytest
-import torch
 
 from astra_serve import desired
-from astra_serve.admission import open_base
 from astra_serve.desired import Adapter, Document
 from astra_serve.store import FILES, version_digest
 from benchmarks import demo
 from benchmarks.server import BIN, Server, astra_serve, free_port
-from converter import adapter_dir
-from converter.adapter_dir import LORA_WEIGHTS, LoraAdapter
+from converter.adapter_dir import LORA_WEIGHTS
+from tests.helm.conftest import write_random_lora
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread_each")]
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 CONVERGED_S = 10.0
 OPTIONS = ["--base", str(demo.BASE), "--max-loras", "2", "--max-model-len", "512", "--enforce-eager"]
@@ -97,21 +95,8 @@ class Replicas:
 
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Four adapters that nobody trained, and that change what the base says."""
     folder = tmp_path_factory.mktemp("loras")
-    base = open_base(str(demo.BASE))
-    for seed in range(4):
-        torch.manual_seed(seed)
-        layers = {
-            module: (torch.randn(8, d_in) / d_in**0.5, torch.randn(d_out, 8) / 8**0.5)
-            for module, (d_out, d_in) in base.shapes.items()
-            if module.endswith("down_proj")
-        }
-        with adapter_dir.new_folder(folder / str(seed)) as partial:
-            config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["down_proj"]}
-            lora = LoraAdapter(layers, config, {"base": {"digest": base.digest}})
-            adapter_dir.save_lora(partial, lora)
-    return [folder / str(seed) for seed in range(4)]
+    return [write_random_lora(folder / str(seed), seed) for seed in range(4)]
 
 
 @pytest.fixture(params=["a file", "an object in S3"])
@@ -124,10 +109,6 @@ def root(request, tmp_path: Path) -> str:
 
 @pytest.fixture
 def replicas(root: str, loras: list[Path], tmp_path: Path, monkeypatch) -> Iterator[Replicas]:
-    monkeypatch.setenv("ASTRA_ADMIN_TOKEN", "e2e-token")
-    # Three engines on two cores: with threads bound to the cores they would wait for each other, spinning.
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no process of its own for the engine's worker
     for lora in loras:
         copy(lora, f"{root}/{lora.name}")

@@ -1,0 +1,88 @@
+"""One replica over two nodes, as the chart's LeaderWorkerSet starts it, with both nodes on this machine.
+
+Here the nodes share the tensor-parallel ranks: vLLM's CPU build has no pipeline parallelism, which the chart uses.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from astra_serve import desired
+from astra_serve.desired import Adapter, Document
+from benchmarks import demo
+from benchmarks.server import BIN, Server, astra_serve, free_port
+from tests.helm.conftest import write_random_lora
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread_each")]
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    """An adapter with a record of what the base says with it, which the engine must say, too."""
+    write_random_lora(tmp_path / "plain", seed=0)
+    command = [BIN / "astra-convert", tmp_path / "plain", tmp_path / "recorded", "--base", demo.BASE]
+    subprocess.run([*map(str, command)], check=True)
+    return tmp_path / "recorded"
+
+
+@pytest.fixture
+def group(tmp_path: Path, recorded: Path) -> Iterator[tuple[Server, int, subprocess.Popen[bytes]]]:
+    """The leader, its admin port, and the other node."""
+    desired.write(Document(adapters=[Adapter(name="a", source=str(recorded), required=True)]), tmp_path / "doc.yaml")
+    admin = free_port()
+    nodes = ["--base", str(demo.BASE), "--adapters", str(tmp_path / "doc.yaml"), "--max-loras", "2", "--enforce-eager"]
+    nodes += ["--max-model-len", "512", "--tensor-parallel-size", "2"]
+    nodes += ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    with (tmp_path / "worker.log").open("wb") as log:
+        command = [str(BIN / "astra-serve"), *nodes, "--node-rank", "1", "--headless"]
+        worker = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        leader = [*nodes, "--node-rank", "0", "--admin-port", str(admin), "--engine-timeout", "20"]
+        with astra_serve(leader, tmp_path / "leader.log") as server:
+            yield server, admin, worker
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def test_a_model_over_two_nodes_proves_and_serves_its_adapter_and_ends_when_one_of_them_does(group) -> None:
+    """A group whose leader stayed would be sent requests that nobody answers; its end makes it start again, whole."""
+    server, admin, worker = group
+    wait_for(server, ready=True)
+    headers = {"Authorization": f"Bearer {os.environ['ASTRA_ADMIN_TOKEN']}"}
+    probe = httpx.get(f"http://127.0.0.1:{admin}/adapters/a", headers=headers).json()["version"]["probe"]
+    assert probe["recorded"] is True
+    assert probe["deviation"] < 0.1
+    said = {model: ask(server, model).json()["choices"][0]["text"] for model in ("base", "a")}
+    assert said["base"] != said["a"]
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(30) == 0
+    with ThreadPoolExecutor() as pool:
+        unanswered = pool.submit(ask, server, "a")
+        assert "the engine has not answered for" in wait_for(server, ready=False)
+        assert server.process.wait(60) == 1
+        with suppress(httpx.HTTPError):  # it got an error, or none at all; what it must not get is an answer
+            assert unanswered.result().status_code in (500, 503)
+    said_last = server.log.read_text(errors="replace").splitlines()
+    assert any(line.startswith("astra-serve: the engine has") for line in said_last)
+
+
+def ask(server: Server, model: str) -> httpx.Response:
+    body = {"model": model, "prompt": "Table a (b, c)\nShow b.\nSQL:", "max_tokens": 12, "temperature": 0}
+    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+
+
+def wait_for(server: Server, *, ready: bool) -> str:
+    """Wait until /readyz says so, and return what it says."""
+    while (answer := httpx.get(f"{server.url}/readyz", timeout=10)).is_success != ready:
+        assert server.process.poll() is None
+        time.sleep(0.2)
+    return answer.text
