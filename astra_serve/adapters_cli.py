@@ -23,16 +23,19 @@ _POLL_S = 0.3
 
 
 def main(argv: list[str]) -> int:
-    """Run a command; return 0, 1 when the server refused or the adapter failed, 2 when it cannot be asked."""
-    args = _parser().parse_args(argv)
+    """Run a command; return 0, 1 when a server refused or an adapter failed, 2 when it cannot be asked.
+
+    Where several are asked it is 1 in either case, and when they differ.
+    """
+    args = _parser().parse_args(argv, argparse.Namespace(json=False, timeout=600.0))
     if args.command == "schema":
         print(json.dumps(desired.json_schema(), indent=2))
         return 0
-    token = os.environ.get(TOKEN)
-    if not token:
-        print(f"astra-serve adapters: the admin token is not set: put it into {TOKEN}", file=sys.stderr)
+    token = os.environ.get(TOKEN, "").strip()
+    if not token or not token.isascii() or not token.isprintable():
+        print(f"astra-serve adapters: put the admin token into {TOKEN}, in one line", file=sys.stderr)
         return 2
-    args.url = args.url or os.environ.get(URL, DEFAULT_URL).split()
+    args.url = getattr(args, "url", None) or os.environ.get(URL, "").replace(",", " ").split() or [DEFAULT_URL]
     if args.command in ("status", "prepare", "rollout"):
         try:
             return replicas_cli.run(args, _wanted(args) if args.command != "status" else {}, token)
@@ -49,7 +52,7 @@ def main(argv: list[str]) -> int:
             if args.command == "events" and args.follow:
                 return _follow(client, args)
             answer = _with_progress(client, args) if args.command == "publish" else _ask(client, args)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         print(f"astra-serve adapters: {url} does not answer: {error}", file=sys.stderr)
         return 2
     try:
@@ -166,22 +169,24 @@ def _show(content: dict[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="astra-serve adapters",
-        description="What a running server serves, and how that is changed.",
-        epilog=f"The admin token comes from {TOKEN}.",
-    )
-    parser.add_argument(
+    everywhere = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    everywhere.add_argument(
         "--url",
         action="append",
         help=f"the admin port ({URL}, {DEFAULT_URL}); of several replicas repeated, or a name with all their addresses",
     )
-    parser.add_argument("--json", action="store_true", help="the server's answer as it is")
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds to wait (default: 600)")
+    everywhere.add_argument("--json", action="store_true", help="what the server answers, for scripts")
+    everywhere.add_argument("--timeout", type=float, metavar="S", help="seconds to wait (default: 600)")
+    parser = argparse.ArgumentParser(
+        prog="astra-serve adapters",
+        description="What a running server serves, and how that is changed.",
+        epilog=f"The admin token comes from {TOKEN}.",
+        parents=[everywhere],  # before the command as well as after it
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, help_: str, *, named: bool = True) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help_, description=help_)
+        command = commands.add_parser(name, help=help_, description=help_, parents=[everywhere])
         if named:
             command.add_argument("name", metavar="NAME")
         return command
@@ -189,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     add("list", "All adapters.", named=False)
     add("get", "One adapter.")
     publish = add("publish", "Serve what is at SOURCE as NAME; the version before serves until it is proved.")
-    prepare = add("prepare", "Prove on every replica what is at SOURCE, and hold it for ten minutes, served by none.")
+    prepare = add("prepare", "Prove on every replica what is at SOURCE, and print its digest; none serves it by that.")
     rollout = add("rollout", "Serve what is at SOURCE as NAME on every replica, once all have proved it; or on none.")
     for command in (publish, prepare, rollout):
         command.add_argument("source", metavar="SOURCE", help="a folder, hf://org/repo@revision, any fsspec URL")
@@ -201,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
         "--document", metavar="FILE_OR_URL", help="as seen from here (default: where the replicas say that it is)"
     )
     status = add("status", "Whether all replicas serve what the document says; exit 1 when not.", named=False)
+    status.add_argument("expected", nargs="*", metavar="NAME=DIGEST", help="and these versions")
     status.add_argument("--wait", type=float, metavar="S", help="for at most so many seconds until they do")
     alias = add("alias", "Let NAME mean a version that is in the store already.")
     alias.add_argument("version", metavar="VERSION", help="name@digest-prefix of one that is served, or sha256:...")

@@ -9,9 +9,8 @@ POST   /adapters/{name}/unload        out of the engine's memory; its next reque
 POST   /adapters/{name}/rollback      {"digest"?}
 POST   /adapters/{name}/canary        {"source", "weight"}, or {} to end it
 POST   /adapters/{name}/pin, /unpin
-PUT    /prepared/{name}               the same: its version is brought into the engine and proved, for ten minutes
-DELETE /prepared/{name}               it leaves, unless a name means it by now
-POST   /refresh                       read the document now, and try again what is waiting for its next try
+PUT    /prepared/{name}               the same: the engine proves its version, and no name means it by that
+POST   /refresh                       read the document now
 GET    /events                        what happened, oldest first; ?follow=true: JSON lines, as it happens
 GET    /requests                      how many run; POST /drain: not ready from now on; DELETE /drain: ready again
 POST   /v1/load_lora_adapter, /v1/unload_lora_adapter    as vLLM's, onto the same lifecycle
@@ -28,9 +27,10 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from astra_serve import desired
 from astra_serve.control import Control
-from astra_serve.desired import Adapter, Canary, Digest
-from astra_serve.errors import ServeError
+from astra_serve.desired import Canary, Digest
+from astra_serve.errors import ServeError, Unavailable
 from astra_serve.gateway import Gateway
 from astra_serve.reconcile import Status
 from converter.adapter_dir import AdapterError
@@ -102,7 +102,6 @@ def build(control: Control, gateway: Gateway, token: str) -> FastAPI:
 
     app.include_router(_looking(control))
     app.include_router(_changing(control))
-    app.include_router(_preparing(control))
     app.include_router(_draining(gateway))
     return app
 
@@ -141,7 +140,6 @@ def _looking(control: Control) -> APIRouter:
     @router.post("/refresh")
     async def refresh() -> dict[str, Any]:
         await control.refresh()
-        control.reconciler.retry()
         return control.document()
 
     return router
@@ -200,6 +198,18 @@ def _changing(control: Control) -> APIRouter:
             await control.fleet.places.unload(version)
         return describe(control, name)
 
+    @router.put("/prepared/{name}")
+    async def prepare(name: str, body: Publish) -> dict[str, Any]:
+        with _refused(name):
+            entry = desired.entry({"name": name, **body.model_dump(exclude_none=True)})
+        try:
+            version = await control.reconciler.prepare(entry)
+        except Unavailable as error:
+            raise HTTPException(422, f"{name!r} was not prepared: {error.__cause__ or error}") from error
+        except (ServeError, AdapterError, OSError) as error:
+            raise HTTPException(422, f"{name!r} was not prepared: {error}") from error
+        return control.reconciler.record(version)
+
     @router.post("/v1/load_lora_adapter")
     async def load(body: VllmLoad) -> dict[str, Any]:
         return await done(body.lora_name, control.publish(body.lora_name, body.lora_path))
@@ -214,28 +224,6 @@ def _changing(control: Control) -> APIRouter:
         if status.state == "failed":
             raise HTTPException(422, f"{name!r} was not published: {status.reason}")
         return describe(control, name)
-
-    return router
-
-
-def _preparing(control: Control) -> APIRouter:
-    """What a rollout over several replicas asks of each; `rollout` is its client."""
-    router = APIRouter()
-
-    @router.put("/prepared/{name}")
-    async def prepare(name: str, body: Publish) -> dict[str, Any]:
-        with _refused(name):
-            entry = Adapter(name=name, **body.model_dump(exclude_none=True))
-        try:
-            version = await control.reconciler.prepare(entry)
-        except (ServeError, AdapterError, OSError) as error:
-            raise HTTPException(422, f"{name!r} was not prepared: {error.__cause__ or error}") from error
-        return control.reconciler.record(version)
-
-    @router.delete("/prepared/{name}")
-    async def release(name: str) -> dict[str, Any]:
-        control.reconciler.release(name)
-        return {"name": name, "state": "released"}
 
     return router
 

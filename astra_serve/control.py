@@ -3,7 +3,7 @@
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ from watchfiles import awatch
 
 from astra_serve import desired
 from astra_serve.desired import Adapter, Canary, Document
-from astra_serve.errors import BadDocument, ServeError
-from astra_serve.fetch import without_secrets
+from astra_serve.errors import BadDocument, ServeError, without_secrets
 from astra_serve.fleet import Fleet
 from astra_serve.reconcile import Reconciler, Status
 
@@ -36,7 +35,7 @@ class Control:
 
     def document(self) -> dict[str, str | None]:
         """Return where the document is, the digest of its text as it is followed, and why it is not as it is now."""
-        where = str(self.file.resolve()) if self.file else without_secrets(self._where)
+        where = str(self.file.absolute()) if self.file else without_secrets(self._where)
         return {"where": where, "digest": desired.digest(self._text) if self._read_once else None, "fault": self.fault}
 
     @property
@@ -162,9 +161,10 @@ class Control:
         """
         self._writable()
         assert self.file is not None
-        async with self._editing:
+        async with self._editing, AsyncExitStack() as held:
+            # In threads: they wait for others and for the disk, streams must not.
+            await asyncio.to_thread(held.enter_context, desired.lock(self.file))
             document = change((await self._read())[0])
-            # In a thread: it waits for the disk, streams must not.
             text = await asyncio.to_thread(desired.write, document, self.file)
             before, self._document, self._text = self._document, document, text
             if served:

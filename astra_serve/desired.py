@@ -14,10 +14,14 @@ The admin API edits this document; the server does what it says, now and after a
 """
 
 import difflib
+import fcntl
 import hashlib
 import os
 import re
+import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,7 +89,7 @@ class Document(_Strict):
     def replacing(self, name: str, old: Adapter | None, new: Adapter | None) -> "Document":
         """Return the document with `new` for `old`; None is no entry. Raises BadDocument where it says neither."""
         if self.get(name) not in (old, new):
-            raise BadDocument(f"somebody else changed {name!r} in the document meanwhile: try again")
+            raise BadDocument(f"somebody else has changed {name!r} in the document meanwhile: try again")
         return self.with_adapter(new) if new else self.without(name)
 
     def without(self, name: str) -> "Document":
@@ -107,6 +111,14 @@ def parse(text: str, origin: str) -> Document:
         raise BadDocument(f"{origin}: {_first(error)}") from error
 
 
+def entry(content: dict[str, Any]) -> Adapter:
+    """Return an adapter's entry. Raises BadDocument with the fault in one line."""
+    try:
+        return Adapter.model_validate(content)
+    except ValidationError as error:
+        raise BadDocument(f"{content.get('name', 'an adapter')!r}: {_first(error)}") from error
+
+
 def dump(document: Document) -> str:
     """Return the document as YAML, without what is as it is by default."""
     return str(
@@ -126,28 +138,68 @@ def read(where: str) -> str:
 def write(document: Document, where: str | Path) -> str:
     """Replace a file, or an object of a store that fsspec knows, by the document, in one step; return its text.
 
-    Raises OSError, and what the store raises: NotImplementedError where nothing can be written, as on a web page.
+    Raises OSError, and what the store raises.
     """
     text = dump(document)
+    save(text, where)
+    return text
+
+
+def save(text: str, where: str | Path) -> None:
+    """Replace a file, or an object of a store that fsspec knows, by a document's text, in one step; as `write`."""
     if "://" in str(where):
         with fsspec.open(str(where), "wb") as stream:
             stream.write(text.encode("utf-8"))
-        return text
-    path = Path(where)
+        return
+    path = Path(where).resolve()  # not the link, if it is one
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    Path(partial).replace(path)
-    return text
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        _let_the_same_read(partial, path)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _let_the_same_read(new: Path, old: Path) -> None:
+    """Give a file the mode and the owner of the one that it replaces: servers of other users read it."""
+    try:
+        was = old.stat()
+    except FileNotFoundError:
+        new.chmod(0o644)
+        return
+    new.chmod(stat.S_IMODE(was.st_mode))
+    with suppress(PermissionError):
+        os.chown(new, was.st_uid, was.st_gid)
+
+
+@contextmanager
+def lock(where: str | Path) -> Iterator[None]:
+    """Keep others from changing the document's file while the block runs; of other stores nobody is kept away."""
+    if "://" in str(where):
+        yield
+        return
+    folder = Path(where).resolve().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def check_writable(where: str) -> None:
     """Raise ServeError where the document can only be read: a web page, a mounted ConfigMap."""
-    if where.startswith(("http://", "https://")):
-        raise ServeError(f"{where} is a web page: change it where it comes from")
+    if where.startswith(("http://", "https://", "file://")):
+        raise ServeError(f"{where} can only be read from here: change it where it comes from")
     if "://" not in where and Path(where).exists() and not os.access(Path(where).parent, os.W_OK):
         raise ServeError(f"{where} is read-only here, as a ConfigMap is: change it where it comes from")
 

@@ -1,5 +1,7 @@
 """What can be wrong with what a user hands to the server, and with what it is asked to serve."""
 
+import re
+
 
 class ServeError(ValueError):
     """The message is one line that says what is wrong and what to do.
@@ -45,3 +47,8 @@ class Unavailable(ServeError):
 
 class EngineDied(ServeError):
     """The engine's process has ended by itself; a supervisor should start the server again."""
+
+
+def without_secrets(text: str) -> str:
+    """Return `text` without what URLs may carry before an @ and behind a ?."""
+    return re.sub(r"\?[^\s'\"]*", "", re.sub(r"//[^/@\s]*@", "//", text))

@@ -1,13 +1,12 @@
 """From a source as the desired state names it to a folder on this machine."""
 
-import re
 import shutil
 from pathlib import Path
 
 import fsspec
 from huggingface_hub import snapshot_download
 
-from astra_serve.errors import CannotFetch
+from astra_serve.errors import CannotFetch, without_secrets
 from astra_serve.store import FILES, Store
 from converter.adapter_dir import PROVENANCE
 
@@ -47,11 +46,6 @@ def _local(path: Path, roots: tuple[Path, ...]) -> Path:
     if not real.is_dir():
         raise CannotFetch(f"there is no folder {path}")
     return real
-
-
-def without_secrets(text: str) -> str:
-    """Return `text` without what URLs may carry before an @ and behind a ?."""
-    return re.sub(r"\?[^\s'\"]*", "", re.sub(r"//[^/@\s]*@", "//", text))
 
 
 def _from_hub(rest: str, folder: Path) -> None:

@@ -5,7 +5,7 @@
 
 An adapter that leaves the document is drained and unloaded. What may heal by itself (a source that cannot be read, or
 whose bytes are not the ones that were named) is tried again, later and later; what cannot is tried again when its entry
-changes, or when it is said.
+changes, or when a document that could not be read is there again.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from converter.adapter_dir import AdapterError
 
 # Waits between tries: four minutes in which whatever heals is served within 10 s, then the last one over and over.
 RETRIES_S = (1.0, 5.0, *[8.0] * 30, 120.0)
-HOLD_S = 600.0  # how long a version that was prepared stays in the engine, if no name comes to mean it
+PREPARED_S = 3600.0  # how long a version that was prepared is kept, if no name comes to mean it
 
 
 @dataclass
@@ -62,7 +62,8 @@ class Reconciler:
         self._fleet, self._store = fleet, store
         self._drain_s, self._keep, self._roots = drain_s, keep_versions, roots
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._holds: dict[str, asyncio.Task[None]] = {}  # of versions that are being prepared, or are
+        self._prepared: dict[str, tuple[Version, float]] = {}  # the last one of a name, and when
+        self._preparing = 0
         self._now = asyncio.Event()  # set to end the waits between tries
 
     def apply(self, document: Document) -> None:
@@ -98,25 +99,20 @@ class Reconciler:
                 self.bring(status.entry, again=True)
 
     async def prepare(self, entry: Adapter) -> Version:
-        """Return the version that `entry` means when the engine has it, proved; no name means it by that.
+        """Return the version that `entry` means once the engine has proved it; no name means it by that.
 
-        It stays for `HOLD_S`, or until it is released. Raises ServeError and AdapterError.
+        It leaves the engine again: what is served needs the room. The proof and the store's copy stay, so that serving
+        it takes a moment. Raises ServeError and AdapterError.
         """
-        self.release(entry.name)
-        ready: asyncio.Future[Version] = asyncio.get_running_loop().create_future()
-        hold = self._holds[entry.name] = asyncio.create_task(self._hold(entry, ready))
-        hold.add_done_callback(lambda _: ready.cancel())
+        self._preparing += 1
         try:
-            return await asyncio.shield(ready)
-        except asyncio.CancelledError:
-            if hold.cancelled():
-                raise ServeError(f"{entry.name!r} was released before it was prepared") from None
-            raise
-
-    def release(self, name: str) -> None:
-        """Let what was prepared for `name` leave, unless a name means it by now."""
-        if hold := self._holds.pop(name, None):
-            hold.cancel()
+            async with AsyncExitStack() as coming:
+                version = await self._version(entry, entry.source, entry.digest, Status(entry), coming)
+        finally:
+            self._preparing -= 1
+        self._prepared[entry.name] = version, time.monotonic()
+        self._fleet.journal.tell(Event(entry.name, "prepared", version.name))
+        return version
 
     def adopt(self, entry: Adapter) -> None:
         """Take what serves for what `entry` says, if that is the version which it names."""
@@ -135,8 +131,7 @@ class Reconciler:
             if reason:
                 self._enter(status, "failed", reason)
                 self.bring(status.entry, again=True)
-        preparing = any(not hold.done() for hold in self._holds.values())
-        if not preparing and all(status.state in ("serving", "failed") for status in self.status.values()):
+        if not self._preparing and all(status.state in ("serving", "failed") for status in self.status.values()):
             self._collect()  # nothing is being published that nobody refers to yet
 
     def remove(self, name: str) -> None:
@@ -180,8 +175,6 @@ class Reconciler:
         """Stop what is on its way."""
         for name in list(self._tasks):
             self._stop(name)
-        for name in list(self._holds):
-            self.release(name)
 
     async def _bring(self, status: Status) -> None:
         name = status.entry.name
@@ -214,18 +207,6 @@ class Reconciler:
             if self._tasks.get(name) is asyncio.current_task():
                 del self._tasks[name]
 
-    async def _hold(self, entry: Adapter, ready: asyncio.Future[Version]) -> None:
-        status = Status(entry)
-        async with AsyncExitStack() as coming:
-            try:
-                version = await self._version(entry, entry.source, entry.digest, status, coming)
-            except Exception as error:
-                ready.set_exception(error)
-                return
-            self._fleet.journal.tell(Event(entry.name, "prepared", version.name))
-            ready.set_result(version)
-            await asyncio.sleep(HOLD_S)
-
     async def _serve(self, status: Status) -> None:
         entry = status.entry
         async with AsyncExitStack() as coming:
@@ -233,6 +214,8 @@ class Reconciler:
             canary = None
             if entry.canary:
                 canary = await self._version(entry, entry.canary.version, None, status, coming)
+                canary.pinned = entry.pin
+            current.pinned = entry.pin
             self._fleet.point(entry.name, self._alias(entry, current, canary), self._drain_s)
             self._enter(status, "serving")
 
@@ -258,17 +241,33 @@ class Reconciler:
             if stored:
                 raise ServeError(f"the store has no version {source[:19]}, or not all of it: give its source")
             self._enter(status, "fetching")
-            folder = await asyncio.to_thread(fetch, source, self._store, self._roots)
+            folder = await self._fetch(source)
             self._enter(status, "verifying")
             digest = await asyncio.to_thread(self._store.add, folder, expected)
         version = self._fleet.version(entry.name, digest)
-        version.pinned, version.may_change_nothing = entry.pin, entry.allow_no_effect
+        version.may_change_nothing = entry.allow_no_effect
         await coming.enter_async_context(self._fleet.coming(version, lambda state: self._enter(status, state)))
         return version
 
+    async def _fetch(self, source: str) -> Path:
+        """Return the folder of a source; a download that nobody waits for any more is removed when it ends."""
+        fetching = asyncio.create_task(asyncio.to_thread(fetch, source, self._store, self._roots))
+        try:
+            return await asyncio.shield(fetching)
+        except asyncio.CancelledError:
+
+            def forget(done: asyncio.Task[Path]) -> None:
+                if not done.exception():
+                    self._store.forget(done.result())
+
+            fetching.add_done_callback(forget)
+            raise
+
     def _collect(self) -> None:
         """Remove what nothing refers to from the store, but for the newest of it."""
-        kept = self._fleet.digests()
+        recent = time.monotonic() - PREPARED_S
+        self._prepared = {name: (v, when) for name, (v, when) in self._prepared.items() if when > recent}
+        kept = self._fleet.digests() | {version.digest for version, _ in self._prepared.values()}
         for status in self.status.values():
             entry = status.entry
             named = (entry.digest, entry.source, entry.canary and entry.canary.version, *entry.previous)

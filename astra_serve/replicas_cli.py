@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from astra_serve import replicas
+from astra_serve import desired, replicas
+from astra_serve.errors import ServeError
 from astra_serve.replicas import Replica
 from astra_serve.rollout import prepare, rollout
 
@@ -21,18 +22,21 @@ POLL_S = 1.0
 def run(args: argparse.Namespace, wanted: dict[str, Any], token: str) -> int:
     """Run the command of `args`; `wanted` is what a new version is to be, as in the admin API.
 
-    Return 0, 1 when a replica refused or differs, after Ctrl-C or SIGTERM 130. Raises ServeError for what went wrong.
+    Return 0, 1 when replicas differ, after Ctrl-C, SIGTERM or SIGHUP 130. Raises ServeError for what went wrong.
     """
     try:
         return asyncio.run(_run(args, wanted, token))
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except asyncio.CancelledError:
         return 130
 
 
 async def _run(args: argparse.Namespace, wanted: dict[str, Any], token: str) -> int:
     task = asyncio.current_task()
     assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    if args.command != "status":
+        desired.entry({"name": args.name, **wanted})
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     async with replicas.connect(args.url, token) as found:
         if args.command == "status":
             return await _status(args, found)
@@ -46,9 +50,12 @@ async def _run(args: argparse.Namespace, wanted: dict[str, Any], token: str) -> 
 
 
 async def _status(args: argparse.Namespace, found: list[Replica]) -> int:
+    expected = dict(text.split("=", 1) for text in args.expected if "=" in text)
+    if len(expected) < len(args.expected):
+        raise ServeError(f"{', '.join(args.expected)}: say what is expected as NAME=DIGEST, each name once")
     loop = asyncio.get_running_loop()
     end = loop.time() + (args.wait or 0)
-    while (state := await replicas.status(found))["drift"] and loop.time() < end:
+    while (state := await replicas.status(found, expected))["drift"] and loop.time() < end:
         await asyncio.sleep(POLL_S)
     if args.json:
         print(json.dumps(state, indent=2))

@@ -1,25 +1,29 @@
 """A new version on every replica, or on none.
 
-    prepare   every replica fetches, checks, loads and probes it; no name means it yet
+    prepare   every replica fetches, checks and loads it, and proves it on its engine; no name means it yet
     verify    it is the same version everywhere
     flip      the document names it, by its digest
     serve     every replica has read the document, and serves it
 
-Whatever goes wrong, Ctrl-C included, the document says again what it said before, and what was prepared leaves. A
-rollout that is killed leaves either document behind, whole: the replicas follow it, and forget what they prepared.
+Whatever goes wrong, a signal included, the document says again what it said before, and the replicas serve that. A
+rollout that is killed leaves one document or the other, whole, and the replicas follow it.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from astra_serve import desired
 from astra_serve.desired import Adapter
-from astra_serve.errors import ServeError
+from astra_serve.errors import BadDocument, ServeError, without_secrets
 from astra_serve.replicas import Replica, of_all
 
 POLL_S = 0.2
-BACK_S = 60.0  # for the replicas that answer to serve what they served before
+BACK_S = 60.0  # for a store that fails to take the document back, and for replicas to serve what they served before
+KEPT = {"required", "pin", "allow_no_effect"}  # of an entry whose version changes
 MOST_PREVIOUS = 8
 
 Tell = Callable[[str, str], None]  # the step, and what happened
@@ -28,10 +32,9 @@ Tell = Callable[[str, str], None]  # the step, and what happened
 async def prepare(
     name: str, wanted: dict[str, Any], replicas: Sequence[Replica], tell: Tell, timeout_s: float = 600.0
 ) -> str:
-    """Have the version that `wanted` means proved on every replica, and return its digest.
+    """Have every replica prove the version that `wanted` means, and return its digest.
 
-    `wanted` is the body of `PUT /prepared/NAME`. Raises ServeError where one of them cannot, or they differ; then it is
-    held by none.
+    `wanted` is the body of `PUT /prepared/NAME`. Raises ServeError where one of them cannot, or they differ.
     """
 
     async def one(replica: Replica) -> str:
@@ -39,22 +42,12 @@ async def prepare(
         tell("prepare", f"{replica.name} has {version['name']}, {version['probe']['effect']:.2f} nats from the base")
         return str(version["digest"])
 
-    try:
-        digests = await of_all(replicas, one)
-        if len(set(digests)) > 1:
-            found = "; ".join(f"{digest} at {replica.name}" for digest, replica in zip(digests, replicas, strict=True))
-            raise ServeError(f"{wanted['source']} is not the same everywhere: {found}")
-    except BaseException:
-        await release(name, replicas)
-        raise
+    digests = await of_all(replicas, one)
+    if len(set(digests)) > 1:
+        found = "; ".join(f"{digest} at {replica.name}" for digest, replica in zip(digests, replicas, strict=True))
+        raise ServeError(f"{wanted['source']} is not the same everywhere: {found}")
     tell("verify", f"{digests[0]} at all {len(replicas)}")
     return digests[0]
-
-
-async def release(name: str, replicas: Sequence[Replica]) -> None:
-    """Let what was prepared leave, at every replica that answers."""
-    asked = (replica.ask("DELETE", f"/prepared/{name}") for replica in replicas)
-    await asyncio.gather(*asked, return_exceptions=True)
 
 
 async def rollout(
@@ -72,130 +65,188 @@ async def rollout(
     everything is as before, or with what is not.
     """
     where, old = await _document(name, replicas, where)
-    before = await _served(name, replicas)
-    flip: asyncio.Task[None] | None = None
+    served = await of_all(replicas, lambda replica: _settled(replica, name, timeout_s))
+    before = {adapter["version"]["digest"] for adapter in served if adapter and adapter["version"]}
+    kept = old.model_dump(include=KEPT, exclude_defaults=True) if old else {}
     try:
-        digest = await prepare(name, wanted, replicas, tell, timeout_s)
-        new = _entry(name, {**wanted, "digest": digest}, old, before)
-        flip = asyncio.create_task(asyncio.to_thread(_write, where, name, old, new))
-        await asyncio.shield(flip)
+        digest = await prepare(name, {**kept, **wanted}, replicas, tell, timeout_s)
+    except ServeError as error:
+        raise ServeError(f"{error}; nothing was changed") from error
+    previous = [d for d in dict.fromkeys([*before, *(old.previous if old else [])]) if d != digest]
+    new = desired.entry({"name": name, **kept, **wanted, "digest": digest, "previous": previous[:MOST_PREVIOUS]})
+    flip = Flip(where, old, new)
+    try:
+        await _whatever_comes(asyncio.to_thread(flip.write))
         tell("flip", where)
-        async with asyncio.timeout(timeout_s):
-            await of_all(replicas, lambda replica: _serves(replica, name, digest, tell))
+        await of_all(replicas, lambda replica: _serves(replica, name, digest, tell, timeout_s))
+        await asyncio.to_thread(flip.check)
         return new
     except BaseException as error:
-        how = "the document is as before"
-        if flip:
-            await asyncio.wait([flip])  # a thread is not cancelled
-            # What it goes back to is named by its digest: the source may say something else by now.
-            back = old.model_copy(update={"digest": before}) if old and before else old
-            how = await _go_back(where, name, (old, new, back), before, replicas, tell)
-        if isinstance(error, asyncio.CancelledError):
-            tell("back", how)
+        if not flip.written:
             raise
-        reason = f"not everywhere within {timeout_s:.0f} s" if isinstance(error, TimeoutError) else str(error)
-        raise ServeError(f"{reason}; {how}") from error
-    finally:
-        await release(name, replicas)
+        tell("back", f"{str(error) or 'told to stop'}: the document is put back, which may take a moment")
+        settled = all(adapter and adapter["state"] == "serving" for adapter in served)
+        how = await _whatever_comes(_go_back(flip, before.copy() if settled else set(), replicas, tell))
+        if isinstance(error, ServeError):
+            raise ServeError(f"{error}; {how}") from error
+        tell("back", how)
+        raise
+
+
+@dataclass
+class Flip:
+    """One change of the document at `where`: an entry from `old` to `new`, None being no entry, and back."""
+
+    where: str
+    old: Adapter | None
+    new: Adapter
+    written: bool = False  # or perhaps written
+    _text: str = ""  # as it was
+    _changed: str = ""
+
+    def write(self) -> None:
+        """Let the document say `new`. Raises ServeError where it does not say `old` any more, or cannot be changed."""
+        with desired.lock(self.where):
+            self._text = _read(self.where)
+            changed = desired.parse(self._text, self.where).replacing(self.new.name, self.old, self.new)
+            self._changed = desired.dump(changed)
+            self.written = True
+            _save(self._changed, self.where)
+
+    def back(self, digest: str | None) -> str | None:
+        """Let the document say what it said, or return why there is nothing to do. Raises ServeError.
+
+        An entry that named no version gets the `digest` that was served: its source may say something else by now.
+        """
+        with desired.lock(self.where):
+            text = _read(self.where)
+            document = desired.parse(text, self.where)
+            if document.get(self.new.name) == self.old:
+                return "the document is as before"
+            if document.get(self.new.name) != self.new:
+                return "the document is as somebody else has left it"
+            named = self.old is None or self.old.digest is not None or digest is None
+            back = self.old if named or self.old is None else self.old.model_copy(update={"digest": digest})
+            if named and text == self._changed:
+                _save(self._text, self.where)  # with its comments
+            else:
+                _save(desired.dump(document.replacing(self.new.name, self.new, back)), self.where)
+            return None
+
+    def check(self) -> None:
+        """Raise ServeError unless the document still says `new`: where no lock holds, another writer may undo it."""
+        if desired.parse(_read(self.where), self.where).get(self.new.name) != self.new:
+            raise BadDocument(f"somebody else has changed {self.new.name!r} in the document meanwhile")
 
 
 async def _document(name: str, replicas: Sequence[Replica], where: str | None) -> tuple[str, Adapter | None]:
     """Return where the document is and what it says of `name`. Raises ServeError unless all follow what is there."""
-    found = [one["document"] for one in await of_all(replicas, lambda replica: replica.ask("GET", "/adapters"))]
-    for replica, document in zip(replicas, found, strict=True):
-        if document["fault"]:
-            raise ServeError(f"{replica.name} does not follow the document as it is now: {document['fault']}")
-    places = {document["where"] for document in found}
+    found = await of_all(replicas, Replica.refresh)
+    places = {str(document["where"]) for document in found}
     if where is None and len(places) > 1:
         raise ServeError(f"the replicas follow different documents: {', '.join(sorted(places))}")
-    where = where or str(found[0]["where"])
+    where = where or places.pop()
     try:
         desired.check_writable(where)
     except ServeError as error:
         raise ServeError(f"{error}; `prepare` first, and `status --wait` after that") from error
-    await of_all(replicas, lambda replica: replica.ask("POST", "/refresh"))
     text = await asyncio.to_thread(_read, where)
-    for replica in replicas:
-        document = (await replica.ask("GET", "/adapters"))["document"]
-        if document["digest"] != desired.digest(text):
-            raise ServeError(f"{replica.name} does not follow the text at {where}: is it the same document?")
+    for replica, document in zip(replicas, found, strict=True):
+        if document["digest"] == desired.digest(text):
+            continue
+        if "://" not in where and not Path(where).exists():
+            raise ServeError(
+                f"the replicas' document is {where}, which is not there as seen from here: give --document; where it "
+                "is a ConfigMap `prepare`, change it, and wait with `status --wait`"
+            )
+        raise ServeError(f"{replica.name} does not follow the text at {where}: is it the same document?")
     return where, desired.parse(text, where).get(name)
-
-
-async def _served(name: str, replicas: Sequence[Replica]) -> str | None:
-    """Return the digest of the version that `name` means everywhere; None where it is not one."""
-    answers = await of_all(replicas, lambda replica: replica.ask("GET", "/adapters"))
-    versions = [adapter["version"] for answer in answers for adapter in answer["adapters"] if adapter["name"] == name]
-    digests = {version["digest"] for version in versions if version}
-    return digests.pop() if len(digests) == 1 else None
-
-
-def _entry(name: str, wanted: dict[str, Any], old: Adapter | None, before: str | None) -> Adapter:
-    kept = old.model_dump(exclude={"canary"}) if old else {"name": name}
-    previous = [d for d in dict.fromkeys([before, *(old.previous if old else [])]) if d and d != wanted["digest"]]
-    return Adapter.model_validate({**kept, **wanted, "previous": previous[:MOST_PREVIOUS]})
 
 
 def _read(where: str) -> str:
     try:
-        text = desired.read(where)
+        return desired.read(where)
     except Exception as error:  # each store has errors of its own
-        raise ServeError(f"the document at {where} cannot be read from here: {error}") from error
-    if not text:
-        raise ServeError(f"the document is at {where}, which is not there as seen from here: give --document")
-    return text
+        raise ServeError(f"the document at {where} cannot be read from here: {_first_line(error)}") from error
 
 
-def _write(where: str, name: str, old: Adapter | None, new: Adapter | None) -> None:
-    """Let the document say `new` of `name`. Raises ServeError where it does not say `old` any more."""
-    document = desired.parse(_read(where), where).replacing(name, old, new)
+def _save(text: str, where: str) -> None:
     try:
-        desired.write(document, where)
+        desired.save(text, where)
     except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error) or "it can only be read"
-        raise ServeError(f"the document at {where} cannot be changed: {reason}") from error
+        raise ServeError(f"the document at {where} cannot be changed: {_first_line(error)}") from error
 
 
-async def _serves(replica: Replica, name: str, digest: str | None, tell: Tell) -> None:
-    """Wait until a replica has looked at the document and serves `digest` under `name`; None: whatever it says."""
-    fault = (await replica.ask("POST", "/refresh"))["fault"]
-    if fault:
-        raise ServeError(f"{replica.name} does not follow the document as it is now: {fault}")
-    while True:
-        adapters = (await replica.ask("GET", "/adapters"))["adapters"]
-        found = next((adapter for adapter in adapters if adapter["name"] == name), None)
-        version = found and found["version"]
-        if found is None and digest is None:
-            return
-        if found and found["state"] == "failed":
-            raise ServeError(f"{replica.name} does not serve it: {found['reason']}")
-        if found and version and found["state"] == "serving" and digest in (None, version["digest"]):
-            tell("serve", f"{replica.name} serves {version['name']}")
-            return
-        await asyncio.sleep(POLL_S)
+def _first_line(error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return without_secrets(reason.splitlines()[0])
 
 
-async def _go_back(
-    where: str,
-    name: str,
-    entries: tuple[Adapter | None, Adapter, Adapter | None],
-    before: str | None,
-    replicas: Sequence[Replica],
-    tell: Tell,
-) -> str:
-    """Take the flip back, wait for the replicas that answer, and say how that went.
-
-    `entries` are those before the flip, after it, and after this.
-    """
-    old, new, back = entries
+async def _settled(replica: Replica, name: str, timeout_s: float) -> dict[str, Any] | None:
+    """Wait until an adapter is served or failed, and return it; None where there is none. Raises ServeError."""
     try:
-        if desired.parse(await asyncio.to_thread(_read, where), where).get(name) == old:
-            return "the document is as before"
-        await asyncio.to_thread(_write, where, name, new, back)
-    except ServeError as error:
-        return f"going back failed, too: {error}"
-    tell("back", where)
-    waits = (asyncio.wait_for(_serves(replica, name, before, tell), BACK_S) for replica in replicas)
+        async with asyncio.timeout(timeout_s):
+            while (found := await replica.adapter(name)) and found["state"] not in ("serving", "failed"):
+                await asyncio.sleep(POLL_S)
+            return found
+    except TimeoutError as error:
+        raise ServeError(f"{replica.name} does not serve it within {timeout_s:.0f} s") from error
+
+
+async def _serves(replica: Replica, name: str, digest: str | None, tell: Tell, timeout_s: float) -> None:
+    """Let a replica look at the document, and wait until it serves `digest` under `name`, or for None nothing.
+
+    Raises ServeError where it does not.
+    """
+    await replica.refresh()
+    found = await _settled(replica, name, timeout_s)
+    version = found and found["version"]
+    if found and found["state"] == "failed":
+        raise ServeError(f"{replica.name} does not serve it: {found['reason']}")
+    if (version and version["digest"]) != digest:
+        raise ServeError(f"{replica.name} serves {version['name'] if version else 'nothing'} all the same")
+    if version:
+        tell("serve", f"{replica.name} serves {version['name']}")
+
+
+async def _go_back(flip: Flip, before: set[str], replicas: Sequence[Replica], tell: Tell) -> str:
+    """Put the document back, wait for the replicas that answer, and say how that went.
+
+    `before` holds the digest that all of them served; none where it was not one, or not what the document said.
+    """
+    digest = before.pop() if len(before) == 1 else None
+    end = asyncio.get_running_loop().time() + BACK_S
+    while True:
+        try:
+            if nothing := await asyncio.to_thread(flip.back, digest):
+                return nothing
+            break
+        except ServeError as error:
+            if asyncio.get_running_loop().time() > end:
+                return f"putting the document back failed, too: {error}"
+            await asyncio.sleep(1)
+    if flip.old is not None and digest is None:  # it is not known what they should serve
+        waits: list[Coroutine[Any, Any, Any]] = [_settled(replica, flip.new.name, BACK_S) for replica in replicas]
+    else:
+        waits = [_serves(replica, flip.new.name, digest, tell, BACK_S) for replica in replicas]
     ended = await asyncio.gather(*waits, return_exceptions=True)
-    missing = [replica.name for replica, error in zip(replicas, ended, strict=True) if error is not None]
+    missing = [replica.name for replica, one in zip(replicas, ended, strict=True) if isinstance(one, BaseException)]
     return "the document says again what it said before" + (f"; not there yet: {', '.join(missing)}" if missing else "")
+
+
+async def _whatever_comes(work: Coroutine[Any, Any, Any]) -> Any:
+    """Return what `work` returns, once it has ended: a cancellation waits for that."""
+    task = asyncio.create_task(work)
+    cancelled = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancelled = error
+        except Exception:  # it is raised below
+            break
+    if cancelled is not None:
+        with suppress(Exception):
+            task.result()
+        raise cancelled
+    return task.result()

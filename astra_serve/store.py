@@ -55,6 +55,11 @@ class Store:
         """Return a new folder to download an adapter into."""
         return Path(tempfile.mkdtemp(dir=self._staging))
 
+    def forget(self, folder: Path) -> None:
+        """Remove a folder that was staged, and nothing else."""
+        if folder.is_relative_to(self._staging):
+            shutil.rmtree(folder, ignore_errors=True)
+
     def add(self, source: Path, expected: str | None = None) -> str:
         """Publish the LoRA in `source` and return its digest.
 

@@ -1,8 +1,9 @@
-"""A rollout over three replicas, each with a stand-in for the engine; tests/e2e/test_replicas.py has real ones."""
+"""A rollout over three replicas, each with a stand-in for the engine; tests/helm/test_replicas.py has real ones."""
 
 import asyncio
 import json
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -133,7 +134,7 @@ async def test_what_one_replica_cannot_prove_is_served_by_none(three, write_lora
     async with three() as t:
         before, text = t.served("a"), t.document.read_text()
         t.engines[1].refuse.add("a@")
-        with pytest.raises(ServeError, match=r"r1: 'a' was not prepared: .*it said no.*; the document is as before"):
+        with pytest.raises(ServeError, match=r"r1: 'a' was not prepared: .*it said no.*; nothing was changed$"):
             await t.roll("a", write_lora("two", 2.0))
         assert t.served("a") == before
         assert t.document.read_text() == text
@@ -188,13 +189,18 @@ async def test_a_new_name_that_is_taken_back_is_gone(three, write_lora) -> None:
 
 
 @in_a_loop
-async def test_a_replica_that_does_not_come_to_serve_it_in_time_takes_all_back(three, write_lora) -> None:
+async def test_a_replica_that_does_not_come_to_serve_it_in_time_takes_all_back(three, write_lora, monkeypatch) -> None:
+    monkeypatch.setattr("astra_serve.rollout.BACK_S", 1.0)
     async with three() as t:
         old = t.served("a")[0]
-        t.controls[2].reconciler.bring = lambda *_, **__: None
-        with pytest.raises(
-            ServeError, match=r"not everywhere within 1 s; the document says again what it said before$"
-        ):
+        slow = t.controls[2].reconciler
+
+        def stuck(entry: Adapter, **_: Any) -> None:
+            slow.status[entry.name] = reconcile.Status(entry)
+
+        slow.bring = stuck
+        reason = "^r2 does not serve it within 1 s; the document says again what it said before; not there yet: r2$"
+        with pytest.raises(ServeError, match=reason):
             await t.roll("a", write_lora("two", 2.0), timeout_s=1.0)
         assert t.served("a") == [old] * 3
         assert t.entry("a").digest == old
@@ -228,7 +234,7 @@ async def test_what_somebody_else_wrote_meanwhile_stays(three, write_lora) -> No
                 return await super().load(name, folder)
 
         t.engines[0].__class__ = Meddler
-        with pytest.raises(ServeError, match="somebody else changed 'a'"):
+        with pytest.raises(ServeError, match="somebody else has changed 'a'"):
             await t.roll("a", write_lora("two", 2.0))
         assert t.entry("a") == theirs
 
@@ -241,9 +247,11 @@ async def test_nothing_begins_while_a_replica_is_gone_or_follows_something_else(
         other.write_text("adapters: []")
         with pytest.raises(ServeError, match="does not follow the text at"):
             await t.roll("a", source, where=str(other))
-        with pytest.raises(ServeError, match="not there as seen from here"):
+        with pytest.raises(ServeError, match="not there as seen from here: give --document"):
             await t.roll("a", source, where=str(tmp_path / "none.yaml"))
-        with pytest.raises(ServeError, match=r"https://example.org/a.yaml is a web page: .*`prepare` first"):
+        with pytest.raises(
+            ServeError, match=r"https://example.org/a.yaml can only be read from here: .*`prepare` first"
+        ):
             await t.roll("a", source, where="https://example.org/a.yaml")
         t.wires[0].cut = True
         with pytest.raises(ServeError, match="r0 does not answer"):
@@ -257,29 +265,159 @@ async def test_nothing_begins_while_a_replica_is_gone_or_follows_something_else(
 
 
 @in_a_loop
-async def test_what_is_prepared_and_never_named_leaves_the_engine(three, write_lora, monkeypatch) -> None:
-    monkeypatch.setattr(reconcile, "HOLD_S", 0.1)
+async def test_what_is_prepared_takes_no_room_and_no_request_reaches_it(three, write_lora, monkeypatch) -> None:
     async with three() as t:
         digest = await prepare("b", {"source": str(write_lora("two", 2.0))}, t.replicas, lambda *_: None)
-        assert [len(engine.loaded) for engine in t.engines] == [2] * 3
         assert t.served("b") == [None] * 3
-        with pytest.raises(ServeError, match="there is no adapter 'b'"):
-            await t.replicas[0].ask("GET", "/adapters/b")
-        assert t.controls[0].fleet.resolve(f"b@{digest[7:19]}") is None  # no request can ask for it, either
-        await asyncio.sleep(0.2)
+        assert await t.replicas[0].adapter("b") is None
+        assert t.controls[0].fleet.resolve(f"b@{digest[7:19]}") is None
         await t.nothing_held()
+        store, reconciler = t.controls[0].reconciler._store, t.controls[0].reconciler
+        reconciler._keep = 0
+        reconciler.tend()
+        assert digest in store
+        monkeypatch.setattr(reconcile, "PREPARED_S", 0.0)
+        reconciler.tend()
+        assert digest not in store
+
+
+@in_a_loop
+async def test_what_is_prepared_again_while_it_serves_stays_as_it_is(three, write_lora) -> None:
+    async with three() as t:
+        source = write_lora("two", 2.0)
+        await t.roll("a", source, wanted={"pin": True})
+        await prepare("a", {"source": str(source)}, t.replicas, lambda *_: None)
+        assert [control.fleet.aliases["a"].current.pinned for control in t.controls] == [True] * 3
+        entry = await t.roll("a", write_lora("three", 3.0))
+        assert entry.pin  # as before: it was not said otherwise
+
+
+@in_a_loop
+async def test_a_download_that_nobody_waits_for_any_more_leaves_nothing(three, monkeypatch) -> None:
+    def slow(_source: str, store: Store, _roots: tuple[Path, ...]) -> Path:
+        folder = store.staging()
+        time.sleep(0.2)
+        return folder
+
+    monkeypatch.setattr(reconcile, "fetch", slow)
+    async with three() as t:
+        reconciler = t.controls[0].reconciler
+        staging = reconciler._store._staging
+        reconciler.bring(Adapter(name="b", source="s3://somewhere"))
+        while not list(staging.iterdir()):
+            await asyncio.sleep(0.01)
+        reconciler.remove("b")
+        while list(staging.iterdir()):
+            await asyncio.sleep(0.01)
+
+
+@in_a_loop
+async def test_a_document_that_is_put_back_is_as_it_was_to_the_byte(three, write_lora) -> None:
+    async with three() as t:
+        (old,) = set(t.served("a"))
+        t.document.write_text(f"# ours\nadapters:\n- name: a  # the first\n  source: {old}\n  digest: {old}\n")
+        text = t.document.read_text()
+        t.wires[1].cut_after = "PUT /prepared"
+        with pytest.raises(ServeError, match="r1 does not answer"):
+            await t.roll("a", write_lora("two", 2.0))
+        assert "back" in t.told
+        assert t.document.read_text() == text
+        t.wires[1].cut_after, t.wires[1].cut = None, False
+        await t.replicas[1].refresh()
+        assert t.served("a") == [old] * 3
+        await t.nothing_held()
+
+
+@in_a_loop
+async def test_a_version_that_could_not_be_served_yet_is_still_wanted_after_a_rollout_that_went_back(
+    three, write_lora, tmp_path
+) -> None:
+    """What is served then is not what the document says, and must not take its place."""
+    async with three() as t:
+        later = Adapter(name="a", source=str(tmp_path / "later"), digest="sha256:" + 64 * "d")
+        desired.write(Document(adapters=[later]), t.document)
+        for control in t.controls:
+            await control.refresh()
+            assert (await control.reconciler.settled("a")).state == "failed"
+        t.wires[1].cut_after = "PUT /prepared"
+        with pytest.raises(ServeError, match="r1 does not answer"):
+            await t.roll("a", write_lora("two", 2.0))
+        assert t.entry("a") == later
+
+
+@in_a_loop
+async def test_rollouts_of_two_names_at_once_lose_neither(three, write_lora, monkeypatch) -> None:
+    def slow(text: str, where: str) -> None:
+        time.sleep(0.3)
+        save(text, where)
+
+    save = desired.save
+    monkeypatch.setattr(desired, "save", slow)
+    async with three() as t:
+        await asyncio.gather(t.roll("b", write_lora("two", 2.0)), t.roll("c", write_lora("three", 3.0)))
+        assert all(t.served("b"))
+        assert all(t.served("c"))
+
+
+@in_a_loop
+async def test_a_store_that_fails_for_a_moment_does_not_keep_the_document_from_being_put_back(
+    three, write_lora, monkeypatch
+) -> None:
+    def failing(text: str, where: str) -> None:
+        tries.append(text)
+        if len(tries) == 3:  # the first is the fixture's, the second the flip
+            raise OSError("Slow Down")
+        save(text, where)
+
+    save, tries = desired.save, list[str]()
+    monkeypatch.setattr(desired, "save", failing)
+    async with three() as t:
+        (old,) = set(t.served("a"))
+        t.wires[1].cut_after = "PUT /prepared"
+        with pytest.raises(ServeError, match="what it said before"):
+            await t.roll("a", write_lora("two", 2.0))
+        assert len(tries) == 4
+        assert t.entry("a").digest == old
+
+
+@in_a_loop
+async def test_a_second_signal_does_not_keep_the_document_from_being_put_back(three, write_lora, monkeypatch) -> None:
+    def slow(text: str, where: str) -> None:
+        time.sleep(0.3)
+        save(text, where)
+
+    save = desired.save
+    monkeypatch.setattr(desired, "save", slow)
+    async with three() as t:
+        text = t.document.read_text()
+        rolling = asyncio.create_task(t.roll("a", write_lora("two", 2.0)))
+        while "verify" not in t.told:
+            await asyncio.sleep(0.01)
+        for _ in range(10):  # while it writes, and while it puts back
+            await asyncio.sleep(0.1)
+            rolling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await rolling
+        assert t.entry("a").source == desired.parse(text, "").get("a").source
+        assert len(set(t.served("a"))) == 1
 
 
 @in_a_loop
 async def test_status_says_every_way_in_which_replicas_differ(three, write_lora) -> None:
     async with three() as t:
         assert (await replicas.status(t.replicas))["drift"] == []
+        (old,) = set(t.served("a"))
+        assert (await replicas.status(t.replicas, {"a": old}))["drift"] == []
+        unread = t.controls[1].refresh, t.controls[2].refresh
+        t.controls[1].refresh = t.controls[2].refresh = lambda: asyncio.sleep(0)  # they do not look
         desired.write(Document(adapters=[Adapter(name="a", source=str(write_lora("two", 2.0)))]), t.document)
-        await t.controls[0].refresh()
+        assert "r0: a is " in "".join((await replicas.status(t.replicas))["drift"])  # it has looked, and is on its way
         await t.controls[0].reconciler.settled("a")
-        state = await replicas.status(t.replicas)
-        assert [line.partition(" ")[0] for line in state["drift"]] == ["the", "a"]
+        state = await replicas.status(t.replicas, {"a": old})
+        assert [line.partition(" ")[0] for line in state["drift"]] == ["the", "a", "r0:"]
         assert "r1, r2" in state["drift"][1]
+        assert state["drift"][2] == f"r0: a is not {old} yet"
+        t.controls[1].refresh, t.controls[2].refresh = unread
         t.engines[1].refuse.add("a@")
         await t.controls[1].refresh()
         await t.controls[1].reconciler.settled("a")
@@ -337,3 +475,10 @@ def test_a_name_with_several_addresses_is_several_replicas(monkeypatch) -> None:
         asyncio.run(names("http://none:8001"))
     with pytest.raises(ServeError, match="is no URL of an admin port"):
         asyncio.run(names("127.0.0.1:8001"))
+    with pytest.raises(ServeError, match="is no URL: Invalid port"):
+        asyncio.run(names("http://127.0.0.1:80x"))
+    with pytest.raises(ServeError, match="there is no URL"):
+        asyncio.run(names())
+    with pytest.raises(ServeError, match="credentials") as caught:
+        asyncio.run(names("http://admin:hunter2@127.0.0.1:8001"))
+    assert "hunter2" not in str(caught.value)
