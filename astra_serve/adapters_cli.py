@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         return 0
     token = os.environ.get(TOKEN, "").strip()
     if not token or not token.isascii() or not token.isprintable():
-        print(f"astra-serve adapters: put the admin token into {TOKEN}, in one line", file=sys.stderr)
+        print(f"astra-serve adapters: the admin token, one line of ASCII: put it into {TOKEN}", file=sys.stderr)
         return 2
     args.url = getattr(args, "url", None) or os.environ.get(URL, "").replace(",", " ").split() or [DEFAULT_URL]
     if args.command in ("status", "prepare", "rollout"):

@@ -75,18 +75,20 @@ async def rollout(
     previous = [d for d in dict.fromkeys([*before, *(old.previous if old else [])]) if d != digest]
     new = desired.entry({"name": name, **kept, **wanted, "digest": digest, "previous": previous[:MOST_PREVIOUS]})
     flip = Flip(where, old, new)
+    writing = asyncio.create_task(asyncio.to_thread(flip.write))
     try:
-        await _whatever_comes(asyncio.to_thread(flip.write))
+        await asyncio.shield(writing)
         tell("flip", where)
         await of_all(replicas, lambda replica: _serves(replica, name, digest, tell, timeout_s))
         await asyncio.to_thread(flip.check)
         return new
     except BaseException as error:
+        await _whatever_comes(asyncio.wait([writing]))  # a thread is not cancelled
         if not flip.written:
             raise
         tell("back", f"{str(error) or 'told to stop'}: the document is put back, which may take a moment")
         settled = all(adapter and adapter["state"] == "serving" for adapter in served)
-        how = await _whatever_comes(_go_back(flip, before.copy() if settled else set(), replicas, tell))
+        how = await _whatever_comes(_go_back(flip, before if settled else set(), replicas, tell))
         if isinstance(error, ServeError):
             raise ServeError(f"{error}; {how}") from error
         tell("back", how)
@@ -214,7 +216,7 @@ async def _go_back(flip: Flip, before: set[str], replicas: Sequence[Replica], te
 
     `before` holds the digest that all of them served; none where it was not one, or not what the document said.
     """
-    digest = before.pop() if len(before) == 1 else None
+    digest = next(iter(before)) if len(before) == 1 else None
     end = asyncio.get_running_loop().time() + BACK_S
     while True:
         try:
@@ -235,18 +237,9 @@ async def _go_back(flip: Flip, before: set[str], replicas: Sequence[Replica], te
 
 
 async def _whatever_comes(work: Coroutine[Any, Any, Any]) -> Any:
-    """Return what `work` returns, once it has ended: a cancellation waits for that."""
+    """Return what `work` returns when it has ended: cancellations change nothing."""
     task = asyncio.create_task(work)
-    cancelled = None
     while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError as error:
-            cancelled = error
-        except Exception:  # it is raised below
-            break
-    if cancelled is not None:
-        with suppress(Exception):
-            task.result()
-        raise cancelled
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait([task])
     return task.result()

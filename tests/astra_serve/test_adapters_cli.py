@@ -6,12 +6,13 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import uvicorn
 
-from astra_serve import admin
+from astra_serve import admin, desired
 from astra_serve.cli import main
 from astra_serve.control import Control
 from astra_serve.fleet import Fleet
@@ -123,3 +124,70 @@ def test_a_server_that_does_not_answer_is_said_so(capsys, monkeypatch) -> None:
     monkeypatch.setenv("ASTRA_ADMIN_TOKEN", TOKEN)
     assert adapters(free_port(), "list") == 2
     assert "does not answer" in capsys.readouterr().err
+
+
+def test_a_rollout_prints_its_steps_and_ends_with_what_is_served(port: int, write_lora, capsys) -> None:
+    assert adapters(port, "prepare", "a", write_lora("one", 1.0)) == 0
+    prepared = capsys.readouterr()
+    assert prepared.err.split()[0] == "prepare"
+    digest = prepared.out.strip()
+    assert adapters(port, "status", f"a={digest}") == 1
+    assert f"a is not {digest} yet" in capsys.readouterr().out
+    assert adapters(port, "--json", "rollout", "a", write_lora("two", 1.0), "--pin") == 0
+    rolled = capsys.readouterr()
+    assert [line.split()[0] for line in rolled.err.splitlines()] == ["prepare", "verify", "flip", "serve"]
+    assert json.loads(rolled.out)["digest"] == digest
+    assert adapters(port, "status", "--wait", 5, f"a={digest}") == 0
+    shown = capsys.readouterr().out
+    assert digest[7:19] in shown
+    assert "1 replicas serve what the document says" in shown
+
+
+def test_ctrl_c_in_a_rollout_puts_the_document_back_however_often_it_comes(
+    port: int, write_lora, tmp_path: Path, engine
+) -> None:
+    assert adapters(port, "publish", "a", write_lora("one", 1.0)) == 0
+    before = desired.parse((tmp_path / "adapters.yaml").read_text(), "").get("a")
+    engine.delay = 0.5
+    command = [str(BIN / "astra-serve"), "adapters", "rollout", "a", str(write_lora("two", 2.0))]
+    with subprocess.Popen(
+        [*command, "--url", f"http://127.0.0.1:{port}"], stderr=subprocess.PIPE, text=True
+    ) as rolling:
+        assert rolling.stderr
+        while not rolling.stderr.readline().startswith("flip"):
+            assert rolling.poll() is None
+        rolling.send_signal(signal.SIGINT)
+        assert rolling.stderr.readline().startswith("back")
+        rolling.send_signal(signal.SIGINT)
+        assert "the document says again what it said before" in rolling.stderr.read()
+        assert rolling.wait(20) == 130
+    assert desired.parse((tmp_path / "adapters.yaml").read_text(), "").get("a") == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("rollout", "a/b", "source"), "'a/b': name: String should match pattern"),
+        (("rollout", "a", "source", "--digest", "abc"), "'a': digest: String should match pattern"),
+        (("rollout", "a", "/not/there"), "there is no folder /not/there; nothing was changed"),
+        (("status", "a"), "say what is expected as NAME=DIGEST"),
+        (("status", "--url", "ftp://x"), "ftp://x is no URL of an admin port"),
+    ],
+)
+def test_a_mistake_gets_one_line(port: int, words: tuple[str, ...], message: str, capsys) -> None:
+    assert adapters(port, *words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_the_public_port_is_told_from_the_admin_port(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("ASTRA_ADMIN_TOKEN", TOKEN)
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        try:
+            assert adapters(other.server_port, "rollout", "a", "b") == 1
+        finally:
+            other.shutdown()
+            thread.join()
+    assert "is it the admin port, of this version of astra-serve?" in capsys.readouterr().err
