@@ -79,7 +79,7 @@ def _show(state: dict[str, Any]) -> None:
     for line in state["drift"]:
         console.print(Text(line), soft_wrap=True)
     if not state["drift"]:
-        console.print(f"{len(by_replica)} replicas serve what the document says")
+        console.print(f"{len(by_replica)} of {len(by_replica)} replicas serve what the document says")
 
 
 def _cell(adapter: dict[str, Any] | None) -> str:

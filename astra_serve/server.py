@@ -73,7 +73,7 @@ async def _answer(server: NoSignalServer, sock: Any, engine: VllmEngine, gateway
         loop.add_signal_handler(number, told.set)
     serving, losing = asyncio.create_task(server.serve(sockets=[sock])), asyncio.create_task(_loss(engine))
     await _first({serving, losing, asyncio.create_task(told.wait())})
-    lost = losing.result() if losing.done() and not told.is_set() else None
+    lost = None if told.is_set() else engine.lost()  # vLLM may have ended `serving` for it
     if told.is_set():
         told.clear()
         closing = asyncio.create_task(gateway.close("the server is shutting down", finish_s))

@@ -140,7 +140,7 @@ def test_a_rollout_prints_its_steps_and_ends_with_what_is_served(port: int, writ
     assert adapters(port, "status", "--wait", 5, f"a={digest}") == 0
     shown = capsys.readouterr().out
     assert digest[7:19] in shown
-    assert "1 replicas serve what the document says" in shown
+    assert "1 of 1 replicas serve what the document says" in shown
 
 
 def test_ctrl_c_in_a_rollout_puts_the_document_back_however_often_it_comes(

@@ -107,6 +107,18 @@ def three(base, tmp_path: Path, write_lora) -> Callable[..., Any]:
     return make
 
 
+@pytest.fixture
+def slow_store(monkeypatch) -> None:
+    """Writing the document takes a while."""
+
+    def slow(text: str, where: str) -> None:
+        time.sleep(0.3)
+        save(text, where)
+
+    save = desired.save
+    monkeypatch.setattr(desired, "save", slow)
+
+
 @in_a_loop
 async def test_a_version_is_proved_everywhere_before_any_replica_serves_it(three, write_lora) -> None:
     async with three() as t:
@@ -307,8 +319,8 @@ async def test_a_download_that_nobody_waits_for_any_more_leaves_nothing(three, m
         while not list(staging.iterdir()):
             await asyncio.sleep(0.01)
         reconciler.remove("b")
-        while list(staging.iterdir()):
-            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.4)
+        assert not list(staging.iterdir())
 
 
 @in_a_loop
@@ -345,14 +357,9 @@ async def test_a_version_that_could_not_be_served_yet_is_still_wanted_after_a_ro
         assert t.entry("a") == later
 
 
+@pytest.mark.usefixtures("slow_store")
 @in_a_loop
-async def test_rollouts_of_two_names_at_once_lose_neither(three, write_lora, monkeypatch) -> None:
-    def slow(text: str, where: str) -> None:
-        time.sleep(0.3)
-        save(text, where)
-
-    save = desired.save
-    monkeypatch.setattr(desired, "save", slow)
+async def test_rollouts_of_two_names_at_once_lose_neither(three, write_lora) -> None:
     async with three() as t:
         await asyncio.gather(t.roll("b", write_lora("two", 2.0)), t.roll("c", write_lora("three", 3.0)))
         assert all(t.served("b"))
@@ -380,14 +387,9 @@ async def test_a_store_that_fails_for_a_moment_does_not_keep_the_document_from_b
         assert t.entry("a").digest == old
 
 
+@pytest.mark.usefixtures("slow_store")
 @in_a_loop
-async def test_a_second_signal_does_not_keep_the_document_from_being_put_back(three, write_lora, monkeypatch) -> None:
-    def slow(text: str, where: str) -> None:
-        time.sleep(0.3)
-        save(text, where)
-
-    save = desired.save
-    monkeypatch.setattr(desired, "save", slow)
+async def test_a_second_signal_does_not_keep_the_document_from_being_put_back(three, write_lora) -> None:
     async with three() as t:
         text = t.document.read_text()
         rolling = asyncio.create_task(t.roll("a", write_lora("two", 2.0)))
