@@ -169,14 +169,14 @@ def save(text: str, where: str | Path) -> None:
 
 def _let_the_same_read(new: Path, old: Path) -> None:
     """Give a file the mode and the owner of the one that it replaces: servers of other users read it."""
-    try:
-        was = old.stat()
-    except FileNotFoundError:
-        new.chmod(0o644)
-        return
-    new.chmod(stat.S_IMODE(was.st_mode))
-    with suppress(PermissionError):
-        os.chown(new, was.st_uid, was.st_gid)
+    was = old.stat() if old.exists() else None
+    with suppress(OSError):  # a file system that has none
+        new.chmod(stat.S_IMODE(was.st_mode) if was else 0o644)
+    if was:
+        with suppress(OSError):  # who may not give it to the owner may give it to the group
+            os.chown(new, -1, was.st_gid)
+        with suppress(OSError):
+            os.chown(new, was.st_uid, -1)
 
 
 @contextmanager

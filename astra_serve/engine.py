@@ -90,10 +90,10 @@ class VllmEngine:
     """What the fleet asks of the engine."""
 
     def __init__(self, client: EngineClient, base: str, patience_s: float) -> None:
-        """After `patience_s` seconds without an answer the engine is given up; it is asked often enough to know."""
+        """The engine is given up when `in_slots` has waited for it for `patience_s` seconds."""
         self._client, self._base, self._patience_s = client, base, patience_s
         self._asked: asyncio.Task[list[list[int]]] | None = None  # what is in the slots
-        self._answered = time.monotonic()
+        self._asked_at = 0.0
         self._names: dict[int, str] = {}
         self._ids = itertools.count(1)  # never used twice: the engine's caches know an adapter by its number and name
 
@@ -124,13 +124,16 @@ class VllmEngine:
         """Return the names of the adapters that have a slot in the engine's batches. Raises ServeError."""
         if self._asked is None or self._asked.done():  # an engine that hangs is asked once
             self._asked = asyncio.create_task(self._client.collective_rpc("adapters_in_slots"))
+            self._asked.add_done_callback(
+                lambda asked: asked.cancelled() or asked.exception()
+            )  # nobody may wait for it
+            self._asked_at = time.monotonic()
         try:
             found, *_ = await asyncio.wait_for(asyncio.shield(self._asked), ANSWER_S)
         except TimeoutError as error:
             raise ServeError(f"the engine has not answered for {self._silent_s:.0f} s") from error
         except Exception as error:
             raise ServeError(f"the engine does not say what is in its slots: {_first_line(error)}") from error
-        self._answered = time.monotonic()
         return {self._names[number] for number in found if number in self._names}
 
     def not_ready(self) -> list[str]:
@@ -147,7 +150,7 @@ class VllmEngine:
 
     @property
     def _silent_s(self) -> float:
-        return time.monotonic() - self._answered
+        return time.monotonic() - self._asked_at if self._asked and not self._asked.done() else 0.0
 
     async def next_tokens(
         self, prompts: list[list[int]], handle: LoRARequest | None, *, urgent: bool = False

@@ -257,7 +257,7 @@ class Reconciler:
         except asyncio.CancelledError:
 
             def forget(done: asyncio.Task[Path]) -> None:
-                if not done.exception():
+                if not (done.cancelled() or done.exception()):
                     self._store.forget(done.result())
 
             fetching.add_done_callback(forget)

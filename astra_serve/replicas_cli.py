@@ -5,6 +5,7 @@ import asyncio
 import json
 import signal
 import sys
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -36,7 +37,8 @@ async def _run(args: argparse.Namespace, wanted: dict[str, Any], token: str) -> 
     if args.command != "status":
         desired.entry({"name": args.name, **wanted})
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     async with replicas.connect(args.url, token) as found:
         if args.command == "status":
             return await _status(args, found)
@@ -65,7 +67,8 @@ async def _status(args: argparse.Namespace, found: list[Replica]) -> int:
 
 
 def _tell(step: str, text: str) -> None:
-    print(f"{step:8} {text}", file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):  # nobody may read it any more: the work goes on
+        print(f"{step:8} {text}", file=sys.stderr, flush=True)
 
 
 def _show(state: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ rollout that is killed leaves one document or the other, whole, and the replicas
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class Flip:
 
     def write(self) -> None:
         """Let the document say `new`. Raises ServeError where it does not say `old` any more, or cannot be changed."""
-        with desired.lock(self.where):
+        with _locked(self.where):
             self._text = _read(self.where)
             changed = desired.parse(self._text, self.where).replacing(self.new.name, self.old, self.new)
             self._changed = desired.dump(changed)
@@ -120,7 +120,7 @@ class Flip:
 
         An entry that named no version gets the `digest` that was served: its source may say something else by now.
         """
-        with desired.lock(self.where):
+        with _locked(self.where):
             text = _read(self.where)
             document = desired.parse(text, self.where)
             if document.get(self.new.name) == self.old:
@@ -139,6 +139,15 @@ class Flip:
         """Raise ServeError unless the document still says `new`: where no lock holds, another writer may undo it."""
         if desired.parse(_read(self.where), self.where).get(self.new.name) != self.new:
             raise BadDocument(f"somebody else has changed {self.new.name!r} in the document meanwhile")
+
+
+@contextmanager
+def _locked(where: str) -> Iterator[None]:
+    try:
+        with desired.lock(where):
+            yield
+    except OSError as error:
+        raise ServeError(f"the document at {where} cannot be locked: {_first_line(error)}") from error
 
 
 async def _document(name: str, replicas: Sequence[Replica], where: str | None) -> tuple[str, Adapter | None]:

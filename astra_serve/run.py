@@ -101,10 +101,10 @@ def _add_health(app: FastAPI, not_ready: Callable[[], list[str]]) -> None:
 async def _tend(fleet: Fleet, reconciler: Reconciler) -> None:
     while True:
         await asyncio.sleep(TIMER_S)
+        with suppress(ServeError):  # an engine that is silent is not ready, and at last lost
+            await fleet.places.look()
         try:
             reconciler.tend()
-            with suppress(ServeError):  # an engine that is silent is not ready, and at last lost
-                await fleet.places.look()
         except Exception:  # as a full disk: the next time may be better
             log.logger.exception("the server's timer failed")
 

@@ -73,7 +73,8 @@ async def _answer(server: NoSignalServer, sock: Any, engine: VllmEngine, gateway
         loop.add_signal_handler(number, told.set)
     serving, losing = asyncio.create_task(server.serve(sockets=[sock])), asyncio.create_task(_loss(engine))
     await _first({serving, losing, asyncio.create_task(told.wait())})
-    lost = None if told.is_set() else engine.lost()  # vLLM may have ended `serving` for it
+    lost = losing.result() if losing.done() else engine.lost()  # vLLM may have ended `serving` for it
+    lost = None if told.is_set() else lost
     if told.is_set():
         told.clear()
         closing = asyncio.create_task(gateway.close("the server is shutting down", finish_s))
@@ -98,7 +99,9 @@ async def _first(tasks: set[asyncio.Task[Any]]) -> None:
 
 async def _loss(engine: VllmEngine) -> str:
     """Wait until the engine is lost, and return why it is."""
-    while not (lost := engine.lost()):
+    before = None
+    while not ((lost := engine.lost()) and before):  # twice: an answer may lie there when this process was frozen
+        before = lost
         await asyncio.sleep(PULSE_S)
     return lost
 

@@ -30,6 +30,8 @@ def main(argv: list[str]) -> int:
     try:
         if args.max_loras is not None and args.max_loras < 1:
             raise ServeError(f"--max-loras is {args.max_loras}: at least 1 adapter must fit into a batch")
+        if args.engine_timeout <= 0:
+            raise ServeError(f"--engine-timeout is {args.engine_timeout}: say how many seconds an engine may be silent")
         if args.adapters and args.adapter:
             raise ServeError("--adapter names adapters that stay, --adapters a document that may change: give one")
         token = os.environ.get(TOKEN)

@@ -1,11 +1,12 @@
 """A rollout over three replicas, each with a stand-in for the engine; tests/helm/test_replicas.py has real ones."""
 
 import asyncio
+import errno
 import json
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -364,6 +365,27 @@ async def test_rollouts_of_two_names_at_once_lose_neither(three, write_lora) -> 
         await asyncio.gather(t.roll("b", write_lora("two", 2.0)), t.roll("c", write_lora("three", 3.0)))
         assert all(t.served("b"))
         assert all(t.served("c"))
+
+
+@in_a_loop
+async def test_a_lock_that_fails_for_a_moment_does_not_keep_the_document_from_being_put_back(
+    three, write_lora, monkeypatch
+) -> None:
+    def failing(where: str) -> AbstractContextManager[None]:
+        tries.append(where)
+        if len(tries) == 2:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return lock(where)
+
+    lock, tries = desired.lock, list[str]()
+    async with three() as t:
+        monkeypatch.setattr(desired, "lock", failing)
+        (old,) = set(t.served("a"))
+        t.wires[1].cut_after = "PUT /prepared"
+        with pytest.raises(ServeError, match="what it said before"):
+            await t.roll("a", write_lora("two", 2.0))
+        assert len(tries) == 3
+        assert t.entry("a").digest == old
 
 
 @in_a_loop
