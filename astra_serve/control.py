@@ -12,7 +12,7 @@ from watchfiles import awatch
 
 from astra_serve import desired
 from astra_serve.desired import Adapter, Canary, Document
-from astra_serve.errors import BadDocument, ServeError, without_secrets
+from astra_serve.errors import BadDocument, ServeError, first_line, without_secrets
 from astra_serve.fleet import Fleet
 from astra_serve.reconcile import Reconciler, Status
 
@@ -63,7 +63,7 @@ class Control:
             try:
                 document, text = await self._read()
             except Exception as error:  # whatever is wrong with the file, the page or the way to it
-                fault = without_secrets((str(error).strip() or type(error).__name__).splitlines()[0])
+                fault = first_line(error)
                 if fault != self.fault:
                     self.reconciler.tell_of_document(fault)
                 self.fault = fault
@@ -145,9 +145,8 @@ class Control:
         alias = self.fleet.aliases[entry.name]
         current = alias.current.digest
         canary = alias.canary and Canary(version=alias.canary.digest, weight=alias.weight)
-        before = [old.digest] if old and old.digest else []
-        previous = [d for d in dict.fromkeys([*before, *entry.previous]) if d != current]
-        return entry.model_copy(update={"digest": current, "canary": canary, "previous": previous[:8]})
+        previous = desired.previous([old.digest if old else None, *entry.previous], current)
+        return entry.model_copy(update={"digest": current, "canary": canary, "previous": previous})
 
     def _writable(self) -> None:
         if self.file is None:

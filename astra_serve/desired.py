@@ -20,7 +20,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +35,7 @@ from astra_serve.errors import BadDocument, ServeError
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+MOST_PREVIOUS = 8  # versions to roll back to
 DIGEST = r"sha256:[0-9a-f]{64}"
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 Digest = Annotated[str, StringConstraints(pattern=f"^{DIGEST}$")]
@@ -117,6 +118,11 @@ def entry(content: dict[str, Any]) -> Adapter:
         return Adapter.model_validate(content)
     except ValidationError as error:
         raise BadDocument(f"{content.get('name', 'an adapter')!r}: {_first(error)}") from error
+
+
+def previous(digests: Iterable[str | None], current: str) -> list[str]:
+    """Return which of `digests`, newest first, an entry that now means `current` may go back to."""
+    return [one for one in dict.fromkeys(digests) if one and one != current][:MOST_PREVIOUS]
 
 
 def dump(document: Document) -> str:

@@ -28,7 +28,7 @@ from vllm.v1.metrics.stats import RequestStateStats
 from astra_serve import request as requests
 from astra_serve.admission import base_name
 from astra_serve.child import PARENT
-from astra_serve.errors import ServeError
+from astra_serve.errors import ServeError, first_line
 from astra_serve.fleet import Fleet
 from astra_serve.gateway import Gateway, Served
 from astra_serve.places import HEADROOM
@@ -105,7 +105,7 @@ class VllmEngine:
         try:
             await self._client.add_lora(request)
         except Exception as error:  # whatever reading it raised in the engine's process
-            raise ServeError(f"the engine cannot load it: {_first_line(error)}") from error
+            raise ServeError(f"the engine cannot load it: {first_line(error)}") from error
         self._names[request.lora_int_id] = name
         return request
 
@@ -115,7 +115,7 @@ class VllmEngine:
             await self._client.remove_lora(handle.lora_int_id)
             there = handle.lora_int_id in await self._client.list_loras()
         except Exception as error:  # the engine has died, or is about to
-            raise ServeError(f"the engine cannot unload it: {_first_line(error)}") from error
+            raise ServeError(f"the engine cannot unload it: {first_line(error)}") from error
         if there:
             raise ServeError(f"the engine still holds {handle.lora_name}")
         self._names.pop(handle.lora_int_id, None)
@@ -124,16 +124,15 @@ class VllmEngine:
         """Return the names of the adapters that have a slot in the engine's batches. Raises ServeError."""
         if self._asked is None or self._asked.done():  # an engine that hangs is asked once
             self._asked = asyncio.create_task(self._client.collective_rpc("adapters_in_slots"))
-            self._asked.add_done_callback(
-                lambda asked: asked.cancelled() or asked.exception()
-            )  # nobody may wait for it
+            # It may come late, when nobody waits for it any more.
+            self._asked.add_done_callback(lambda asked: asked.cancelled() or asked.exception())
             self._asked_at = time.monotonic()
         try:
             found, *_ = await asyncio.wait_for(asyncio.shield(self._asked), ANSWER_S)
         except TimeoutError as error:
             raise ServeError(f"the engine has not answered for {self._silent_s:.0f} s") from error
         except Exception as error:
-            raise ServeError(f"the engine does not say what is in its slots: {_first_line(error)}") from error
+            raise ServeError(f"the engine does not say what is in its slots: {first_line(error)}") from error
         return {self._names[number] for number in found if number in self._names}
 
     def not_ready(self) -> list[str]:
@@ -160,7 +159,7 @@ class VllmEngine:
         found = await asyncio.gather(*asked, return_exceptions=True)  # all have ended: none is left with an adapter
         for answer in found:
             if isinstance(answer, BaseException):
-                raise ServeError(f"the engine refuses its probe: {_first_line(answer)}") from answer
+                raise ServeError(f"the engine refuses its probe: {first_line(answer)}") from answer
         return [answer for answer in found if not isinstance(answer, BaseException)]
 
     def install(self, app: FastAPI, fleet: Fleet, gateway: Gateway) -> None:
@@ -258,7 +257,3 @@ def _time(request: requests.Request, stats: RequestStateStats | None) -> None:
     if stats and stats.num_generation_tokens > 1:
         seconds = stats.last_token_ts - stats.first_token_ts
         request.between_tokens_s.append(seconds / (stats.num_generation_tokens - 1))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

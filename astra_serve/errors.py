@@ -49,6 +49,11 @@ class EngineDied(ServeError):
     """The engine's process has ended by itself; a supervisor should start the server again."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error of somebody else's says, in one line and without secrets."""
+    return without_secrets((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
 def without_secrets(text: str) -> str:
     """Return `text` without what URLs may carry before an @ and behind a ?."""
     return re.sub(r"\?[^\s'\"]*", "", re.sub(r"//[^/@\s]*@", "//", text))

@@ -6,7 +6,7 @@ from pathlib import Path
 import fsspec
 from huggingface_hub import snapshot_download
 
-from astra_serve.errors import CannotFetch, without_secrets
+from astra_serve.errors import CannotFetch, first_line, without_secrets
 from astra_serve.store import FILES, Store
 from converter.adapter_dir import PROVENANCE
 
@@ -31,8 +31,7 @@ def fetch(source: str, store: Store, roots: tuple[Path, ...] = ()) -> Path:
             _from_url(source, folder)
     except Exception as error:  # each file system has errors of its own
         shutil.rmtree(folder, ignore_errors=True)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CannotFetch(without_secrets(f"{source} cannot be fetched: {reason}")) from error
+        raise CannotFetch(without_secrets(f"{source} cannot be fetched: {first_line(error)}")) from error
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

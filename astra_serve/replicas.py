@@ -28,18 +28,13 @@ class Replica:
         self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = ANSWER_S
     ) -> dict[str, Any]:
         """Return what it answers. Raises ServeError with its name, where that is no success."""
-        answer = await self._answer(method, path, body, timeout_s)
-        if not answer.is_success:
-            raise ServeError(f"{self.name}: {_reason(answer)}")
-        return self._content(answer)
+        return self._content(await self._answer(method, path, body, timeout_s))
 
     async def adapter(self, name: str) -> dict[str, Any] | None:
         """Return what it says of an adapter; None where it has none of this name. Raises ServeError."""
         answer = await self._answer("GET", f"/adapters/{name}", None, ANSWER_S)
         if answer.status_code == httpx.codes.NOT_FOUND:
             return None
-        if not answer.is_success:
-            raise ServeError(f"{self.name}: {_reason(answer)}")
         return self._content(answer)
 
     async def refresh(self) -> dict[str, Any]:
@@ -56,6 +51,8 @@ class Replica:
             raise ServeError(f"{self.name} does not answer: {str(error) or type(error).__name__}") from error
 
     def _content(self, answer: httpx.Response) -> dict[str, Any]:
+        if not answer.is_success:
+            raise ServeError(f"{self.name}: {_reason(answer)}")
         try:
             return dict(answer.json())
         except (ValueError, TypeError) as error:

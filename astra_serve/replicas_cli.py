@@ -46,7 +46,7 @@ async def _run(args: argparse.Namespace, wanted: dict[str, Any], token: str) -> 
             digest = await prepare(args.name, wanted, found, _tell, args.timeout)
             print(json.dumps({"name": args.name, "digest": digest}) if args.json else digest)
             return 0
-        entry = await rollout(args.name, wanted, found, _tell, where=args.document, timeout_s=args.timeout)
+        entry = await rollout(args.name, wanted, found, _tell, args.timeout, args.document)
         print(entry.model_dump_json() if args.json else f"{entry.name} is {entry.digest} at all {len(found)}")
         return 0
 

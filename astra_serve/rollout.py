@@ -18,20 +18,17 @@ from typing import Any
 
 from astra_serve import desired
 from astra_serve.desired import Adapter
-from astra_serve.errors import BadDocument, ServeError, without_secrets
+from astra_serve.errors import BadDocument, ServeError, first_line
 from astra_serve.replicas import Replica, of_all
 
 POLL_S = 0.2
 BACK_S = 60.0  # for a store that fails to take the document back, and for replicas to serve what they served before
 KEPT = {"required", "pin", "allow_no_effect"}  # of an entry whose version changes
-MOST_PREVIOUS = 8
 
 Tell = Callable[[str, str], None]  # the step, and what happened
 
 
-async def prepare(
-    name: str, wanted: dict[str, Any], replicas: Sequence[Replica], tell: Tell, timeout_s: float = 600.0
-) -> str:
+async def prepare(name: str, wanted: dict[str, Any], replicas: Sequence[Replica], tell: Tell, timeout_s: float) -> str:
     """Have every replica prove the version that `wanted` means, and return its digest.
 
     `wanted` is the body of `PUT /prepared/NAME`. Raises ServeError where one of them cannot, or they differ.
@@ -55,9 +52,8 @@ async def rollout(
     wanted: dict[str, Any],
     replicas: Sequence[Replica],
     tell: Tell,
-    *,
+    timeout_s: float,
     where: str | None = None,
-    timeout_s: float = 600.0,
 ) -> Adapter:
     """Let `name` mean what `wanted` says at every replica, and return the document's entry.
 
@@ -66,14 +62,15 @@ async def rollout(
     """
     where, old = await _document(name, replicas, where)
     served = await of_all(replicas, lambda replica: _settled(replica, name, timeout_s))
-    before = {adapter["version"]["digest"] for adapter in served if adapter and adapter["version"]}
+    digests = {adapter["version"]["digest"] for adapter in served if adapter and adapter["version"]}
+    as_said = len(digests) == 1 and all(adapter and adapter["state"] == "serving" for adapter in served)
     kept = old.model_dump(include=KEPT, exclude_defaults=True) if old else {}
     try:
         digest = await prepare(name, {**kept, **wanted}, replicas, tell, timeout_s)
     except ServeError as error:
         raise ServeError(f"{error}; nothing was changed") from error
-    previous = [d for d in dict.fromkeys([*before, *(old.previous if old else [])]) if d != digest]
-    new = desired.entry({"name": name, **kept, **wanted, "digest": digest, "previous": previous[:MOST_PREVIOUS]})
+    previous = desired.previous([*digests, *(old.previous if old else [])], digest)
+    new = desired.entry({"name": name, **kept, **wanted, "digest": digest, "previous": previous})
     flip = Flip(where, old, new)
     writing = asyncio.create_task(asyncio.to_thread(flip.write))
     try:
@@ -87,8 +84,7 @@ async def rollout(
         if not flip.written:
             raise
         tell("back", f"{str(error) or 'told to stop'}: the document is put back, which may take a moment")
-        settled = all(adapter and adapter["state"] == "serving" for adapter in served)
-        how = await _whatever_comes(_go_back(flip, before if settled else set(), replicas, tell))
+        how = await _whatever_comes(_go_back(flip, digests.pop() if as_said else None, replicas, tell))
         if isinstance(error, ServeError):
             raise ServeError(f"{error}; {how}") from error
         tell("back", how)
@@ -127,9 +123,10 @@ class Flip:
                 return "the document is as before"
             if document.get(self.new.name) != self.new:
                 return "the document is as somebody else has left it"
-            named = self.old is None or self.old.digest is not None or digest is None
-            back = self.old if named or self.old is None else self.old.model_copy(update={"digest": digest})
-            if named and text == self._changed:
+            back = self.old
+            if back and not back.digest:
+                back = back.model_copy(update={"digest": digest})
+            if back == self.old and text == self._changed:
                 _save(self._text, self.where)  # with its comments
             else:
                 _save(desired.dump(document.replacing(self.new.name, self.new, back)), self.where)
@@ -147,7 +144,7 @@ def _locked(where: str) -> Iterator[None]:
         with desired.lock(where):
             yield
     except OSError as error:
-        raise ServeError(f"the document at {where} cannot be locked: {_first_line(error)}") from error
+        raise ServeError(f"the document at {where} cannot be locked: {first_line(error)}") from error
 
 
 async def _document(name: str, replicas: Sequence[Replica], where: str | None) -> tuple[str, Adapter | None]:
@@ -178,19 +175,14 @@ def _read(where: str) -> str:
     try:
         return desired.read(where)
     except Exception as error:  # each store has errors of its own
-        raise ServeError(f"the document at {where} cannot be read from here: {_first_line(error)}") from error
+        raise ServeError(f"the document at {where} cannot be read from here: {first_line(error)}") from error
 
 
 def _save(text: str, where: str) -> None:
     try:
         desired.save(text, where)
     except Exception as error:
-        raise ServeError(f"the document at {where} cannot be changed: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return without_secrets(reason.splitlines()[0])
+        raise ServeError(f"the document at {where} cannot be changed: {first_line(error)}") from error
 
 
 async def _settled(replica: Replica, name: str, timeout_s: float) -> dict[str, Any] | None:
@@ -220,12 +212,11 @@ async def _serves(replica: Replica, name: str, digest: str | None, tell: Tell, t
         tell("serve", f"{replica.name} serves {version['name']}")
 
 
-async def _go_back(flip: Flip, before: set[str], replicas: Sequence[Replica], tell: Tell) -> str:
+async def _go_back(flip: Flip, digest: str | None, replicas: Sequence[Replica], tell: Tell) -> str:
     """Put the document back, wait for the replicas that answer, and say how that went.
 
-    `before` holds the digest that all of them served; none where it was not one, or not what the document said.
+    `digest` is what all of them served; None where it was not one, or not what the document said.
     """
-    digest = next(iter(before)) if len(before) == 1 else None
     end = asyncio.get_running_loop().time() + BACK_S
     while True:
         try:
