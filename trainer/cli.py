@@ -1,11 +1,13 @@
 """`astra-train --base BASE --data DATA --out DIR`: train one adapter. `astra-train analyze DIR`: look at it."""
 
 import argparse
+import atexit
 import difflib
 import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,15 +16,36 @@ from converter.adapter_dir import AdapterError
 from trainer.config import TrainConfig, describe, load_config
 from trainer.errors import ConfigError, Interrupted, TrainerError
 
-_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # accelerate launch starts several, and one of them speaks
+# accelerate launch starts several processes, and one of them speaks
+_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
+_SEVERAL = os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `astra-train` and return its exit status.
+    """Run `astra-train` and return its exit status; of several processes each ends with it.
 
     0; 2 with one line on stderr for bad input; 130 when it was interrupted.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    status = _run(sys.argv[1:] if argv is None else argv)
+    if _SEVERAL:
+        _leave(status)
+    return status
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process with what others want done at its end, but without taking Python apart.
+
+    A thread of gloo may hold the tensors of the last collective still; when it lets go of them in a Python that is
+    being taken apart, the process aborts. Ending the process group waits for those threads only where nothing else
+    refers to it, and what DTensor remembers of a sharded base does.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _run(argv: list[str]) -> int:
     try:
         return _analyze(argv[1:]) if argv[:1] == ["analyze"] else _train(argv)
     except (TrainerError, AdapterError) as error:
