@@ -167,16 +167,21 @@ class Metrics:
         yield from (info, where, effect, deviation)
 
     def _for_routers(self) -> Metric:
-        """Return what routers that know LoRA read of vLLM, by the names that requests use: vLLM's has our versions'."""
+        """Return what routers that know LoRA read of vLLM, by the names that requests use: vLLM's has our versions'.
+
+        The base is among them, in a place of its own: Gateway API's endpoint picker ignores a list that is empty, and
+        would go on with the one before.
+        """
         labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
         found = GaugeMetricFamily(
-            "astra_lora_requests_info", "Adapters in the engine's memory; since 1970", labels=labels
+            "astra_lora_requests_info", "The base and adapters in the engine's memory; since 1970", labels=labels
         )
         places = self._fleet.places
         loaded = [
             name for name, alias in self._fleet.aliases.items() if places.residency(alias.current) in ("slot", "memory")
         ]
-        found.add_metric([str(places.capacity), ",".join(loaded), ""], time.time())
+        names = [self._fleet.base.name, *loaded]
+        found.add_metric([str(places.capacity + 1), ",".join(names), ""], time.time())
         return found
 
     def _of(self, request: Request) -> str:

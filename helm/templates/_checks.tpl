@@ -4,6 +4,9 @@
 {{- if and $v.adapters $v.adaptersUrl -}}
   {{- fail "adapters and adaptersUrl are both set: the desired state is in one place" -}}
 {{- end -}}
+{{- if not (regexMatch "^[a-z]" (include "astra.fullname" .)) -}}
+  {{- fail (printf "%q begins with a digit, as no Service's name may: set fullnameOverride" (include "astra.fullname" .)) -}}
+{{- end -}}
 {{- $names := list -}}
 {{- $sources := list -}}
 {{- $pinned := 0 -}}
@@ -88,10 +91,31 @@
 {{- if and $v.httpRoute.enabled (not $v.httpRoute.parentRefs) -}}
   {{- fail "httpRoute is enabled without httpRoute.parentRefs: name the Gateway" -}}
 {{- end -}}
+{{- /* The Gateway API's own rule: of one parent either all, or one listener each. A port does not tell them apart. */ -}}
+{{- $parents := dict -}}
+{{- range $v.httpRoute.parentRefs -}}
+  {{- $parent := printf "%s/%s/%s/%s" (dig "group" "gateway.networking.k8s.io" .) (dig "kind" "Gateway" .) (dig "namespace" $.Release.Namespace .) .name -}}
+  {{- $listeners := default list (get $parents $parent) -}}
+  {{- $listener := dig "sectionName" "" . -}}
+  {{- if and $listeners (or (has "" (append $listeners $listener)) (has $listener $listeners)) -}}
+    {{- fail (printf "httpRoute.parentRefs has %q twice: give each a sectionName of its own" .name) -}}
+  {{- end -}}
+  {{- $_ := set $parents $parent (append $listeners $listener) -}}
+{{- end -}}
+{{- /* A list by names: where the engine runs over several nodes, Kubernetes takes none twice. */ -}}
+{{- $mine := dict "HOME" "base.size, its room" "GROUP" "nodes" "HF_TOKEN" "hubToken" "VLLM_API_KEY" "apiKey" "ASTRA_ADMIN_TOKEN" "admin" -}}
+{{- $variables := list -}}
 {{- range $v.env -}}
   {{- if and .value (regexMatch "(?i)(^|_)(token|secret|password|passwd|api_?key|access_key)$" .name) -}}
     {{- fail (printf "env has %s in plain: take it from a Secret with valueFrom.secretKeyRef" .name) -}}
   {{- end -}}
+  {{- if hasKey $mine .name -}}
+    {{- fail (printf "env has %s, which is this chart's to set: use %s" .name (get $mine .name)) -}}
+  {{- end -}}
+  {{- if has .name $variables -}}
+    {{- fail (printf "env has %s twice: names must differ" .name) -}}
+  {{- end -}}
+  {{- $variables = append $variables .name -}}
 {{- end -}}
 {{- $set := dict "base" "base.source" "max-loras" "engine.maxLoras" "max-lora-rank" "engine.maxLoraRank" "resident" "engine.resident" "tensor-parallel-size" "gpu.count" "pipeline-parallel-size" "nodes" "nnodes" "nodes" "node-rank" "nodes" "master-addr" "nodes" "headless" "nodes" "adapters" "adapters" "adapter" "adapters" "store" "store" "shared-store" "store" "adapter-root" "adaptersClaim" "drain-seconds" "drainSeconds" "host" "service" "port" "service.port" "admin-host" "admin" "admin-port" "admin.port" "api-key" "apiKey.secret" -}}
 {{- range $v.engine.args -}}
@@ -99,6 +123,9 @@
   {{- if hasKey $set $option -}}
     {{- fail (printf "engine.args has --%s, which is this chart's to set: use %s" $option (get $set $option)) -}}
   {{- end -}}
+{{- end -}}
+{{- if eq (int $v.admin.port) 8000 -}}
+  {{- fail "admin.port is 8000, where requests go: take another" -}}
 {{- end -}}
 {{- if and (eq $v.autoscaling.kind "keda") (not $v.monitoring.serviceMonitor) -}}
   {{- fail "autoscaling.kind=keda asks Prometheus, which scrapes nothing: set monitoring.serviceMonitor" -}}

@@ -1,14 +1,18 @@
+{{- /*
+At most 40 characters: what is made of a name must fit into a label's 63. The longest is that of a group's pods,
+NAME-group-INDEX-HASH.
+*/ -}}
 {{- define "astra.name" -}}
-{{- default .Chart.Name .Values.nameOverride | trunc 50 | trimSuffix "-" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 
 {{- define "astra.fullname" -}}
 {{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
 {{- else if contains (include "astra.name" .) .Release.Name -}}
-{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name (include "astra.name" .) | trunc 50 | trimSuffix "-" -}}
+{{- printf "%s-%s" .Release.Name (include "astra.name" .) | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 {{- end -}}
 
@@ -72,9 +76,9 @@ name: {{ include "astra.workloadName" . }}
 
 {{- define "astra.mostReplicas" -}}
 {{- if eq .Values.autoscaling.kind "none" -}}
-{{ .Values.replicas }}
+{{ int .Values.replicas }}
 {{- else -}}
-{{ .Values.autoscaling.maxReplicas }}
+{{ int .Values.autoscaling.maxReplicas }}
 {{- end -}}
 {{- end -}}
 

@@ -24,9 +24,9 @@ spec:
   terminationGracePeriodSeconds: {{ add (include "astra.preStopSeconds" $) (int $v.drainSeconds) 60 }}
   securityContext:
     runAsNonRoot: true
-    runAsUser: {{ $v.podSecurity.user }}
-    runAsGroup: {{ $v.podSecurity.user }}
-    fsGroup: {{ $v.podSecurity.user }}
+    runAsUser: {{ int $v.podSecurity.user }}
+    runAsGroup: {{ int $v.podSecurity.user }}
+    fsGroup: {{ int $v.podSecurity.user }}
     fsGroupChangePolicy: OnRootMismatch
     seccompProfile:
       type: RuntimeDefault
@@ -97,7 +97,7 @@ spec:
       ports:
         - {name: http, containerPort: 8000, protocol: TCP}
         {{- if $v.admin.secret }}
-        - {name: admin, containerPort: {{ $v.admin.port }}, protocol: TCP}
+        - {name: admin, containerPort: {{ int $v.admin.port }}, protocol: TCP}
         {{- end }}
       startupProbe:
         httpGet: {path: /livez, port: http}
@@ -159,7 +159,7 @@ spec:
   volumes:
     - name: home
       emptyDir:
-        sizeLimit: {{ $v.base.size }}
+        sizeLimit: {{ toYaml $v.base.size }}
     - name: tmp
       emptyDir:
         sizeLimit: 10Gi
@@ -169,13 +169,13 @@ spec:
         claimName: {{ $v.store.claim.name }}
       {{- else }}
       emptyDir:
-        sizeLimit: {{ $v.store.size }}
+        sizeLimit: {{ toYaml $v.store.size }}
       {{- end }}
     {{- if $v.shm }}
     - name: shm
       emptyDir:
         medium: Memory
-        sizeLimit: {{ $v.shm }}
+        sizeLimit: {{ toYaml $v.shm }}
     {{- end }}
     {{- if $v.base.claim.name }}
     - name: base
@@ -185,7 +185,7 @@ spec:
     {{- else if contains "://" $v.base.source }}
     - name: base
       emptyDir:
-        sizeLimit: {{ $v.base.size }}
+        sizeLimit: {{ toYaml $v.base.size }}
     {{- end }}
     {{- with $v.adaptersClaim.name }}
     - name: adapters
@@ -225,15 +225,15 @@ spec:
 {{- $role := index . 1 -}}
 {{- $v := $.Values -}}
 - --base={{ include "astra.base" $ }}
-- --max-loras={{ $v.engine.maxLoras }}
-- --max-lora-rank={{ $v.engine.maxLoraRank }}
-- --resident={{ $v.engine.resident }}
+- --max-loras={{ int $v.engine.maxLoras }}
+- --max-lora-rank={{ int $v.engine.maxLoraRank }}
+- --resident={{ int $v.engine.resident }}
 {{- if gt (int $v.gpu.count) 0 }}
-- --tensor-parallel-size={{ $v.gpu.count }}
+- --tensor-parallel-size={{ int $v.gpu.count }}
 {{- end }}
 {{- if gt (int $v.nodes) 1 }}
-- --pipeline-parallel-size={{ $v.nodes }}
-- --nnodes={{ $v.nodes }}
+- --pipeline-parallel-size={{ int $v.nodes }}
+- --nnodes={{ int $v.nodes }}
 - --node-rank=$(LWS_WORKER_INDEX)
 - --master-addr=$(LWS_LEADER_ADDRESS)
 {{- end }}
@@ -243,13 +243,13 @@ spec:
 {{- else }}
 - {{ include "astra.store" $ }}
 - --adapter-root=/adapters
-- --drain-seconds={{ $v.drainSeconds }}
+- --drain-seconds={{ int $v.drainSeconds }}
 - --log-format=json
 - --host=0.0.0.0
 - --port=8000
 {{- if $v.admin.secret }}
 - --admin-host=0.0.0.0
-- --admin-port={{ $v.admin.port }}
+- --admin-port={{ int $v.admin.port }}
 {{- end }}
 {{- end }}
 {{- range $v.engine.args }}
@@ -299,7 +299,7 @@ securityContext:
 {{- define "astra.resources" -}}
 {{- $resources := deepCopy .Values.resources -}}
 {{- if gt (int .Values.gpu.count) 0 -}}
-{{- $gpus := dict .Values.gpu.resource (.Values.gpu.count | toString) -}}
+{{- $gpus := dict .Values.gpu.resource (int .Values.gpu.count | toString) -}}
 {{- $_ := set $resources "limits" (merge (default dict $resources.limits) $gpus) -}}
 {{- $_ := set $resources "requests" (merge (default dict $resources.requests) $gpus) -}}
 {{- end -}}

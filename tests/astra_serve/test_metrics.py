@@ -101,6 +101,17 @@ async def test_what_an_adapter_is_and_how_it_came_to_be_is_told(page, write_lora
 
 
 @in_a_loop
+async def test_routers_are_told_what_is_loaded_and_never_an_empty_list(page, base, write_lora) -> None:
+    p = page()
+    room = str(p.fleet.places.capacity + 1)
+    assert p.says("lora_requests_info", max_lora=room, running_lora_adapters=base.name, waiting_lora_adapters="")
+    await p.serve(a=write_lora("one", 1.0))
+    await p.fleet.places.look()
+    loaded = f"{base.name},a"
+    assert p.says("lora_requests_info", max_lora=room, running_lora_adapters=loaded, waiting_lora_adapters="")
+
+
+@in_a_loop
 async def test_there_are_never_more_series_than_for_a_thousand_adapters(page, write_lora, monkeypatch) -> None:
     monkeypatch.setattr(metrics, "MOST_ADAPTERS", 2)
     p = page()

@@ -103,3 +103,17 @@ def container(objects: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the server's container."""
     found: dict[str, Any] = pod(objects)["spec"]["containers"][0]
     return found
+
+
+def pods(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the specs of all pods that the chart's objects are, or make."""
+    found = []
+    for each in objects:
+        if each["kind"] == "Pod":
+            found.append(each["spec"])
+        elif each["kind"] == "Deployment":
+            found.append(each["spec"]["template"]["spec"])
+        elif each["kind"] == "LeaderWorkerSet":
+            group = each["spec"]["leaderWorkerTemplate"]
+            found += [group[role]["spec"] for role in ("leaderTemplate", "workerTemplate")]
+    return found

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from astra_serve import desired
-from tests.helm.chart import CPU, EVERYTHING, NODES, container, one, pod, render
+from tests.helm.chart import CPU, EVERYTHING, NODES, container, one, pod, pods, render
 
 
 def args(objects: list[dict[str, Any]]) -> dict[str, str]:
@@ -85,6 +85,16 @@ def test_a_groups_worker_computes_until_its_leader_has_drained() -> None:
     script = container["lifecycle"]["preStop"]["exec"]["command"][-1]
     compile(script, "preStop", "exec")
     assert "LWS_LEADER_ADDRESS" in script
+
+
+@pytest.mark.parametrize("values", [NODES, EVERYTHING], ids=["nodes", "everything"])
+def test_no_container_has_a_variable_twice(values: dict[str, Any]) -> None:
+    """A Deployment's pods would take the last of them, a LeaderWorkerSet is refused."""
+    secrets = {key: EVERYTHING[key] for key in ("hubToken", "apiKey", "admin", "objectStore", "env")}
+    for spec in pods(render({**values, **secrets})):
+        for each in [*spec["containers"], *spec.get("initContainers", [])]:
+            names = [variable["name"] for variable in each.get("env", [])]
+            assert len(names) == len(set(names))
 
 
 def test_of_a_group_only_the_leader_gets_requests_and_every_node_counts_for_disruption() -> None:
@@ -234,24 +244,16 @@ def test_only_the_api_is_routed_from_outside() -> None:
 
 @pytest.mark.parametrize("values", [{}, CPU, EVERYTHING, NODES], ids=["default", "cpu", "everything", "nodes"])
 def test_every_pod_is_restricted(values: dict[str, Any]) -> None:
-    pods = []
-    for found in render(values):
-        if found["kind"] == "Pod":
-            pods.append(found["spec"])
-        elif found["kind"] == "Deployment":
-            pods.append(found["spec"]["template"]["spec"])
-        elif found["kind"] == "LeaderWorkerSet":
-            group = found["spec"]["leaderWorkerTemplate"]
-            pods += [group["leaderTemplate"]["spec"], group["workerTemplate"]["spec"]]
-    assert len(pods) >= 2
-    for spec in pods:
+    found = pods(render(values))
+    assert len(found) >= 2
+    for spec in found:
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         picker = spec.get("serviceAccountName", "").endswith("-picker")
         assert spec.get("automountServiceAccountToken") is (None if picker else False)
         assert spec["enableServiceLinks"] is False
-        for found in [*spec["containers"], *spec.get("initContainers", [])]:
-            assert found["securityContext"] == {
+        for each in [*spec["containers"], *spec.get("initContainers", [])]:
+            assert each["securityContext"] == {
                 "allowPrivilegeEscalation": False,
                 "readOnlyRootFilesystem": True,
                 "capabilities": {"drop": ["ALL"]},

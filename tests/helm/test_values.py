@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.helm.chart import CHART, NODES, RenderError, render
+from tests.helm.chart import CHART, EVERYTHING, NAMESPACE, NODES, RenderError, render, run, text_of
 from tests.helm.values_table import BEGIN, SCHEMA, VALUES, resolved, table
 
 FREE = {"global"}  # of a parent chart
@@ -125,7 +125,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "scale": ({"autoscaling": {"kind": "keda", "minReplicas": 5}}, "minReplicas is above"),
     "ingress": ({"ingress": {"enabled": True}}, "without ingress.host"),
     "route": ({"httpRoute": {"enabled": True}}, "name the Gateway"),
+    "one Gateway, two ports": (
+        {"httpRoute": {"parentRefs": [{"name": "g", "port": 80}, {"name": "g", "namespace": NAMESPACE, "port": 443}]}},
+        '"g" twice: give each a sectionName',
+    ),
+    "one listener twice": (
+        {"httpRoute": {"parentRefs": [{"name": "g", "sectionName": "a"}, {"name": "g", "sectionName": "a"}]}},
+        '"g" twice',
+    ),
     "secret": ({"env": [{"name": "HF_TOKEN", "value": "hf_x"}]}, "env has HF_TOKEN in plain"),
+    "variable of ours": (
+        {"env": [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}]},
+        "env has HF_TOKEN, which is this chart's to set: use hubToken",
+    ),
+    "variable twice": ({"env": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]}, "env has A twice"),
+    "admin": ({"admin": {"port": 8000}}, "admin.port is 8000"),
     "key": ({"engine": {"args": ["--api_key=x"]}}, "use apiKey.secret"),
     "option": ({"engine": {"args": ["--port=9000"]}}, "--port, which is this chart's to set: use service.port"),
     "password": ({"adaptersUrl": "https://user:secret@host/document"}, "a URL has credentials in it"),
@@ -144,11 +158,56 @@ def test_what_cannot_work_is_refused_when_it_is_rendered(case: str) -> None:
 @pytest.mark.parametrize(
     "values",
     [{"replicas": -1}, {"image": {"pullPolicy": "Sometimes"}}, {"engine": {"maxLoraRank": 48}}, {"drainSeconds": 0},
-     {"adapters": [{"name": "../a", "source": "s"}]}, {"adapters": [{"name": "a"}]}, {"shm": "8 gigabytes"}],
+     {"adapters": [{"name": "../a", "source": "s"}]}, {"adapters": [{"name": "a"}]}, {"shm": "8 gigabytes"},
+     {"nameOverride": "bad name"}, {"fullnameOverride": "1a"}, {"service": {"port": 65536}}, {"admin": {"port": 80}},
+     {"httpRoute": {"hostnames": ["a_b..c"]}}, {"httpRoute": {"parentRefs": [{"name": "g", "namespace": "Bad_NS"}]}}],
 )  # fmt: skip
 def test_a_value_of_the_wrong_kind_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(RenderError, match="values don't meet the specifications of the schema"):
         render(values)
+
+
+def test_listeners_of_one_gateway_are_told_apart_by_their_names() -> None:
+    listeners = [{"name": "g", "sectionName": "http"}, {"name": "g", "sectionName": "https"}, {"name": "h"}]
+    assert render({"httpRoute": {"enabled": True, "parentRefs": listeners}, "apiKey": {"secret": "k"}})
+
+
+def test_a_release_whose_name_no_service_may_have_is_refused() -> None:
+    with pytest.raises(RenderError, match=r'"1a-astra" begins with a digit.*fullnameOverride'):
+        run("helm4", "template", "1a", str(CHART))
+
+
+@pytest.mark.parametrize("values", [{"fullnameOverride": "a" * 40}, {"nameOverride": "a" * 40}])
+def test_what_is_made_of_the_longest_name_fits_into_a_label(values: dict[str, Any]) -> None:
+    """A group's pods are labelled with the name of their StatefulSet, GROUP-INDEX, and a hash of ten characters."""
+    (group,) = (o for o in render({**NODES, **values}) if o["kind"] == "LeaderWorkerSet")
+    assert len(f"{group['metadata']['name']}-9999-{'h' * 10}") <= 63
+
+
+def whole_numbers(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return values that have a million, or the most that is allowed, for every whole number that the chart writes."""
+    found: dict[str, Any] = {}
+    for key, inner in resolved(schema).get("properties", {}).items():
+        if inner.get("type") == "integer":
+            found[key] = min(2_000_000, inner.get("maximum", 2_000_000))
+        elif deeper := whole_numbers(inner):
+            found[key] = deeper
+    return found
+
+
+@pytest.mark.parametrize("nodes", [1, 2_000_000])
+def test_large_numbers_are_written_as_whole_ones(nodes: int) -> None:
+    """As the user ids of OpenShift; Helm reads numbers as floating-point ones."""
+    large = whole_numbers(SCHEMA)
+    assert large["podSecurity"]["user"] == 2_000_000
+    for kind in ("keda", "hpa"):
+        scaled = {**large["autoscaling"], "kind": kind}
+        sizes = {"base": {"size": 2**40}, "store": {**EVERYTHING["store"], "size": 2**40}}
+        values = {**EVERYTHING, **large, **sizes, "nodes": nodes, "autoscaling": scaled}
+        values["inferencePool"] = {"enabled": True, **large["inferencePool"]}
+        text = text_of(values)
+        assert "2000000" in text
+        assert not re.search(r"\d[eE]\+?\d\d", re.sub(r"[0-9a-f]{64}", "", text))
 
 
 @pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "AWS_WEB_IDENTITY_TOKEN_FILE", "VLLM_MAX_TOKENS"])
