@@ -199,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (publish, prepare, rollout):
         command.add_argument("source", metavar="SOURCE", help="a folder, hf://org/repo@revision, any fsspec URL")
         command.add_argument("--digest", help="refuse anything else")
-        command.add_argument("--required", action="store_true", default=None, help="the server is not ready without it")
+        command.add_argument("--required", action="store_true", default=None, help="a server that starts is not ready without it")
         command.add_argument("--pin", action="store_true", default=None, help="never swap it out")
         command.add_argument("--allow-no-effect", action="store_true", default=None, help="even if it changes nothing")
     rollout.add_argument(

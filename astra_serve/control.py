@@ -70,9 +70,11 @@ class Control:
                 return
             if self.fault:  # whatever kept the document away may have kept adapters away, too
                 self.reconciler.retry()
-            self.fault, self._read_once = None, True
+            first, self.fault, self._read_once = not self._read_once, None, True
             before, self._document, self._text = self._document, document, text
         self._follow(before, document)
+        if first:
+            self.reconciler.await_required()
 
     def not_ready(self) -> list[str]:
         """Return why it is not known yet what is to be served, if it is not."""

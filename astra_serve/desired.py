@@ -4,7 +4,7 @@
       - name: support                       # what requests call it
         source: ./support-lora              # a folder, hf://org/repo@revision, s3://bucket/key, sha256:... in the store
         digest: sha256:3f2a...              # optional: nothing else is served
-        required: true                      # the server is not ready without it
+        required: true                      # a server that starts is not ready without it
         pin: true                           # never swapped out
         allow_no_effect: true               # served even if it changes nothing
         previous: [sha256:91bc...]          # what a rollback goes back to, newest first
@@ -58,7 +58,7 @@ class Adapter(_Strict):
     name: Name = Field(description="what requests call it: letters, digits, '.', '_' and '-'")
     source: str = Field(min_length=1, description="a folder, hf://org/repo@revision, any fsspec URL, or sha256:...")
     digest: Digest | None = Field(default=None, description="the only content that is served under this name")
-    required: bool = Field(default=False, description="the server is not ready without it")
+    required: bool = Field(default=False, description="a server that starts is not ready without it")
     pin: bool = Field(default=False, description="never swapped out of the engine")
     allow_no_effect: bool = Field(default=False, description="served even if it changes none of the base's answers")
     previous: list[Digest] = Field(default_factory=list, description="versions to roll back to, newest first")

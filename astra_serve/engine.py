@@ -18,7 +18,6 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
-from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -30,7 +29,7 @@ from astra_serve.admission import base_name
 from astra_serve.child import PARENT
 from astra_serve.errors import ServeError, first_line
 from astra_serve.fleet import Fleet
-from astra_serve.gateway import Gateway, Served
+from astra_serve.gateway import OPEN, Gateway, Served
 from astra_serve.places import HEADROOM
 from astra_serve.slots import Slots
 
@@ -52,6 +51,8 @@ OURS = (
     "max_cpu_loras",
     "worker_extension_cls",
 )
+# /invocations answers with the base whatever `model` says; and who may ask a model may not scale its engine.
+NOT_SERVED = ("/invocations", "/scale_elastic_ep", "/is_scaling_elastic_ep")
 ANSWER_S = 10.0  # for the engine to say what is in its slots
 PROBE_PRIORITY = 100  # after every request of a user, whose priority is 0
 PROBE_TOKENS = 20  # of which log probabilities are asked: vLLM's default maximum
@@ -181,6 +182,7 @@ class VllmEngine:
         models.show_available_models = show_available_models
         gateway.abort = self._client.abort
         gateway.serves = _serves(app)
+        app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") not in NOT_SERVED]
         # Behind all of vLLM's middleware: what that refuses, as a request without an API key, must not load anything.
         app.router.middleware_stack = gateway.around(app.router.middleware_stack)  # type: ignore[assignment]
 
@@ -201,11 +203,11 @@ class VllmEngine:
 
 
 def _serves(app: FastAPI) -> Callable[[Any], bool]:
-    """Return whether a path is one that handles requests to models, and that vLLM guards with its API keys."""
+    """Return whether a path is one that handles requests to models."""
 
     def serves(scope: Any) -> bool:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        return path.startswith(GUARDED_PREFIX) and any(route.matches(scope)[0] == Match.FULL for route in app.routes)
+        return path not in OPEN and any(route.matches(scope)[0] == Match.FULL for route in app.routes)
 
     return serves
 

@@ -25,6 +25,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
 
 REQUEST_ID = rb"[A-Za-z0-9._:-]{1,128}"
+OPEN = frozenset({"/health", "/livez", "/readyz", "/metrics", "/ping"})  # how the server is: no models, no API keys
 
 
 class Served(Mapping[str, Any]):
@@ -120,17 +121,17 @@ class Gateway:
     ) -> None:
         user = content.get("user")
         if self.closed:
-            await _refuse(send, 503, f"{self.closed}: ask again, of another server", None, 1)
+            await refuse(send, 503, f"{self.closed}: ask again, of another server", None, 1)
             return
         if content.get("priority"):  # the engine's priorities are for its probes: callers wait for each other's turn
-            await _refuse(send, 400, "priority is not served: leave it out", "priority")
+            await refuse(send, 400, "priority is not served: leave it out", "priority")
             return
         try:
             async with self._fleet.lease(request.model, _caller(scope, user if isinstance(user, str) else "")) as held:
                 request.version = held
                 if held and held.adapts_head and content.get("prompt_logprobs") is not None:
                     reason = "the engine gives no prompt_logprobs with an adapter of lm_head: leave it out"
-                    await _refuse(send, 400, reason, "prompt_logprobs")
+                    await refuse(send, 400, reason, "prompt_logprobs")
                     return
                 token = requests.current.set(request)
                 try:
@@ -139,7 +140,7 @@ class Gateway:
                     requests.current.reset(token)
                     await self._finish(request)
         except Unavailable as error:
-            await _refuse(send, 503, str(error), "model", error.retry_after_s)
+            await refuse(send, 503, str(error), "model", error.retry_after_s)
 
     async def _finish(self, request: Request) -> None:
         """End what the engine still computes for a request: its version is held until then.
@@ -224,14 +225,17 @@ async def _cut_off(send: Send, request: Request) -> None:
     """End a request that took too long with an error that clients understand."""
     request.broke = True
     if request.status is None:
-        await _refuse(send, 503, PAST_DEADLINE, None, 1)
+        await refuse(send, 503, PAST_DEADLINE, None, 1)
     elif request.streams and not request.complete:
         error = json.dumps({"error": {"message": PAST_DEADLINE, "type": "ServiceUnavailableError", "code": 503}})
         await send({"type": "http.response.body", "body": f"data: {error}\n\n".encode()})
 
 
-async def _refuse(send: Send, status: int, message: str, param: str | None, retry_after_s: int | None = None) -> None:
-    kind = {400: "BadRequestError", 503: "ServiceUnavailableError"}[status]
+async def refuse(
+    send: Send, status: int, message: str, param: str | None = None, retry_after_s: int | None = None
+) -> None:
+    """Answer with an error in OpenAI's format."""
+    kind = {400: "BadRequestError", 401: "AuthenticationError", 503: "ServiceUnavailableError"}[status]
     body = json.dumps({"error": {"message": message, "type": kind, "param": param, "code": status}}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if retry_after_s is not None:

@@ -62,6 +62,7 @@ class Reconciler:
         self._fleet, self._store = fleet, store
         self._drain_s, self._keep, self._roots = drain_s, keep_versions, roots
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._awaited: set[str] = set()  # what the server is not ready without
         self._prepared: dict[str, tuple[Version, float]] = {}  # the last one of a name, and when
         self._preparing = 0
         self._now = asyncio.Event()  # set to end the waits between tries
@@ -83,6 +84,8 @@ class Reconciler:
 
     def bring(self, entry: Adapter, *, again: bool = False) -> None:
         """Start to serve one adapter as `entry` says, if that is not what is done already, or is wanted `again`."""
+        if not entry.required:
+            self._awaited.discard(entry.name)
         known = self.status.get(entry.name)
         if again or known is None or known.entry != entry:
             self._stop(entry.name)
@@ -139,16 +142,25 @@ class Reconciler:
         if name not in self.status:
             return
         self._stop(name)
+        self._awaited.discard(name)
         self._fleet.expected.discard(name)
         del self.status[name]
         if name in self._fleet.aliases:
             self._fleet.drop(name, self._drain_s)
         self._fleet.journal.tell(Event(name, "removed"))
 
-    def ready(self) -> list[str]:
-        """Return why the server is not ready: the required adapters that are not served."""
-        required = (status for status in self.status.values() if status.entry.required)
-        return [f"{s.entry.name}: {s.state}" for s in required if s.entry.name not in self._fleet.aliases]
+    def await_required(self) -> None:
+        """Let the server not be ready before the required adapters that there are now have been served.
+
+        To be called once, with the first document. A required adapter that comes later and cannot be served would take
+        all replicas out of rotation at once, and with them every adapter that they serve.
+        """
+        self._awaited = {name for name, status in self.status.items() if status.entry.required}
+
+    def not_ready(self) -> list[str]:
+        """Return why the server is not ready: the required adapters that it waits for."""
+        waits = (status for name, status in self.status.items() if name in self._awaited and status.entry.required)
+        return [f"{status.entry.name}: {status.state}" for status in waits]
 
     def tell_of_document(self, fault: str) -> None:
         """Let it be known that the document as it is now is not followed."""
@@ -217,6 +229,7 @@ class Reconciler:
                 canary.pinned = entry.pin
             current.pinned = entry.pin
             self._fleet.point(entry.name, self._alias(entry, current, canary), self._drain_s)
+            self._awaited.discard(entry.name)
             self._enter(status, "serving")
 
     def _alias(self, entry: Adapter, current: Version, canary: Version | None) -> Alias:

@@ -60,7 +60,7 @@ def serve(args: Namespace, base: Base, settings: Settings) -> None:
                 *gateway.not_ready(),
                 *vllm.not_ready(),
                 *(control.not_ready() if control else []),
-                *reconciler.ready(),
+                *reconciler.not_ready(),
             ]
 
         metrics = Metrics(fleet, reconciler, gateway, REGISTRY, not_ready, control)

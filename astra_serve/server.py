@@ -22,6 +22,7 @@ from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
 
 from astra_serve.admission import base_name
+from astra_serve.api_key import ApiKeys
 from astra_serve.engine import VllmEngine
 from astra_serve.errors import EngineDied, ServeError
 from astra_serve.gateway import Gateway
@@ -58,6 +59,8 @@ async def _serve(args: Namespace, start: Start, finish_s: float, patience_s: flo
         async with build_async_engine_client(args) as client:
             tasks = await client.get_supported_tasks()
             app = build_app(args, tasks, client.model_config)
+            if keys := [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]:
+                app.middleware_stack = ApiKeys(app.middleware_stack, keys)
             await init_app_state(client, app.state, args, tasks)
             engine = VllmEngine(client, base_name(args.model), patience_s)
             gateway = await start(engine, app)

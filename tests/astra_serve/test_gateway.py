@@ -226,17 +226,21 @@ async def test_a_closed_gateway_lets_nobody_in_and_waits_for_those_who_are(fleet
 
 @in_a_loop
 async def test_who_has_not_finished_at_the_deadline_gets_an_error_that_clients_understand(fleet) -> None:
+    begun = []
+
     async def handler(scope, receive, send) -> None:
         await body_of(receive)
         if scope["path"] == "/stream":
             headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
+        begun.append(scope["path"])
         await asyncio.sleep(60)
 
     async with ended(fleet, handler) as (gateway, http, found):
         running = [asyncio.create_task(http.post(path, json={"model": "a"})) for path in ("/whole", "/stream")]
-        await asyncio.sleep(0.02)
+        while len(begun) < len(running):
+            await asyncio.sleep(0.01)
         await gateway.close("the server is shutting down", finish_s=0.05)
         whole, stream = await asyncio.gather(*running)
         assert whole.status_code == 503

@@ -63,15 +63,13 @@ async def test_a_document_is_made_true_and_one_bad_entry_delays_nobody(world, wr
         w.reconciler.apply(
             document(
                 {"name": "none", "source": "/not/there"},
-                {"name": "good", "source": str(write_lora("good", 1.0)), "required": True},
+                {"name": "good", "source": str(write_lora("good", 1.0))},
             )
         )
-        assert w.reconciler.ready() == ["good: pending"]
         assert (await w.reconciler.settled("good")).state == "serving"
         bad = await w.reconciler.settled("none")
         assert bad.state == "failed"
         assert "there is no folder /not/there; trying again in 1 s" in (bad.reason or "")
-        assert w.reconciler.ready() == []
         assert [e.event for e in w.fleet.journal.events if e.adapter == "good"] == [
             "fetching", "verifying", "loading", "probing", "loaded", "serving",
         ]  # fmt: skip
@@ -317,6 +315,32 @@ async def test_it_is_not_ready_before_the_document_was_read_once(world, tmp_path
         (tmp_path / "adapters.yaml").write_text("adapters: []")
         await w.control.refresh()
         assert w.control.not_ready() == []
+
+
+@in_a_loop
+async def test_required_adapters_of_the_first_document_gate_readiness_and_a_later_one_takes_no_server_out(
+    world, write_lora, tmp_path
+) -> None:
+    def write(*entries: dict[str, Any]) -> None:
+        desired.write(document(*entries), tmp_path / "adapters.yaml")
+
+    good = {"name": "good", "source": str(write_lora("good", 1.0)), "required": True}
+    bad = {"name": "bad", "source": "/not/there", "required": True}
+    optional = {"name": "optional", "source": "/not/there"}
+    async with world() as w:
+        write(good, bad, optional)
+        await w.control.refresh()
+        assert w.reconciler.not_ready() == ["good: pending", "bad: pending"]
+        assert (await w.reconciler.settled("good")).state == "serving"
+        assert (await w.reconciler.settled("bad")).state == "failed"
+        assert w.reconciler.not_ready() == ["bad: failed"]
+        write(good, {**bad, "required": False}, optional)
+        await w.control.refresh()
+        assert w.reconciler.not_ready() == []
+        write(good, bad)
+        await w.control.refresh()
+        assert (await w.reconciler.settled("bad")).state == "failed"
+        assert w.reconciler.not_ready() == []  # all replicas read this
 
 
 @in_a_loop
