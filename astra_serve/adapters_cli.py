@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from astra_serve import desired, replicas_cli
+from astra_serve import desired, replicas, replicas_cli
 from astra_serve.errors import ServeError
 
 TOKEN, URL = "ASTRA_ADMIN_TOKEN", "ASTRA_ADMIN_URL"
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int:
 
     Where several are asked it is 1 in either case, and when they differ.
     """
-    args = _parser().parse_args(argv, argparse.Namespace(json=False, timeout=600.0))
+    args = _parser().parse_args(argv, argparse.Namespace(json=False, timeout=600.0, before=[], after=[]))
     if args.command == "schema":
         print(json.dumps(desired.json_schema(), indent=2))
         return 0
@@ -35,16 +36,27 @@ def main(argv: list[str]) -> int:
     if not token or not token.isascii() or not token.isprintable():
         print(f"astra-serve adapters: the admin token, one line of ASCII: put it into {TOKEN}", file=sys.stderr)
         return 2
-    args.url = getattr(args, "url", None) or os.environ.get(URL, "").replace(",", " ").split() or [DEFAULT_URL]
-    if args.command in ("status", "prepare", "rollout"):
+    args.url = [*args.before, *args.after] or os.environ.get(URL, "").replace(",", " ").split() or [DEFAULT_URL]
+    of_several = args.command in ("status", "prepare", "rollout")
+    wanted = _wanted(args) if args.command in ("publish", "prepare", "rollout") else {}
+    try:
+        if wanted:
+            desired.entry({"name": args.name, **wanted})
+        if args.command == "status":
+            args.expected = _expected(args.expected)
+        for url in args.url:
+            replicas.admin_url(url)
+        if len(args.url) > 1 and not of_several:
+            raise ServeError(f"{args.command} asks one server: give one --url")
+    except ServeError as error:
+        print(f"astra-serve adapters: {error}", file=sys.stderr)
+        return 2
+    if of_several:
         try:
-            return replicas_cli.run(args, _wanted(args) if args.command != "status" else {}, token)
+            return replicas_cli.run(args, wanted, token)
         except ServeError as error:
             print(f"astra-serve adapters: {error}", file=sys.stderr)
             return 1
-    if len(args.url) > 1:
-        print(f"astra-serve adapters: {args.command} asks one server: give one --url", file=sys.stderr)
-        return 2
     (url,) = args.url
     headers = {"Authorization": f"Bearer {token}"}
     try:
@@ -52,7 +64,7 @@ def main(argv: list[str]) -> int:
             if args.command == "events" and args.follow:
                 return _follow(client, args)
             answer = _with_progress(client, args) if args.command == "publish" else _ask(client, args)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except httpx.HTTPError as error:
         print(f"astra-serve adapters: {url} does not answer: {error}", file=sys.stderr)
         return 2
     try:
@@ -98,6 +110,14 @@ def _wanted(args: argparse.Namespace) -> dict[str, Any]:
     """Return what was said of the version that is to be served."""
     given = {key: getattr(args, key) for key in ("source", "digest", "required", "pin", "allow_no_effect")}
     return {key: value for key, value in given.items() if value is not None}
+
+
+def _expected(words: list[str]) -> dict[str, str]:
+    """Return the digest of each name. Raises ServeError."""
+    for word in words:
+        if not re.fullmatch(f"{desired.NAME}={desired.DIGEST}", word):
+            raise ServeError(f"{word!r} is not NAME=sha256:..., with the digest that `prepare` prints")
+    return dict(word.split("=", 1) for word in words)
 
 
 def _with_progress(client: httpx.Client, args: argparse.Namespace) -> httpx.Response:
@@ -168,25 +188,31 @@ def _show(content: dict[str, Any]) -> None:
             console.print(Text(f"{adapter['name']}: {adapter['reason']}"), soft_wrap=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    everywhere = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    everywhere.add_argument(
+def _everywhere(urls: str) -> argparse.ArgumentParser:
+    """Return the options that may stand before the command as well as after it; their URLs become `urls`."""
+    found = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    found.add_argument(
         "--url",
         action="append",
+        dest=urls,
         help=f"the admin port ({URL}, {DEFAULT_URL}); of several replicas repeated, or a name with all their addresses",
     )
-    everywhere.add_argument("--json", action="store_true", help="what the server answers, for scripts")
-    everywhere.add_argument("--timeout", type=float, metavar="S", help="seconds to wait (default: 600)")
+    found.add_argument("--json", action="store_true", help="what the server answers, for scripts")
+    found.add_argument("--timeout", type=float, metavar="S", help="seconds to wait (default: 600)")
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="astra-serve adapters",
         description="What a running server serves, and how that is changed.",
         epilog=f"The admin token comes from {TOKEN}.",
-        parents=[everywhere],  # before the command as well as after it
+        parents=[_everywhere("before")],
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, help_: str, *, named: bool = True) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help_, description=help_, parents=[everywhere])
+        command = commands.add_parser(name, help=help_, description=help_, parents=[_everywhere("after")])
         if named:
             command.add_argument("name", metavar="NAME")
         return command
@@ -199,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (publish, prepare, rollout):
         command.add_argument("source", metavar="SOURCE", help="a folder, hf://org/repo@revision, any fsspec URL")
         command.add_argument("--digest", help="refuse anything else")
-        command.add_argument("--required", action="store_true", default=None, help="a server that starts is not ready without it")
+        command.add_argument("--required", action="store_true", default=None, help="a server that starts waits for it")
         command.add_argument("--pin", action="store_true", default=None, help="never swap it out")
         command.add_argument("--allow-no-effect", action="store_true", default=None, help="even if it changes nothing")
     rollout.add_argument(

@@ -3,14 +3,14 @@
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 from watchfiles import awatch
 
-from astra_serve import desired
+from astra_serve import desired, document_text
 from astra_serve.desired import Adapter, Canary, Document
 from astra_serve.errors import BadDocument, ServeError, first_line, without_secrets
 from astra_serve.fleet import Fleet
@@ -36,7 +36,11 @@ class Control:
     def document(self) -> dict[str, str | None]:
         """Return where the document is, the digest of its text as it is followed, and why it is not as it is now."""
         where = str(self.file.absolute()) if self.file else without_secrets(self._where)
-        return {"where": where, "digest": desired.digest(self._text) if self._read_once else None, "fault": self.fault}
+        return {
+            "where": where,
+            "digest": document_text.digest(self._text) if self._read_once else None,
+            "fault": self.fault,
+        }
 
     @property
     def file(self) -> Path | None:
@@ -124,18 +128,20 @@ class Control:
             if status.entry != entry:
                 raise ServeError(f"the document changed {name!r} meanwhile: try again")
             if status.state == "failed":
-                await self._restore(name, old)
+                await self._restore(name)
                 return status
             served = self._as_served(entry, old)
             try:
                 await self._edit(lambda document: document.replacing(name, old, served), served)
             except (OSError, ServeError) as error:
-                await self._restore(name, old)
+                await self._restore(name)
                 reason = getattr(error, "strerror", None) or error
                 raise ServeError(f"the document cannot be changed: {reason}") from error
             return status
 
-    async def _restore(self, name: str, old: Adapter | None) -> None:
+    async def _restore(self, name: str) -> None:
+        """Serve what the document says of `name`, which may have changed meanwhile."""
+        old = self._document.get(name)
         if old is None:
             self.reconciler.remove(name)
         else:
@@ -153,20 +159,22 @@ class Control:
     def _writable(self) -> None:
         if self.file is None:
             raise ServeError(f"the desired state is at {without_secrets(self._where)}: change it there")
-        desired.check_writable(str(self.file))
+        document_text.check_writable(self._where)
 
     async def _edit(self, change: Callable[[Document], Document], served: Adapter | None = None) -> None:
         """Write what `change` makes of the document as it is now; what others have changed in it is followed, too.
 
         `served` is what the change says of an adapter that serves already. Raises ServeError and OSError.
         """
+
+        def changed(text: str) -> str:
+            return desired.dump(change(self._parsed(text)))
+
         self._writable()
-        assert self.file is not None
-        async with self._editing, AsyncExitStack() as held:
-            # In threads: they wait for others and for the disk, streams must not.
-            await asyncio.to_thread(held.enter_context, desired.lock(self.file))
-            document = change((await self._read())[0])
-            text = await asyncio.to_thread(desired.write, document, self.file)
+        async with self._editing:
+            # In a thread: it waits for others and for the disk, streams must not.
+            _, text = await asyncio.to_thread(document_text.edit, self._where, changed)
+            document = desired.parse(text, self._where)
             before, self._document, self._text = self._document, document, text
             if served:
                 self.reconciler.adopt(served)
@@ -180,15 +188,19 @@ class Control:
             if before.get(entry.name) != entry:
                 self.reconciler.bring(entry)
 
+    def _parsed(self, text: str) -> Document:
+        """Return the document that a file's text is. Raises BadDocument."""
+        if text and text == self._text:
+            return self._document
+        if not text.strip() and self._document.adapters:
+            raise BadDocument(f"{self._where} is empty or gone: write 'adapters: []' to serve none")
+        return desired.parse(text, self._where)
+
     async def _read(self) -> tuple[Document, str]:
         """Return the document as it is now, and its text. Raises ServeError, OSError, httpx.HTTPError and others."""
         if not self._where.startswith(("http://", "https://")):
-            text = await asyncio.to_thread(desired.read, self._where)
-            if text and text == self._text:
-                return self._document, text
-            if not text.strip() and self._document.adapters:
-                raise BadDocument(f"{self._where} is empty or gone: write 'adapters: []' to serve none")
-            return desired.parse(text, self._where), text
+            text = await asyncio.to_thread(document_text.read, self._where)
+            return self._parsed(text), text
         async with httpx.AsyncClient(timeout=10, follow_redirects=True) as client:
             answer = await client.get(self._where, headers={"If-None-Match": self._etag} if self._etag else {})
         if answer.status_code == httpx.codes.NOT_MODIFIED:

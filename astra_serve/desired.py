@@ -14,22 +14,14 @@ The admin API edits this document; the server does what it says, now and after a
 """
 
 import difflib
-import fcntl
-import hashlib
-import os
 import re
-import stat
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Annotated, Any
 
-import fsspec
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from astra_serve.errors import BadDocument, ServeError
+from astra_serve.errors import BadDocument, Conflict
 
 # libyaml's, where PyYAML was built with it: a thousand adapters are read in 0.06 s instead of 0.3.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -88,9 +80,9 @@ class Document(_Strict):
         return Document(adapters=rest if self.get(adapter.name) else [*rest, adapter])
 
     def replacing(self, name: str, old: Adapter | None, new: Adapter | None) -> "Document":
-        """Return the document with `new` for `old`; None is no entry. Raises BadDocument where it says neither."""
+        """Return the document with `new` for `old`; None is no entry. Raises Conflict where it says neither."""
         if self.get(name) not in (old, new):
-            raise BadDocument(f"somebody else has changed {name!r} in the document meanwhile: try again")
+            raise Conflict(f"somebody else has changed {name!r} in the document meanwhile: try again")
         return self.with_adapter(new) if new else self.without(name)
 
     def without(self, name: str) -> "Document":
@@ -130,89 +122,6 @@ def dump(document: Document) -> str:
     return str(
         yaml.dump(document.model_dump(exclude_defaults=True) or {"adapters": []}, Dumper=_DUMPER, sort_keys=False)
     )
-
-
-def read(where: str) -> str:
-    """Return what is in a file, or in an object of any store that fsspec knows; nothing where it is not there."""
-    try:
-        with fsspec.open(where, "rb") as stream:
-            return str(stream.read().decode("utf-8"))
-    except FileNotFoundError:
-        return ""
-
-
-def write(document: Document, where: str | Path) -> str:
-    """Replace a file, or an object of a store that fsspec knows, by the document, in one step; return its text.
-
-    Raises OSError, and what the store raises.
-    """
-    text = dump(document)
-    save(text, where)
-    return text
-
-
-def save(text: str, where: str | Path) -> None:
-    """Replace a file, or an object of a store that fsspec knows, by a document's text, in one step; as `write`."""
-    if "://" in str(where):
-        with fsspec.open(str(where), "wb") as stream:
-            stream.write(text.encode("utf-8"))
-        return
-    path = Path(where).resolve()  # not the link, if it is one
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    partial = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        _let_the_same_read(partial, path)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _let_the_same_read(new: Path, old: Path) -> None:
-    """Give a file the mode and the owner of the one that it replaces: servers of other users read it."""
-    was = old.stat() if old.exists() else None
-    with suppress(OSError):  # a file system that has none
-        new.chmod(stat.S_IMODE(was.st_mode) if was else 0o644)
-    if was:
-        with suppress(OSError):  # who may not give it to the owner may give it to the group
-            os.chown(new, -1, was.st_gid)
-        with suppress(OSError):
-            os.chown(new, was.st_uid, -1)
-
-
-@contextmanager
-def lock(where: str | Path) -> Iterator[None]:
-    """Keep others from changing the document's file while the block runs; of other stores nobody is kept away."""
-    if "://" in str(where):
-        yield
-        return
-    folder = Path(where).resolve().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def check_writable(where: str) -> None:
-    """Raise ServeError where the document can only be read: a web page, a mounted ConfigMap."""
-    if where.startswith(("http://", "https://", "file://")):
-        raise ServeError(f"{where} can only be read from here: change it where it comes from")
-    if "://" not in where and Path(where).exists() and not os.access(Path(where).parent, os.W_OK):
-        raise ServeError(f"{where} is read-only here, as a ConfigMap is: change it where it comes from")
-
-
-def digest(text: str) -> str:
-    """Return what tells one text of a document from another: sha256:HEX."""
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def json_schema() -> dict[str, Any]:

@@ -8,17 +8,22 @@ class ServeError(ValueError):
 
     ServeError
     ├── BadDocument   the desired state cannot be understood
+    ├── Conflict      somebody else has changed the document meanwhile
     ├── CannotFetch   an adapter's source cannot be read
     ├── Damaged       a version in the store is no longer what was published
     ├── InUse         another server has the store
     ├── ProbeFailed   the engine does not answer as the adapter should
     ├── Unavailable   an adapter that is known cannot answer now
-    └── EngineDied    the engine's process has ended by itself
+    └── EngineLost    the engine has died, or has been silent for too long
     """
 
 
 class BadDocument(ServeError):
     """The desired state cannot be understood."""
+
+
+class Conflict(ServeError):
+    """Somebody else has changed the document meanwhile."""
 
 
 class CannotFetch(ServeError):
@@ -45,8 +50,8 @@ class Unavailable(ServeError):
         self.retry_after_s = retry_after_s  # None: trying again does not help
 
 
-class EngineDied(ServeError):
-    """The engine's process has ended by itself; a supervisor should start the server again."""
+class EngineLost(ServeError):
+    """The engine has died, or has been silent for too long; a supervisor should start the server again."""
 
 
 def first_line(error: BaseException) -> str:
@@ -56,4 +61,4 @@ def first_line(error: BaseException) -> str:
 
 def without_secrets(text: str) -> str:
     """Return `text` without what URLs may carry before an @ and behind a ?."""
-    return re.sub(r"\?[^\s'\"]*", "", re.sub(r"//[^/@\s]*@", "//", text))
+    return re.sub(r"\?[^\s'\"]*", "", re.sub(r"//[^/\s]*@", "//", text))

@@ -1,7 +1,9 @@
 """From a source as the desired state names it to a folder on this machine."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from huggingface_hub import snapshot_download
@@ -18,7 +20,7 @@ def fetch(source: str, store: Store, roots: tuple[Path, ...] = ()) -> Path:
     """
     scheme, _, rest = source.partition("://")
     if not rest:
-        return _local(Path(source).expanduser(), roots)
+        return _local(Path(source), roots)
     if "::" in source:
         raise CannotFetch("a source is one URL, without '::'")
     if scheme in ("file", "local"):
@@ -38,8 +40,24 @@ def fetch(source: str, store: Store, roots: tuple[Path, ...] = ()) -> Path:
     return folder
 
 
+def mark(source: str) -> list[Any]:
+    """Return what changes when an adapter's files at `source` do, as far as that can be told without reading them."""
+    scheme, _, rest = source.partition("://")
+    found: list[Any] = []
+    for name in FILES:
+        with suppress(Exception):  # it is not there, or cannot be reached
+            if scheme != "hf" and "::" not in source:
+                system, path = fsspec.core.url_to_fs(source if rest else str(Path(source).expanduser()))
+                system.invalidate_cache()
+                found.append((name, system.checksum(f"{path.rstrip('/')}/{name}")))
+    return found
+
+
 def _local(path: Path, roots: tuple[Path, ...]) -> Path:
-    real = path.resolve()
+    try:
+        real = path.expanduser().resolve()
+    except (RuntimeError, ValueError, OSError) as error:  # a user or a name that cannot be
+        raise CannotFetch(f"{str(path)!r} is no folder: {error}") from error
     if roots and not any(real.is_relative_to(root.resolve()) for root in roots):
         raise CannotFetch(f"{path} is outside of the folders that adapters may come from (--adapter-root)")
     if not real.is_dir():

@@ -158,6 +158,8 @@ class Places:
         tell("probing")
         try:
             urgent = bool(version.requests)  # who waits for it does not wait for everybody else's requests
+            if version.proof and not (version.proof.of_an_effect or version.may_change_nothing):
+                version.proof = None  # it was said then that it may change nothing
             proved = version.proof is None or version.coming > 0
             if version.proof is None:
                 allowed = version.may_change_nothing
@@ -226,4 +228,5 @@ def _loaded(version: Version, task: asyncio.Task[None]) -> None:
 
 
 def _no_room(version: Version) -> Unavailable:
-    return Unavailable(f"{version.name} is waiting for room in the engine: try again", retry_after_s=5)
+    reason = "is waiting for room in the engine, where all adapters are in use or pinned: try again"
+    return Unavailable(f"{version.name} {reason}, or give the server more --resident", retry_after_s=5)

@@ -60,6 +60,11 @@ class Proof:
     said: dict[int, float]
     most_deviation: float
 
+    @property
+    def of_an_effect(self) -> bool:
+        """Return whether it changes something; otherwise it was admitted because it need not."""
+        return self.verdict.effect >= LEAST_EFFECT
+
 
 class Prover:
     """Proves adapters on one engine. What its base says is asked once for each set of prompts: it never changes."""

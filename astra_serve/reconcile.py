@@ -4,8 +4,8 @@
                                    \\-> failed: the version before serves on
 
 An adapter that leaves the document is drained and unloaded. What may heal by itself (a source that cannot be read, or
-whose bytes are not the ones that were named) is tried again, later and later; what cannot is tried again when its entry
-changes, or when a document that could not be read is there again.
+whose bytes are not the ones that were named) is tried again, later and later, and as soon as something changes there;
+what cannot is tried again when its entry changes, or when a document that could not be read is there again.
 """
 
 import asyncio
@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from astra_serve.desired import DIGEST, Adapter, Document
-from astra_serve.errors import CannotFetch, Damaged, ServeError, Unavailable
-from astra_serve.fetch import fetch
+from astra_serve.errors import CannotFetch, Damaged, ServeError, Unavailable, without_secrets
+from astra_serve.fetch import fetch, mark
 from astra_serve.fleet import Fleet
 from astra_serve.journal import Event
 from astra_serve.store import Store
 from astra_serve.version import Alias, Version
 from converter.adapter_dir import AdapterError
 
-# Waits between tries: four minutes in which whatever heals is served within 10 s, then the last one over and over.
-RETRIES_S = (1.0, 5.0, *[8.0] * 30, 120.0)
+RETRIES_S = (1.0, 5.0, 30.0, 120.0)  # waits between tries; the last one over and over
+LOOK_S = 5.0  # between looks at a source meanwhile: what heals there is served within 10 s
 PREPARED_S = 3600.0  # how long a version that was prepared is kept, if no name comes to mean it
 
 
@@ -212,12 +212,22 @@ class Reconciler:
                 except Exception as error:  # a fault of ours must not stay unseen, nor stop the others
                     self._enter(status, "failed", f"{type(error).__name__}: {error}")
                     raise
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._now.wait(), wait)
+                await self._wait(status.entry.source, wait)
                 self._enter(status, "pending")
         finally:
             if self._tasks.get(name) is asyncio.current_task():
                 del self._tasks[name]
+
+    async def _wait(self, source: str, seconds: float) -> None:
+        """Wait until an adapter is to be tried again: so long, or until its source changes, or all are."""
+        end, now = time.monotonic() + seconds, self._now
+        before = await asyncio.to_thread(mark, source)
+        while (left := end - time.monotonic()) > 0:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(now.wait(), min(LOOK_S, left))
+                return
+            if left > LOOK_S and await asyncio.to_thread(mark, source) != before:
+                return
 
     async def _serve(self, status: Status) -> None:
         entry = status.entry
@@ -256,7 +266,10 @@ class Reconciler:
             self._enter(status, "fetching")
             folder = await self._fetch(source)
             self._enter(status, "verifying")
-            digest = await asyncio.to_thread(self._store.add, folder, expected)
+            try:
+                digest = await asyncio.to_thread(self._store.add, folder, expected)
+            except Damaged as error:  # it knows the folder into which it was downloaded
+                raise Damaged(f"{without_secrets(source)} {error}") from error
         version = self._fleet.version(entry.name, digest)
         version.may_change_nothing = entry.allow_no_effect
         await coming.enter_async_context(self._fleet.coming(version, lambda state: self._enter(status, state)))

@@ -3,14 +3,14 @@
 import asyncio
 import ipaddress
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx
 
-from astra_serve.errors import ServeError, without_secrets
+from astra_serve.errors import ServeError
 
 ANSWER_S = 30.0  # for whatever is not brought up for the answer
 NONE = {"name": "none", "digest": ""}  # the version where there is none
@@ -23,40 +23,45 @@ class Replica:
 
     name: str
     client: httpx.AsyncClient
+    patience_s: float = ANSWER_S
 
-    async def ask(
-        self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = ANSWER_S
-    ) -> dict[str, Any]:
-        """Return what it answers. Raises ServeError with its name, where that is no success."""
-        return self._content(await self._answer(method, path, body, timeout_s))
+    async def adapters(self) -> dict[str, Any]:
+        """Return what it says of all adapters, and of the document. Raises ServeError."""
+        return self._content(await self._ask("GET", "/adapters"), "adapters", "document")
 
     async def adapter(self, name: str) -> dict[str, Any] | None:
         """Return what it says of an adapter; None where it has none of this name. Raises ServeError."""
-        answer = await self._answer("GET", f"/adapters/{name}", None, ANSWER_S)
+        answer = await self._ask("GET", f"/adapters/{name}")
         if answer.status_code == httpx.codes.NOT_FOUND:
             return None
-        return self._content(answer)
+        return self._content(answer, "state", "version")
+
+    async def prepare(self, name: str, wanted: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """Let it prove the version that `wanted` means, and return what it says of that. Raises ServeError."""
+        return self._content(await self._ask("PUT", f"/prepared/{name}", wanted, timeout_s), "name", "digest", "probe")
 
     async def refresh(self) -> dict[str, Any]:
-        """Let it read the document, and return what it says of that. Raises ServeError where it does not follow it."""
-        document = await self.ask("POST", "/refresh")
-        if document.get("fault"):
-            raise ServeError(f"{self.name} does not follow the document as it is now: {document['fault']}")
-        return document
+        """Let it read the document, and return what it says of that. Raises ServeError."""
+        return self._content(await self._ask("POST", "/refresh"), "where", "digest", "fault")
 
-    async def _answer(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> httpx.Response:
+    async def _ask(
+        self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float | None = None
+    ) -> httpx.Response:
         try:
-            return await self.client.request(method, path, json=body, timeout=timeout_s)
+            return await self.client.request(method, path, json=body, timeout=timeout_s or self.patience_s)
         except httpx.HTTPError as error:
             raise ServeError(f"{self.name} does not answer: {str(error) or type(error).__name__}") from error
 
-    def _content(self, answer: httpx.Response) -> dict[str, Any]:
+    def _content(self, answer: httpx.Response, *expected: str) -> dict[str, Any]:
+        """Return what it answered, with `expected` keys. Raises ServeError with its name, where that is no success."""
         if not answer.is_success:
             raise ServeError(f"{self.name}: {_reason(answer)}")
         try:
-            return dict(answer.json())
-        except (ValueError, TypeError) as error:
-            raise ServeError(f"{self.name} says what no admin port says: is it one?") from error
+            content = dict(answer.json())
+            content = {**content, **{key: content[key] for key in expected}}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ServeError(f"{self.name} says what no admin port of this version of astra-serve says") from error
+        return content
 
 
 def _reason(answer: httpx.Response) -> str:
@@ -68,29 +73,41 @@ def _reason(answer: httpx.Response) -> str:
 
 
 @asynccontextmanager
-async def connect(urls: Iterable[str], token: str) -> AsyncIterator[list[Replica]]:
+async def connect(urls: Iterable[str], token: str, timeout_s: float = ANSWER_S) -> AsyncIterator[list[Replica]]:
     """Yield a replica for each of `urls`, and of a host that has several addresses for each of those.
 
-    Raises ServeError where there is none, or a host has none.
+    Each is waited for `timeout_s`, at most ANSWER_S. Raises ServeError where there is none, or a host has none.
     """
     async with AsyncExitStack() as open_clients:
         found = []
-        for name in dict.fromkeys(one for url in urls for one in _each(url.rstrip("/"))):
+        for name in dict.fromkeys(one for url in urls for one in _each(url)):
             client = httpx.AsyncClient(base_url=name, headers={"Authorization": f"Bearer {token}"})
-            found.append(Replica(name, await open_clients.enter_async_context(client)))
+            client = await open_clients.enter_async_context(client)
+            found.append(Replica(name, client, min(timeout_s, ANSWER_S)))
         if not found:
             raise ServeError("there is no URL of an admin port: give --url")
         yield found
 
 
-async def of_all(replicas: Sequence[Replica], work: Callable[[Replica], Awaitable[Result]]) -> list[Result]:
-    """Return what `work` makes of each, in their order, at the same time. Raises ServeError with all that is wrong."""
-    found = await asyncio.gather(*map(work, replicas), return_exceptions=True)
-    for error in found:
-        if isinstance(error, BaseException) and not isinstance(error, ServeError):
-            raise error
+async def of_all(
+    replicas: Sequence[Replica], work: Callable[[Replica], Coroutine[Any, Any, Result]], *, hurry: bool = False
+) -> list[Result]:
+    """Return what `work` makes of each, in their order, at the same time.
+
+    Raises ServeError with all that is wrong; in a `hurry` with what is wrong first, and the others are left.
+    """
+    tasks = [asyncio.create_task(work(replica)) for replica in replicas]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION if hurry else asyncio.ALL_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
     if wrong := [str(error) for error in found if isinstance(error, ServeError)]:
         raise ServeError("; ".join(wrong))
+    for error in found:
+        if isinstance(error, BaseException):
+            raise error
     return [one for one in found if not isinstance(one, BaseException)]
 
 
@@ -102,19 +119,16 @@ async def status(replicas: Sequence[Replica], expected: Mapping[str, str] | None
 
     async def one(replica: Replica) -> dict[str, Any]:
         try:
-            await replica.ask("POST", "/refresh")
-            answer = await replica.ask("GET", "/adapters")
-            return {
-                "replica": replica.name,
-                "fault": None,
-                "document": answer["document"],
-                "adapters": answer["adapters"],
-            }
+            await replica.refresh()
+            answer = await replica.adapters()
         except ServeError as error:
-            fault = str(error)
-        except KeyError:
-            fault = f"{replica.name} says what no admin port of this version says"
-        return {"replica": replica.name, "fault": fault, "document": None, "adapters": []}
+            return {"replica": replica.name, "fault": str(error), "document": None, "adapters": []}
+        return {
+            "replica": replica.name,
+            "fault": None,
+            "document": answer["document"],
+            "adapters": answer["adapters"],
+        }
 
     found = await of_all(replicas, one)
     return {"replicas": found, "drift": list(_drift(found, expected or {}))}
@@ -135,16 +149,22 @@ def _drift(found: Sequence[dict[str, Any]], expected: Mapping[str, str]) -> Iter
                 reason = f": {adapter['reason']}" if adapter["reason"] else ""
                 serves = (adapter["version"] or NONE)["name"]
                 yield f"{replica}: {adapter['name']} is {adapter['state']}, serves {serves}{reason}"
-    served = {
-        replica: {adapter["name"]: adapter["version"] for adapter in one["adapters"] if adapter["version"]}
-        for replica, one in there.items()
-    }
+    served = {replica: dict(_versions(one["adapters"])) for replica, one in there.items()}
     for name in dict.fromkeys(name for versions in served.values() for name in versions):
         yield from _differ(name, {replica: versions.get(name, NONE)["name"] for replica, versions in served.items()})
     for name, digest in expected.items():
         for replica, versions in served.items():
             if versions.get(name, NONE)["digest"] != digest:
                 yield f"{replica}: {name} is not {digest} yet"
+
+
+def _versions(adapters: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield what each name means, and its canary."""
+    for adapter in adapters:
+        if adapter["version"]:
+            yield adapter["name"], adapter["version"]
+        if adapter.get("canary"):
+            yield f"the canary of {adapter['name']}", adapter["canary"]
 
 
 def _differ(what: str, by_replica: Mapping[str, str]) -> Iterator[str]:
@@ -156,27 +176,38 @@ def _differ(what: str, by_replica: Mapping[str, str]) -> Iterator[str]:
         yield f"{what} differs: {'; '.join(groups)}"
 
 
+def admin_url(url: str) -> httpx.URL:
+    """Return the URL of an admin port. Raises ServeError, which shows none of what may be a secret."""
+    if "@" in url or "?" in url:
+        raise ServeError("a URL of an admin port is http://HOST:PORT: the token comes from the environment")
+    try:
+        found = httpx.URL(url.rstrip("/"))
+        named = bool(found.host)
+    except (httpx.InvalidURL, ValueError) as error:  # a host that no name can be is a ValueError
+        raise ServeError(f"{url} is no URL: {error}") from error
+    if found.scheme not in ("http", "https") or not named:
+        raise ServeError(f"{url} is no URL of an admin port: http://HOST:PORT")
+    return found
+
+
 def _each(url: str) -> list[str]:
     """Return `url` for each address of its host: a headless Service's are its pods'. Raises ServeError."""
+    found = admin_url(url)
     try:
-        parts = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise ServeError(f"{without_secrets(url)} is no URL: {error}") from error
-    if parts.scheme not in ("http", "https") or not parts.host:
-        raise ServeError(f"{without_secrets(url)} is no URL of an admin port: http://HOST:PORT")
-    if parts.userinfo:
-        raise ServeError(f"{without_secrets(url)} had credentials in it: the token comes from the environment")
-    try:
-        ipaddress.ip_address(parts.host)
-        return [url]
+        ipaddress.ip_address(found.host)
+        return [str(found)]
     except ValueError:
         pass
     try:
-        found = socket.getaddrinfo(parts.host, parts.port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise ServeError(f"{url}: {error.strerror or error}") from error
-    family = min(family for family, *_ in found)  # a pod with an address of either kind is one replica
-    hosts = sorted({str(address[0]) for kind, *_, address in found if kind == family})
-    if len(hosts) == 1 or parts.scheme == "https":  # a certificate is the name's
-        return [url]
-    return [str(parts.copy_with(host=host)) for host in hosts]
+        addresses = socket.getaddrinfo(found.host, found.port, type=socket.SOCK_STREAM)
+    except (OSError, ValueError) as error:
+        raise ServeError(f"{found}: {getattr(error, 'strerror', None) or error}") from error
+    family = min(family for family, *_ in addresses)  # a pod with an address of either kind is one replica
+    hosts = sorted({str(address[0]) for kind, *_, address in addresses if kind == family})
+    if len(hosts) == 1:
+        return [str(found)]
+    if found.scheme == "https":
+        raise ServeError(
+            f"{found} has {len(hosts)} addresses, and its certificate is the name's: give each its own URL"
+        )
+    return [str(found.copy_with(host=host)) for host in hosts]

@@ -12,9 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from astra_serve import desired, replicas
+from astra_serve import replicas
 from astra_serve.errors import ServeError
-from astra_serve.replicas import Replica
 from astra_serve.rollout import prepare, rollout
 
 POLL_S = 1.0
@@ -34,14 +33,12 @@ def run(args: argparse.Namespace, wanted: dict[str, Any], token: str) -> int:
 async def _run(args: argparse.Namespace, wanted: dict[str, Any], token: str) -> int:
     task = asyncio.current_task()
     assert task is not None
-    if args.command != "status":
-        desired.entry({"name": args.name, **wanted})
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    async with replicas.connect(args.url, token) as found:
-        if args.command == "status":
-            return await _status(args, found)
+    if args.command == "status":
+        return await _status(args, token)
+    async with replicas.connect(args.url, token, args.timeout) as found:
         if args.command == "prepare":
             digest = await prepare(args.name, wanted, found, _tell, args.timeout)
             print(json.dumps({"name": args.name, "digest": digest}) if args.json else digest)
@@ -51,13 +48,18 @@ async def _run(args: argparse.Namespace, wanted: dict[str, Any], token: str) -> 
         return 0
 
 
-async def _status(args: argparse.Namespace, found: list[Replica]) -> int:
-    expected = dict(text.split("=", 1) for text in args.expected if "=" in text)
-    if len(expected) < len(args.expected):
-        raise ServeError(f"{', '.join(args.expected)}: say what is expected as NAME=DIGEST, each name once")
+async def _status(args: argparse.Namespace, token: str) -> int:
     loop = asyncio.get_running_loop()
     end = loop.time() + (args.wait or 0)
-    while (state := await replicas.status(found, expected))["drift"] and loop.time() < end:
+    patience = min(args.timeout, max(args.wait, POLL_S)) if args.wait else args.timeout
+    while True:
+        try:
+            async with replicas.connect(args.url, token, patience) as found:  # pods come and go
+                state = await replicas.status(found, args.expected)
+        except ServeError as error:
+            state = {"replicas": [], "drift": [str(error)]}
+        if not state["drift"] or loop.time() >= end:
+            break
         await asyncio.sleep(POLL_S)
     if args.json:
         print(json.dumps(state, indent=2))
@@ -78,7 +80,8 @@ def _show(state: dict[str, Any]) -> None:
     for name in dict.fromkeys(name for adapters in by_replica.values() for name in adapters):
         cells = [_cell(adapters.get(name)) for adapters in by_replica.values()]
         table.add_row(Text(name), *map(Text, cells))
-    console.print(table)
+    if by_replica:
+        console.print(table)
     for line in state["drift"]:
         console.print(Text(line), soft_wrap=True)
     if not state["drift"]:

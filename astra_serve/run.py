@@ -37,13 +37,13 @@ class Settings:
     roots: tuple[Path, ...]
     admin_host: str
     admin_port: int | None
-    admin_token: str | None
+    admin_token: str
 
 
 def serve(args: Namespace, base: Base, settings: Settings) -> None:
     """Run until SIGTERM or SIGINT.
 
-    Raises ServeError where the store cannot be used, or a fixed adapter fails; EngineDied when the engine has died.
+    Raises ServeError where the store cannot be used, or a fixed adapter fails; EngineLost when the engine has died.
     """
     store = first_free(settings.store) if settings.store_shared else Store(settings.store)
     running: set[asyncio.Task[None]] = set()

@@ -3,7 +3,7 @@
 import asyncio
 import signal
 from argparse import Namespace
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import uvicorn
@@ -24,20 +24,20 @@ from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
 from astra_serve.admission import base_name
 from astra_serve.api_key import ApiKeys
 from astra_serve.engine import VllmEngine
-from astra_serve.errors import EngineDied, ServeError
+from astra_serve.errors import EngineLost, ServeError
 from astra_serve.gateway import Gateway
 
 PULSE_S = 0.5  # how soon it is seen that the engine is lost
 FAILING_S = 10.0  # for its requests to get their errors then
 
 # Starts what runs beside the HTTP server, given the engine and the application.
-Start = Callable[[VllmEngine, FastAPI], Awaitable[Gateway]]
+Start = Callable[[VllmEngine, FastAPI], Coroutine[Any, Any, Gateway]]
 
 
 def serve(args: Namespace, start: Start, finish_s: float, patience_s: float) -> None:
     """Run engine and HTTP server, with what `start` makes of them, until SIGTERM or SIGINT.
 
-    Requests that run then have `finish_s` seconds to end. Raises ServeError, and EngineDied, also when the engine has
+    Requests that run then have `finish_s` seconds to end. Raises ServeError, and EngineLost, also when the engine has
     not answered for `patience_s` seconds.
     """
     uvloop.run(_serve(args, start, finish_s, patience_s))
@@ -63,18 +63,37 @@ async def _serve(args: Namespace, start: Start, finish_s: float, patience_s: flo
                 app.middleware_stack = ApiKeys(app.middleware_stack, keys)
             await init_app_state(client, app.state, args, tasks)
             engine = VllmEngine(client, base_name(args.model), patience_s)
-            gateway = await start(engine, app)
-            await _answer(_server(app, args), sock, engine, gateway, finish_s)
+            losing = asyncio.create_task(_loss(engine))
+            gateway = await _started(start(engine, app), engine, losing)
+            await _answer(_server(app, args), sock, engine, gateway, losing, finish_s)
     finally:
         sock.close()
 
 
-async def _answer(server: NoSignalServer, sock: Any, engine: VllmEngine, gateway: Gateway, finish_s: float) -> None:
+async def _started(start: Coroutine[Any, Any, Gateway], engine: VllmEngine, losing: asyncio.Task[str]) -> Gateway:
+    """Return what `start` returns. Raises what it raises, and EngineLost where the engine is lost meanwhile."""
+    starting = asyncio.create_task(start)
+    await _first({starting, losing})
+    if not starting.done():
+        starting.cancel()
+        raise _lost(losing.result())
+    if (error := starting.exception()) and (reason := engine.lost()):
+        raise _lost(reason) from error
+    return starting.result()
+
+
+def _lost(reason: str) -> EngineLost:
+    return EngineLost(f"{reason}; start the server again")
+
+
+async def _answer(
+    server: NoSignalServer, sock: Any, engine: VllmEngine, gateway: Gateway, losing: asyncio.Task[str], finish_s: float
+) -> None:
     """Answer requests until a signal comes or the engine is lost; then let those that run end, and the others know."""
     told, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
-    serving, losing = asyncio.create_task(server.serve(sockets=[sock])), asyncio.create_task(_loss(engine))
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
     await _first({serving, losing, asyncio.create_task(told.wait())})
     lost = losing.result() if losing.done() else engine.lost()  # vLLM may have ended `serving` for it
     lost = None if told.is_set() else lost
@@ -91,7 +110,7 @@ async def _answer(server: NoSignalServer, sock: Any, engine: VllmEngine, gateway
     await serving
     losing.cancel()
     if lost:
-        raise EngineDied(f"{lost}; start the server again")
+        raise _lost(lost)
     if not server.started:
         raise ServeError("the HTTP server did not start")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from astra_serve import desired
 from astra_serve.admission import Base, engine_rank, open_base, parse_adapter
 from astra_serve.desired import Adapter, Document
-from astra_serve.errors import EngineDied, ServeError
+from astra_serve.errors import EngineLost, ServeError
 from converter.adapter_dir import AdapterError
 
 MAX_SLOTS = 8
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
             raise ServeError(f"--engine-timeout is {args.engine_timeout}: say how many seconds an engine may be silent")
         if args.adapters and args.adapter:
             raise ServeError("--adapter names adapters that stay, --adapters a document that may change: give one")
-        token = os.environ.get(TOKEN)
+        token = os.environ.get(TOKEN, "").strip()  # a Secret made of a file ends with a newline
         if args.admin_port is not None and not (token and args.adapters):
             raise ServeError(f"--admin-port needs a token in {TOKEN}, and --adapters FILE, the document that it edits")
         base = open_base(args.base)
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
         )  # fmt: skip
     except (ServeError, AdapterError) as error:
         print(f"astra-serve: {error}", file=sys.stderr)
-        return 1 if isinstance(error, EngineDied) else 2
+        return 1 if isinstance(error, EngineLost) else 2
     return 0
 
 

@@ -63,7 +63,8 @@ class Store:
     def add(self, source: Path, expected: str | None = None) -> str:
         """Publish the LoRA in `source` and return its digest.
 
-        Raises AdapterError, and Damaged when the content is not the `expected` one; then nothing stays.
+        Raises AdapterError, and Damaged, without a subject, when the content is not the `expected` one; then nothing
+        stays.
         """
         ours = source.is_relative_to(self._staging)
         folder = source if ours else self.staging()
@@ -78,7 +79,7 @@ class Store:
             adapter_dir.load_lora(folder)  # what is copied is what is checked
             digest = version_digest(folder)
             if not _is(expected, digest, folder):
-                raise Damaged(f"{source} has the digest {digest}, not {expected}")
+                raise Damaged(f"has the digest {digest}, not {expected}")
             self._publish(folder, digest)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -150,7 +151,11 @@ class Store:
         if self.whole(digest):
             return
         folder.chmod(0o755)
-        folder.rename(self.folder(digest))
+        try:
+            folder.rename(self.folder(digest))
+        except OSError:  # others were publishing the same
+            if not self.whole(digest):
+                raise
 
 
 def first_free(parent: Path) -> Store:

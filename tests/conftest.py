@@ -72,7 +72,7 @@ def rows() -> list[dict[str, Any]]:
     return [{"prompt": f"{i} plus one is", "completion": f" {i + 1}."} for i in range(40)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
     """An S3 service with a bucket; its address is in the environment, as for any client."""
     server = ThreadedMotoServer("127.0.0.1", port=0)

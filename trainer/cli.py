@@ -5,6 +5,7 @@ import atexit
 import difflib
 import os
 import sys
+import threading
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
@@ -39,6 +40,7 @@ def _leave(status: int) -> NoReturn:
     being taken apart, the process aborts. Ending the process group waits for those threads only where nothing else
     refers to it, and what DTensor remembers of a sharded base does.
     """
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads as Python does
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

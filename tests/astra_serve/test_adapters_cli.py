@@ -126,14 +126,18 @@ def test_a_server_that_does_not_answer_is_said_so(capsys, monkeypatch) -> None:
     assert "does not answer" in capsys.readouterr().err
 
 
-def test_a_rollout_prints_its_steps_and_ends_with_what_is_served(port: int, write_lora, capsys) -> None:
+def test_a_rollout_prints_its_steps_and_ends_with_what_is_served(port: int, write_lora, capsys, tmp_path: Path) -> None:
     assert adapters(port, "prepare", "a", write_lora("one", 1.0)) == 0
     prepared = capsys.readouterr()
     assert prepared.err.split()[0] == "prepare"
     digest = prepared.out.strip()
     assert adapters(port, "status", f"a={digest}") == 1
     assert f"a is not {digest} yet" in capsys.readouterr().out
-    assert adapters(port, "--json", "rollout", "a", write_lora("two", 1.0), "--pin") == 0
+    two = write_lora("two", 1.0)
+    assert adapters(port, "rollout", "a", two) == 1
+    assert "give --document, or write 'adapters: []' into it" in capsys.readouterr().err
+    (tmp_path / "adapters.yaml").write_text("adapters: []")
+    assert adapters(port, "--json", "rollout", "a", two, "--pin") == 0
     rolled = capsys.readouterr()
     assert [line.split()[0] for line in rolled.err.splitlines()] == ["prepare", "verify", "flip", "serve"]
     assert json.loads(rolled.out)["digest"] == digest
@@ -173,15 +177,25 @@ def test_ctrl_c_in_a_rollout_puts_the_document_back_however_often_it_comes(
     [
         (("rollout", "a/b", "source"), "'a/b': name: String should match pattern"),
         (("rollout", "a", "source", "--digest", "abc"), "'a': digest: String should match pattern"),
-        (("rollout", "a", "/not/there"), "there is no folder /not/there; nothing was changed"),
-        (("status", "a"), "say what is expected as NAME=DIGEST"),
+        (("publish", "a b", "source"), "'a b': name: String should match pattern"),
+        (("status", "a=sha256:12"), "is not NAME=sha256:..., with the digest that `prepare` prints"),
         (("status", "--url", "ftp://x"), "ftp://x is no URL of an admin port"),
+        (("list", "--url", "http://h:1"), "list asks one server: give one --url"),
+        (("drain", "--url", "http://a:hunter2@h:1"), "the token comes from the environment"),
     ],
 )
-def test_a_mistake_gets_one_line(port: int, words: tuple[str, ...], message: str, capsys) -> None:
-    assert adapters(port, *words) == 1
+def test_a_mistake_gets_one_line_and_nobody_is_asked(port: int, words: tuple[str, ...], message: str, capsys) -> None:
+    assert adapters(port, *words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+    assert "hunter2" not in line
+
+
+def test_urls_before_and_after_the_command_are_all_asked(port: int, capsys) -> None:
+    assert adapters(port, "status", "--url", "http://127.0.0.1:9", "--timeout", 5) == 1
+    shown = capsys.readouterr().out
+    assert f"127.0.0.1:{port}" in shown
+    assert "http://127.0.0.1:9 does not answer" in shown
 
 
 def test_the_public_port_is_told_from_the_admin_port(capsys, monkeypatch) -> None:

@@ -2,14 +2,13 @@
 
 import json
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from astra_serve import desired
-from astra_serve.desired import Adapter, Canary, Document
+from astra_serve.desired import Adapter, Canary
 from astra_serve.errors import BadDocument
 
 DIGEST = "sha256:" + 64 * "a"
@@ -73,38 +72,3 @@ def test_the_schema_knows_every_key_and_no_other() -> None:
     assert set(schema["$defs"]["Adapter"]["properties"]) == set(Adapter.model_fields)
     assert all("description" in p for p in schema["$defs"]["Adapter"]["properties"].values())
     json.dumps(schema)
-
-
-def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
-    file = tmp_path / "deep" / "adapters.yaml"
-    for source in ("one", "two"):
-        desired.write(Document(adapters=[Adapter(name="a", source=source)]), file)
-        assert desired.parse(file.read_text(), "x").adapters[0].source == source
-    assert [path.name for path in file.parent.iterdir()] == ["adapters.yaml"]
-
-
-def test_a_file_that_is_replaced_keeps_its_mode_and_stays_where_its_link_points(tmp_path: Path) -> None:
-    """Servers of other users read it."""
-    file, link = tmp_path / "real" / "adapters.yaml", tmp_path / "adapters.yaml"
-    desired.write(Document(), file)
-    assert file.stat().st_mode & 0o777 == 0o644
-    file.chmod(0o640)
-    link.symlink_to(file)
-    desired.write(Document(adapters=[Adapter(name="a", source="b")]), link)
-    assert link.is_symlink()
-    assert file.stat().st_mode & 0o777 == 0o640
-    assert desired.parse(file.read_text(), "").get("a")
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch) -> None:
-    file = tmp_path / "adapters.yaml"
-    desired.write(Document(), file)
-
-    def full(_: int) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(desired.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        desired.write(Document(adapters=[Adapter(name="a", source="b")]), file)
-    assert [path.name for path in tmp_path.iterdir()] == ["adapters.yaml"]
-    assert desired.parse(file.read_text(), "") == Document()

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from astra_serve import admin, desired
+from astra_serve import admin, desired, reconcile
 from astra_serve.control import Control
 from astra_serve.desired import Adapter, Document
 from astra_serve.errors import ServeError, Unavailable
@@ -249,7 +250,7 @@ async def test_what_others_change_in_the_document_meanwhile_is_kept_and_followed
         await w.api.put("/adapters/a", json={"source": sources["a"]})
         file = tmp_path / "adapters.yaml"
         by_hand = desired.parse(file.read_text(), "x").with_adapter(Adapter(name="b", source=sources["b"]))
-        desired.write(by_hand, file)  # and nobody has read it yet
+        file.write_text(desired.dump(by_hand))  # and nobody has read it yet
         assert (await w.api.put("/adapters/c", json={"source": sources["c"]})).is_success
         assert {entry.name for entry in desired.parse(file.read_text(), "x").adapters} == {"a", "b", "c"}
         assert (await w.reconciler.settled("b")).state == "serving"
@@ -307,6 +308,43 @@ async def test_an_alias_a_place_and_the_whole_server_can_be_given_up(world, writ
 
 
 @in_a_loop
+async def test_a_publish_that_loses_a_race_leaves_what_the_document_says_by_then(world, write_lora, tmp_path) -> None:
+    async with world() as w:
+        await w.api.put("/adapters/a", json={"source": str(write_lora("one", 1.0))})
+        theirs = {"name": "a", "source": str(write_lora("theirs", 2.0))}
+
+        async def raced(*_: Any) -> None:
+            (tmp_path / "adapters.yaml").write_text(desired.dump(document(theirs)))
+            await w.control.refresh()
+            raise ServeError("somebody else has changed 'a' in the document meanwhile: try again")
+
+        w.control._edit = raced
+        answer = await w.api.put("/adapters/a", json={"source": str(write_lora("ours", 3.0))})
+        assert answer.status_code == 409
+        assert w.reconciler.status["a"].entry == Adapter.model_validate(theirs)
+        assert (await w.reconciler.settled("a")).state == "serving"
+
+
+@in_a_loop
+async def test_a_source_that_heals_is_tried_again_as_soon_as_it_changes(world, write_lora, monkeypatch) -> None:
+    monkeypatch.setattr(reconcile, "RETRIES_S", (1000.0,))
+    monkeypatch.setattr(reconcile, "LOOK_S", 0.05)
+    async with world() as w:
+        source = write_lora("one", 1.0)
+        digest = version_digest(source)
+        shutil.move(source, source.with_name("aside"))
+        write_lora("one", 2.0)
+        w.reconciler.apply(document({"name": "a", "source": str(source), "digest": digest}))
+        status = await w.reconciler.settled("a")
+        assert status.state == "failed"
+        assert f"{source} has the digest sha256:" in (status.reason or "")
+        shutil.copy(source.with_name("aside") / "adapter_model.safetensors", source)
+        async with asyncio.timeout(10):
+            while w.reconciler.status["a"].state != "serving":
+                await w.fleet.journal.change()
+
+
+@in_a_loop
 async def test_it_is_not_ready_before_the_document_was_read_once(world, tmp_path) -> None:
     async with world() as w:
         (tmp_path / "adapters.yaml").write_text("adapters: 3")
@@ -322,7 +360,7 @@ async def test_required_adapters_of_the_first_document_gate_readiness_and_a_late
     world, write_lora, tmp_path
 ) -> None:
     def write(*entries: dict[str, Any]) -> None:
-        desired.write(document(*entries), tmp_path / "adapters.yaml")
+        (tmp_path / "adapters.yaml").write_text(desired.dump(document(*entries)))
 
     good = {"name": "good", "source": str(write_lora("good", 1.0)), "required": True}
     bad = {"name": "bad", "source": "/not/there", "required": True}
@@ -429,7 +467,7 @@ async def test_vllms_own_admin_calls_are_the_same_lifecycle(world, write_lora) -
 async def test_the_documents_file_is_followed_and_a_fault_in_it_changes_nothing(world, write_lora, tmp_path) -> None:
     async with world() as w:
         file = tmp_path / "adapters.yaml"
-        desired.write(document({"name": "a", "source": str(write_lora("one", 1.0))}), file)
+        file.write_text(desired.dump(document({"name": "a", "source": str(write_lora("one", 1.0))})))
         following = asyncio.create_task(w.control.follow())
         while w.current("a") is None:
             await asyncio.sleep(0.01)
@@ -439,7 +477,7 @@ async def test_the_documents_file_is_followed_and_a_fault_in_it_changes_nothing(
             await asyncio.sleep(0.01)
         assert "adapters.0.source: Field required" in w.control.fault
         assert w.current("a") == first
-        desired.write(document({"name": "a", "source": str(write_lora("two", 2.0))}), file)
+        file.write_text(desired.dump(document({"name": "a", "source": str(write_lora("two", 2.0))})))
         while w.current("a") == first:
             await asyncio.sleep(0.01)
         assert (await w.api.get("/adapters")).json()["document"]["fault"] is None
@@ -452,7 +490,9 @@ async def test_a_config_map_is_followed_through_its_links(world, write_lora, tmp
     async with world() as w:
         for number, source in enumerate((write_lora("one", 1.0), write_lora("two", 2.0))):
             (tmp_path / f"..{number}").mkdir()
-            desired.write(document({"name": "a", "source": str(source)}), tmp_path / f"..{number}" / "adapters.yaml")
+            (tmp_path / f"..{number}" / "adapters.yaml").write_text(
+                desired.dump(document({"name": "a", "source": str(source)}))
+            )
         (tmp_path / "..data").symlink_to("..0")
         (tmp_path / "adapters.yaml").symlink_to("..data/adapters.yaml")
         following = asyncio.create_task(w.control.follow())

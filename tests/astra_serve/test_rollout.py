@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import json
+import shutil
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -13,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from astra_serve import admin, desired, reconcile, replicas
+from astra_serve import admin, desired, document_text, reconcile, replicas
 from astra_serve.control import Control
 from astra_serve.desired import Adapter, Document
 from astra_serve.errors import ServeError
@@ -25,6 +26,7 @@ from astra_serve.rollout import prepare, rollout
 from astra_serve.store import Store
 from tests.astra_serve.conftest import StandInEngine
 from tests.astra_serve.test_fleet import in_a_loop
+from tests.astra_serve.test_gateway import say
 
 TOKEN = "secret"  # noqa: S105
 
@@ -61,6 +63,7 @@ class Three:
         self.wires: list[Wire] = []
         self.replicas: list[Replica] = []
         self.told: list[str] = []
+        self.stack = AsyncExitStack()
 
     async def roll(self, name: str, source: Path | str, **more: Any) -> Adapter:
         wanted = {"source": str(source), **more.pop("wanted", {})}
@@ -87,8 +90,11 @@ def three(base, tmp_path: Path, write_lora) -> Callable[..., Any]:
     @asynccontextmanager
     async def make() -> AsyncIterator[Three]:
         found = Three(tmp_path / "desired" / "adapters.yaml")
-        desired.write(Document(adapters=[Adapter(name="a", source=str(write_lora("one", 1.0)))]), found.document)
-        async with AsyncExitStack() as stack:
+        found.document.parent.mkdir()
+        found.document.write_text(
+            desired.dump(Document(adapters=[Adapter(name="a", source=str(write_lora("one", 1.0)))]))
+        )
+        async with found.stack as stack:
             for number in range(3):
                 engine, store = StandInEngine(4), Store(tmp_path / f"store{number}")
                 stack.callback(store.close)
@@ -113,12 +119,12 @@ def three(base, tmp_path: Path, write_lora) -> Callable[..., Any]:
 def slow_store(monkeypatch) -> None:
     """Writing the document takes a while."""
 
-    def slow(text: str, where: str) -> None:
+    def slow(path: Path, text: str) -> None:
         time.sleep(0.3)
-        save(text, where)
+        write(path, text)
 
-    save = desired.save
-    monkeypatch.setattr(desired, "save", slow)
+    write = document_text._write
+    monkeypatch.setattr(document_text, "_write", slow)
 
 
 @in_a_loop
@@ -225,7 +231,12 @@ async def test_an_interrupted_rollout_goes_back(three, write_lora) -> None:
     async with three() as t:
         old = t.served("a")[0]
         slow = t.controls[2].reconciler
-        slow.bring, bring = lambda *_, **__: None, slow.bring  # the third never comes to serve it
+        bring = slow.bring
+
+        def stuck(entry: Adapter, **_: Any) -> None:  # the third never comes to serve it
+            slow.status[entry.name] = reconcile.Status(entry)
+
+        slow.bring = stuck
         rolling = asyncio.create_task(t.roll("a", write_lora("two", 2.0)))
         while t.served("a")[0] == old:
             await asyncio.sleep(0.01)
@@ -238,13 +249,193 @@ async def test_an_interrupted_rollout_goes_back(three, write_lora) -> None:
 
 
 @in_a_loop
+async def test_a_document_that_is_emptied_meanwhile_is_not_written_over(three, write_lora) -> None:
+    """The one entry of a new name would be all that is left."""
+
+    class Meddler(StandInEngine):
+        async def load(self, name: str, folder: Path) -> str:
+            t.document.write_text("")
+            return await super().load(name, folder)
+
+    async with three() as t:
+        t.engines[0].__class__ = Meddler
+        with pytest.raises(ServeError, match="is empty or gone meanwhile"):
+            await t.roll("b", write_lora("two", 2.0))
+        assert t.document.read_text() == ""
+        assert all(t.served("a"))
+
+
+@in_a_loop
+async def test_the_first_adapter_of_an_empty_document_is_taken_back_so_that_all_follow(three, write_lora) -> None:
+    async with three() as t:
+        t.document.write_text("adapters: []")
+        for replica in t.replicas:
+            await replica.refresh()
+        t.document.write_text("")
+        t.wires[1].cut_after = "PUT /prepared"
+        with pytest.raises(ServeError, match=r"says again what it said before; not there yet: r1$"):
+            await t.roll("b", write_lora("two", 2.0))
+        assert desired.parse(t.document.read_text(), "") == Document()
+        assert t.document.read_text().strip()
+        assert [t.served("b")[0], t.served("b")[2]] == [None, None]
+        assert not t.controls[0].fault
+
+
+@in_a_loop
+async def test_a_replica_that_served_it_badly_does_not_change_what_the_others_go_back_to(three, write_lora) -> None:
+    """The document names a folder, with other bytes by now; one replica never had the ones before."""
+    async with three() as t:
+        old = t.served("a")[0]
+        t.controls[1].reconciler.remove("a")
+        t.controls[1].reconciler.bring(Adapter(name="a", source="/not/there"))
+        await t.controls[1].reconciler.settled("a")
+        (Path(t.entry("a").source) / "adapter_model.safetensors").write_bytes(b"something else")
+        t.wires[2].cut_after = "PUT /prepared"
+        with pytest.raises(ServeError, match="r2 does not answer"):
+            await t.roll("a", write_lora("two", 2.0))
+        assert t.entry("a").digest == old
+        assert t.served("a")[0] == old
+
+
+@in_a_loop
+async def test_a_replica_that_is_gone_after_the_flip_is_not_waited_for_until_the_slowest_is_done(
+    three, write_lora
+) -> None:
+    async with three() as t:
+        slow = t.controls[2].reconciler
+        slow.bring, bring = lambda *_, **__: None, slow.bring  # it would never come to serve it
+        t.wires[1].cut_after = "PUT /prepared"
+        rolling = asyncio.create_task(t.roll("b", write_lora("two", 2.0)))
+        async with asyncio.timeout(20):
+            while "back" not in t.told:
+                await asyncio.sleep(0.01)
+            slow.bring = bring
+            with pytest.raises(ServeError, match="r1 does not answer"):
+                await rolling
+
+
+@in_a_loop
+async def test_a_rollout_takes_back_only_what_it_changed_itself(three, write_lora) -> None:
+    """Two of the same version: the second finds everything as it wants it, and then loses a replica."""
+    async with three() as t:
+        source = write_lora("two", 2.0)
+        entry = desired.entry({
+            "name": "a", "source": str(source), "previous": [t.served("a")[0]],
+            "digest": await prepare("a", {"source": str(source)}, t.replicas, lambda *_: None, 600.0),
+        })  # fmt: skip
+
+        class Other(StandInEngine):
+            async def load(self, name: str, folder: Path) -> str:
+                document_text.edit(
+                    str(t.document), lambda text: desired.dump(desired.parse(text, "").with_adapter(entry))
+                )
+                return await super().load(name, folder)
+
+        t.engines[0].__class__ = Other
+        t.wires[1].cut_after = "PUT /prepared"
+        with pytest.raises(ServeError, match=r"^r1 does not answer: All connection attempts failed$"):
+            await t.roll("a", source)
+        assert t.entry("a") == entry
+
+
+@in_a_loop
+async def test_a_document_that_changes_right_before_a_rollout_is_looked_at_again(three, write_lora) -> None:
+    async with three() as t:
+        refresh, source = t.controls[2].refresh, write_lora("three", 3.0)
+
+        async def change() -> None:
+            await refresh()
+            if len(looks) < 1:
+                document = desired.parse(t.document.read_text(), "")
+                t.document.write_text(desired.dump(document.with_adapter(Adapter(name="c", source=str(source)))))
+            looks.append(1)
+
+        looks: list[int] = []
+        t.controls[2].refresh = change
+        entry = await t.roll("b", write_lora("two", 2.0))
+        assert t.served("b") == [entry.digest] * 3
+        assert t.entry("c") is not None
+
+
+@in_a_loop
+async def test_what_was_admitted_without_an_effect_is_not_by_that_admitted_for_good(three, write_lora) -> None:
+    async with three() as t:
+        source = write_lora("zero", 0.0)
+        wanted = {"source": str(source), "allow_no_effect": True}
+        await prepare("b", wanted, t.replicas, lambda *_: None, 600.0)
+        with pytest.raises(ServeError, match="changes nothing"):
+            await t.roll("b", source)
+        assert t.entry("b") is None
+
+
+@in_a_loop
+async def test_who_is_no_admin_port_or_silent_is_told_so_in_one_line_and_in_time(three) -> None:
+    async def answer(_scope: Any, _receive: Any, send: Any) -> None:
+        await say(send, {})
+
+    async with three() as t:
+        client = httpx.AsyncClient(transport=httpx.ASGITransport(answer), base_url="http://other")
+        other = Replica("other", await t.stack.enter_async_context(client))
+        for work in (
+            rollout("a", {"source": "x"}, [other], lambda *_: None, 600.0),
+            prepare("a", {"source": "x"}, [other], lambda *_: None, 600.0),
+        ):
+            with pytest.raises(ServeError, match="other says what no admin port of this version of astra-serve says"):
+                await work
+        (line,) = (await replicas.status([other]))["drift"]
+        assert line.startswith("other says what")
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = time.monotonic()
+        async with replicas.connect([f"http://127.0.0.1:{silent.getsockname()[1]}"], TOKEN, 0.2) as found:
+            assert "does not answer" in (await replicas.status(found))["drift"][0]
+        assert time.monotonic() - began < 10
+
+
+@in_a_loop
+async def test_what_is_prepared_under_several_names_at_once_is_published_once(three, write_lora) -> None:
+    async with three() as t:
+        reconciler, source = t.controls[0].reconciler, str(write_lora("two", 2.0))
+        for _ in range(10):
+            found = await asyncio.gather(*(reconciler.prepare(Adapter(name=name, source=source)) for name in "wxyz"))
+            assert len({version.digest for version in found}) == 1
+            reconciler._prepared.clear()
+            reconciler._store.discard(found[0].digest)
+
+
+@pytest.mark.parametrize("source", ["~nosuchuser/x", "a\0b", "a" * 5000, "::", "s3::x://y", "/"])
+@in_a_loop
+async def test_a_source_that_cannot_be_one_is_a_reason_and_no_fault_of_the_server(three, source: str) -> None:
+    async with three() as t:
+        with pytest.raises(ServeError, match=r"^r0: 'a' was not prepared: ") as caught:
+            await prepare("a", {"source": source}, t.replicas[:1], lambda *_: None, 600.0)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+@in_a_loop
+async def test_canaries_that_differ_are_drift(three, write_lora) -> None:
+    async with three() as t:
+        base, canary = t.entry("a"), write_lora("canary", 2.0)
+        for control, value in zip(t.controls, (2.0, 3.0, 2.0), strict=True):
+            shutil.rmtree(canary)
+            write_lora("canary", value)
+            entry = base.model_copy(update={"canary": desired.Canary(version=str(canary), weight=0.5)})
+            t.document.write_text(desired.dump(Document(adapters=[entry])))
+            await control.refresh()
+            await control.reconciler.settled("a")
+        (line,) = (await replicas.status(t.replicas))["drift"]
+        assert line.startswith("the canary of a differs: a@")
+        assert "at r0, r2; a@" in line
+
+
+@in_a_loop
 async def test_what_somebody_else_wrote_meanwhile_stays(three, write_lora) -> None:
     async with three() as t:
         theirs = Adapter(name="a", source=str(write_lora("theirs", 4.0)))
 
         class Meddler(StandInEngine):
             async def load(self, name: str, folder: Path) -> str:
-                desired.write(Document(adapters=[theirs]), t.document)
+                t.document.write_text(desired.dump(Document(adapters=[theirs])))
                 return await super().load(name, folder)
 
         t.engines[0].__class__ = Meddler
@@ -349,7 +540,7 @@ async def test_a_version_that_could_not_be_served_yet_is_still_wanted_after_a_ro
     """What is served then is not what the document says, and must not take its place."""
     async with three() as t:
         later = Adapter(name="a", source=str(tmp_path / "later"), digest="sha256:" + 64 * "d")
-        desired.write(Document(adapters=[later]), t.document)
+        t.document.write_text(desired.dump(Document(adapters=[later])))
         for control in t.controls:
             await control.refresh()
             assert (await control.reconciler.settled("a")).state == "failed"
@@ -368,7 +559,7 @@ async def test_rollouts_of_two_names_at_once_lose_neither(three, write_lora) -> 
         assert all(t.served("c"))
 
 
-@pytest.mark.parametrize("step", ["lock", "save"])
+@pytest.mark.parametrize("step", ["_locked", "_write"])
 @in_a_loop
 async def test_a_store_that_fails_for_a_moment_does_not_keep_the_document_from_being_put_back(
     three, write_lora, monkeypatch, step: str
@@ -379,9 +570,9 @@ async def test_a_store_that_fails_for_a_moment_does_not_keep_the_document_from_b
             raise OSError(errno.ESTALE, "Stale file handle")
         return works(*arguments)
 
-    works, tries = getattr(desired, step), list[Any]()
+    works, tries = getattr(document_text, step), list[Any]()
     async with three() as t:
-        monkeypatch.setattr(desired, step, failing)
+        monkeypatch.setattr(document_text, step, failing)
         (old,) = set(t.served("a"))
         t.wires[1].cut_after = "PUT /prepared"
         with pytest.raises(ServeError, match="what it said before"):
@@ -415,7 +606,7 @@ async def test_status_says_every_way_in_which_replicas_differ(three, write_lora)
         assert (await replicas.status(t.replicas, {"a": old}))["drift"] == []
         unread = t.controls[1].refresh, t.controls[2].refresh
         t.controls[1].refresh = t.controls[2].refresh = lambda: asyncio.sleep(0)  # they do not look
-        desired.write(Document(adapters=[Adapter(name="a", source=str(write_lora("two", 2.0)))]), t.document)
+        t.document.write_text(desired.dump(Document(adapters=[Adapter(name="a", source=str(write_lora("two", 2.0)))])))
         assert "r0: a is " in "".join((await replicas.status(t.replicas))["drift"])  # it has looked, and is on its way
         await t.controls[0].reconciler.settled("a")
         state = await replicas.status(t.replicas, {"a": old})
@@ -439,17 +630,18 @@ async def test_adapters_that_wait_for_their_source_are_tried_again_when_the_docu
     three, tmp_path, write_lora, monkeypatch
 ) -> None:
     monkeypatch.setattr(reconcile, "RETRIES_S", (1000.0,))
+    monkeypatch.setattr(reconcile, "LOOK_S", 1000.0)
     async with three() as t:
         control = t.controls[0]
         later = Document(adapters=[Adapter(name="late", source=str(tmp_path / "late"))])
-        desired.write(later, t.document)
+        t.document.write_text(desired.dump(later))
         await control.refresh()
         assert (await control.reconciler.settled("late")).state == "failed"
         t.document.unlink()  # as when an object store is gone, with all that is in it
         await control.refresh()
         assert control.fault
         write_lora("late", 3.0)
-        desired.write(later, t.document)
+        t.document.write_text(desired.dump(later))
         await control.refresh()
         while control.reconciler.status["late"].state != "serving":
             await control.fleet.journal.change()
@@ -471,7 +663,9 @@ def test_a_name_with_several_addresses_is_several_replicas(monkeypatch) -> None:
 
     assert asyncio.run(names("http://all:8001")) == ["http://10.0.0.1:8001", "http://10.0.0.2:8001"]
     assert asyncio.run(names("http://one:8001", "http://one:8001/")) == ["http://one:8001"]
-    assert asyncio.run(names("https://all:8001")) == ["https://all:8001"]
+    assert asyncio.run(names("https://one:8001")) == ["https://one:8001"]
+    with pytest.raises(ServeError, match="https://all:8001 has 2 addresses, and its certificate is the name's"):
+        asyncio.run(names("https://all:8001"))
     assert asyncio.run(names("http://127.0.0.1:1", "http://127.0.0.2:1")) == [
         "http://127.0.0.1:1",
         "http://127.0.0.2:1",
@@ -484,6 +678,19 @@ def test_a_name_with_several_addresses_is_several_replicas(monkeypatch) -> None:
         asyncio.run(names("http://127.0.0.1:80x"))
     with pytest.raises(ServeError, match="there is no URL"):
         asyncio.run(names())
-    with pytest.raises(ServeError, match="credentials") as caught:
-        asyncio.run(names("http://admin:hunter2@127.0.0.1:8001"))
-    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://a..b:1", f"http://{'a' * 64}:1", "http://xn--:1", "http://[::1:1", "http://"])
+def test_a_name_that_no_host_can_have_is_told_in_one_line(url: str) -> None:
+    with pytest.raises(ServeError) as caught:
+        replicas._each(url)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "url", ["http://a:hunter2@h:1", "http://a:hun@ter2@h:1", "http://h:1?token=hunter2", "a:hunter2@h"]
+)
+def test_what_may_be_a_secret_in_a_url_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(ServeError, match="the token comes from the environment") as caught:
+        replicas.admin_url(url)
+    assert "ter2" not in str(caught.value)

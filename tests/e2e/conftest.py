@@ -43,7 +43,7 @@ class Admin:
 def admin(loras: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Admin:
     document = tmp_path_factory.mktemp("desired") / "adapters.yaml"
     entries = [Adapter(name=task, source=str(folder), required=True) for task, folder in loras.items()]
-    desired.write(Document(adapters=entries), document)
+    document.write_text(desired.dump(Document(adapters=entries)))
     return Admin(free_port(), "e2e-token", document)
 
 

@@ -36,7 +36,9 @@ def recorded(tmp_path: Path) -> Path:
 @pytest.fixture
 def group(tmp_path: Path, recorded: Path) -> Iterator[tuple[Server, int, subprocess.Popen[bytes]]]:
     """The leader, its admin port, and the other node."""
-    desired.write(Document(adapters=[Adapter(name="a", source=str(recorded), required=True)]), tmp_path / "doc.yaml")
+    (tmp_path / "doc.yaml").write_text(
+        desired.dump(Document(adapters=[Adapter(name="a", source=str(recorded), required=True)]))
+    )
     admin = free_port()
     nodes = ["--base", str(demo.BASE), "--adapters", str(tmp_path / "doc.yaml"), "--max-loras", "2", "--enforce-eager"]
     nodes += ["--max-model-len", "512", "--tensor-parallel-size", "2"]

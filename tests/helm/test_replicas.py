@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 
-from astra_serve import desired
+from astra_serve import desired, document_text
 from astra_serve.desired import Adapter, Document
 from astra_serve.store import FILES, version_digest
 from benchmarks import demo
@@ -85,7 +85,7 @@ class Replicas:
 
     def write(self, change: Callable[[Document], Document]) -> None:
         """Change the document by hand, as a person or a pipeline does."""
-        desired.write(change(desired.parse(desired.read(self.document), "")), self.document)
+        document_text.edit(self.document, lambda text: desired.dump(change(desired.parse(text, ""))))
 
     def _start(self, number: int) -> Server:
         options = [*OPTIONS, "--adapters", self.document, "--store", str(self.folder / f"store{number}")]
@@ -115,7 +115,7 @@ def replicas(root: str, loras: list[Path], tmp_path: Path, monkeypatch) -> Itera
         copy(lora, f"{root}/{lora.name}")
     found = Replicas(f"{root}/adapters.yaml", tmp_path)
     entries = [Adapter(name="good", source=f"{root}/0", required=True), Adapter(name="a", source=f"{root}/1")]
-    desired.write(Document(adapters=entries), found.document)
+    put(found.document, desired.dump(Document(adapters=entries)).encode())
     try:
         found.start()
         yield found
