@@ -1,6 +1,7 @@
 """What an adapter must show before the engine may read it. Nothing here loads weights or imports the engine."""
 
 import re
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,33 @@ from converter import adapter_dir
 from converter.adapter_dir import ENGINE_RANKS, LoraHeader
 
 
+class WeightsDigest:
+    """The digest of the weights in a folder, read once, when somebody asks: hundreds of gigabytes take minutes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._found, self._reading = folder, "", threading.Lock()
+
+    def read(self) -> str:
+        """Return sha256:HEX; whoever asks meanwhile waits for the first. Raises AdapterError."""
+        with self._reading:
+            self._found = self._found or adapter_dir.base_digest(self._folder)
+            return self._found
+
+
 @dataclass(frozen=True)
 class Base:
     """The base model that every adapter must belong to."""
 
     name: str  # by which requests name it
     folder: Path
-    digest: str
+    weights: WeightsDigest
     shapes: dict[str, tuple[int, int]]
     max_rank: int = ENGINE_RANKS[-1]
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of its weights. Raises AdapterError."""
+        return self.weights.read()
 
     def check(self, folder: Path) -> LoraHeader:
         """Return what the LoRA in `folder` is, if the engine can serve it on this base.
@@ -27,7 +46,8 @@ class Base:
         Raises ServeError and AdapterError.
         """
         header = adapter_dir.read_lora_header(folder)
-        adapter_dir.check_base(folder, header.base_digest, self.digest)
+        if header.base_digest is not None:
+            adapter_dir.check_base(folder, header.base_digest, self.digest)
         adapter_dir.check_shapes(folder, header.shapes, self.shapes)
         if header.rank > self.max_rank:
             raise ServeError(f"{folder} has rank {header.rank}; the engine serves at most {self.max_rank}")
@@ -54,7 +74,7 @@ def base_name(base: str) -> str:
 def open_base(base: str) -> Base:
     """Return what adapters are checked against; `base` is a folder or a hub id. Raises AdapterError."""
     folder = adapter_dir.find_base(base)
-    return Base(base_name(base), folder, adapter_dir.base_digest(folder), adapter_dir.base_shapes(folder))
+    return Base(base_name(base), folder, WeightsDigest(folder), adapter_dir.base_shapes(folder))
 
 
 def engine_rank(ranks: Iterable[int]) -> int:

@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
             return 0
         run.serve(
             settings,
-            base if not rank else Base(base.name, base.folder, base.digest, base.shapes, settings.max_lora_rank),
+            base if not rank else replace(base, max_rank=settings.max_lora_rank),
             run.Settings(
                 document, args.shared_store or args.store or STORES / str(args.port), args.shared_store is not None,
                 resident, args.drain_seconds, args.engine_timeout, tuple(args.adapter_root),

@@ -1,5 +1,8 @@
 """What may reach the engine, and the one line that everything else gets."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,3 +117,26 @@ def test_a_bad_document_or_an_open_admin_port_gets_one_line(tiny_base, tmp_path,
     assert main(["--base", str(tiny_base), *(option.format(tmp=tmp_path) for option in options)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_the_weights_of_the_base_are_read_once_and_only_for_an_adapter_that_records_its_base(
+    tiny_base, tmp_path, monkeypatch
+) -> None:
+    """Hundreds of gigabytes take minutes, in which a server is alive and may serve what records nothing."""
+    reads = []
+
+    def slow(folder: Path) -> str:
+        reads.append(folder)
+        time.sleep(0.1)
+        return base_digest(folder)
+
+    base_digest = adapter_dir.base_digest
+    recorded, plain = write_lora(tmp_path / "recorded", tiny_base), write_lora(tmp_path / "plain", None)
+    monkeypatch.setattr(adapter_dir, "base_digest", slow)
+    base = open_base(str(tiny_base))
+    base.check(plain)
+    assert reads == []
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(base.check, [recorded] * 4))
+    replace(base, max_rank=8).check(recorded)
+    assert len(reads) == 1
