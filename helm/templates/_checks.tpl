@@ -4,8 +4,9 @@
 {{- if and $v.adapters $v.adaptersUrl -}}
   {{- fail "adapters and adaptersUrl are both set: the desired state is in one place" -}}
 {{- end -}}
-{{- if not (regexMatch "^[a-z]" (include "astra.fullname" .)) -}}
-  {{- fail (printf "%q begins with a digit, as no Service's name may: set fullnameOverride" (include "astra.fullname" .)) -}}
+{{- $fullname := include "astra.fullname" . -}}
+{{- if or (not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $fullname)) (has $fullname (list "on" "off" "yes" "no" "true" "false" "null" "y" "n")) -}}
+  {{- fail (printf "no Service may have the name %q: set fullnameOverride, to lower-case letters, digits and '-', a letter first" $fullname) -}}
 {{- end -}}
 {{- $names := list -}}
 {{- $sources := list -}}
@@ -15,7 +16,10 @@
     {{- fail (printf "two adapters are named %q: names must differ" .name) -}}
   {{- end -}}
   {{- $names = append $names .name -}}
-  {{- if .pin -}}{{- $pinned = add1 $pinned -}}{{- end -}}
+  {{- if eq .name (include "astra.base" $ | base) -}}
+    {{- fail (printf "adapter %q has the base's name: requests for the base would get the adapter" .name) -}}
+  {{- end -}}
+  {{- if .pin -}}{{- $pinned = add $pinned (ternary 2 1 (hasKey . "canary")) -}}{{- end -}}
   {{- if gt (int (default 0 .rank)) (int $v.engine.maxLoraRank) -}}
     {{- fail (printf "adapter %q has rank %v, the engine takes up to %v: raise engine.maxLoraRank" .name .rank $v.engine.maxLoraRank) -}}
   {{- end -}}
@@ -29,11 +33,13 @@
   {{- $sources = concat $sources $mine -}}
   {{- range $mine -}}
     {{- if hasPrefix "sha256:" . -}}
-      {{- if not $v.store.claim.name -}}
-        {{- fail (printf "adapter %q comes from the store, which is empty in a new pod: give its source, or set store.claim.name" $name) -}}
+      {{- if or (not $v.store.claim.name) (gt (int (include "astra.mostReplicas" $)) 1) -}}
+        {{- fail (printf "adapter %q comes from the store, which is empty in a new pod, and each server's own: give its source" $name) -}}
       {{- end -}}
     {{- else if not (contains "://" .) -}}
-      {{- if not $v.adaptersClaim.name -}}
+      {{- if regexMatch "^[^/.~][^/]*/[^/]+$" . -}}
+        {{- fail (printf "adapter %q comes from the folder %q: if it is on the hub, say hf://%s" $name . .) -}}
+      {{- else if not $v.adaptersClaim.name -}}
         {{- fail (printf "adapter %q comes from the folder %q: set adaptersClaim.name, which is mounted at /adapters" $name .) -}}
       {{- else if not (hasPrefix "/adapters/" .) -}}
         {{- fail (printf "adapter %q comes from the folder %q: adaptersClaim is mounted at /adapters" $name .) -}}
@@ -42,7 +48,7 @@
   {{- end -}}
 {{- end -}}
 {{- range concat (list $v.adaptersUrl $v.base.source) $sources -}}
-  {{- if regexMatch "//[^/]*@" . -}}
+  {{- if or (regexMatch "//[^/]*@" .) (regexMatch "(?i)[?&][^=&]*(token|secret|password|signature|sig|key|credential)=" .) -}}
     {{- fail "a URL has credentials in it: put them into a Secret, and name it in objectStore.secret" -}}
   {{- end -}}
 {{- end -}}
@@ -76,6 +82,9 @@
     {{- fail "nodes is above 1, gpu.count is 0: several nodes are for models that do not fit into one node's GPUs" -}}
   {{- end -}}
 {{- end -}}
+{{- if hasPrefix "hf://" $v.base.source -}}
+  {{- fail (printf "base.source is %q: a base on the hub is named ORG/NAME" $v.base.source) -}}
+{{- end -}}
 {{- if and (hasPrefix "/" $v.base.source) (not $v.base.claim.name) -}}
   {{- fail (printf "base.source is the folder %q: set base.claim.name, which is mounted at /base" $v.base.source) -}}
 {{- end -}}
@@ -103,11 +112,14 @@
   {{- $_ := set $parents $parent (append $listeners $listener) -}}
 {{- end -}}
 {{- /* A list by names: where the engine runs over several nodes, Kubernetes takes none twice. */ -}}
-{{- $mine := dict "HOME" "base.size, its room" "GROUP" "nodes" "HF_TOKEN" "hubToken" "VLLM_API_KEY" "apiKey" "ASTRA_ADMIN_TOKEN" "admin" -}}
+{{- $mine := dict "HOME" "base.size, its room" "USER" "podSecurity.user" "GROUP" "nodes" "HF_TOKEN" "hubToken" "VLLM_API_KEY" "apiKey" "ASTRA_ADMIN_TOKEN" "admin" -}}
 {{- $variables := list -}}
 {{- range $v.env -}}
-  {{- if and .value (regexMatch "(?i)(^|_)(token|secret|password|passwd|api_?key|access_key)$" .name) -}}
+  {{- if and .value (regexMatch "(?i)(^|_)(token|secret|password|passwd|api_?key|key)$" .name) -}}
     {{- fail (printf "env has %s in plain: take it from a Secret with valueFrom.secretKeyRef" .name) -}}
+  {{- end -}}
+  {{- if and (hasKey . "value") (hasKey . "valueFrom") -}}
+    {{- fail (printf "env has %s with value and valueFrom: give one" .name) -}}
   {{- end -}}
   {{- if hasKey $mine .name -}}
     {{- fail (printf "env has %s, which is this chart's to set: use %s" .name (get $mine .name)) -}}
@@ -117,11 +129,21 @@
   {{- end -}}
   {{- $variables = append $variables .name -}}
 {{- end -}}
-{{- $set := dict "base" "base.source" "max-loras" "engine.maxLoras" "max-lora-rank" "engine.maxLoraRank" "resident" "engine.resident" "tensor-parallel-size" "gpu.count" "pipeline-parallel-size" "nodes" "nnodes" "nodes" "node-rank" "nodes" "master-addr" "nodes" "headless" "nodes" "adapters" "adapters" "adapter" "adapters" "store" "store" "shared-store" "store" "adapter-root" "adaptersClaim" "drain-seconds" "drainSeconds" "host" "service" "port" "service.port" "admin-host" "admin" "admin-port" "admin.port" "api-key" "apiKey.secret" -}}
+{{- $set := dict
+  "base" "base.source" "model" "base.source" "served-model-name" "base.source" "hf-token" "hubToken"
+  "adapters" "adapters" "adapter" "adapters" "lora-modules" "adapters" "adapter-root" "adaptersClaim"
+  "store" "store" "shared-store" "store"
+  "max-loras" "engine.maxLoras" "max-lora-rank" "engine.maxLoraRank" "resident" "engine.resident" "max-cpu-loras" "engine.resident"
+  "tensor-parallel-size" "gpu.count" "tp" "gpu.count" "data-parallel-size" "replicas" "dp" "replicas"
+  "pipeline-parallel-size" "nodes" "pp" "nodes" "nnodes" "nodes" "n" "nodes" "node-rank" "nodes" "r" "nodes"
+  "master-addr" "nodes" "headless" "nodes"
+  "drain-seconds" "drainSeconds" "host" "service.type" "port" "service.port" "admin-host" "admin.port" "admin-port" "admin.port"
+  "api-key" "apiKey.secret" "ssl-keyfile" "ingress.tlsSecret" "ssl-certfile" "ingress.tlsSecret"
+  "config" "engine.args" "disable-log-stats" "monitoring" -}}
 {{- range $v.engine.args -}}
-  {{- $option := regexReplaceAll "=.*" (trimPrefix "--" .) "" | replace "_" "-" -}}
+  {{- $option := regexReplaceAll "[= ].*" (regexReplaceAll "^-+" . "") "" | replace "_" "-" -}}
   {{- if hasKey $set $option -}}
-    {{- fail (printf "engine.args has --%s, which is this chart's to set: use %s" $option (get $set $option)) -}}
+    {{- fail (printf "engine.args has %s, which is this chart's to set: use %s" (regexReplaceAll "[= ].*" . "") (get $set $option)) -}}
   {{- end -}}
 {{- end -}}
 {{- if eq (int $v.admin.port) 8000 -}}
@@ -130,8 +152,22 @@
 {{- if and (eq $v.autoscaling.kind "keda") (not $v.monitoring.serviceMonitor) -}}
   {{- fail "autoscaling.kind=keda asks Prometheus, which scrapes nothing: set monitoring.serviceMonitor" -}}
 {{- end -}}
-{{- if and (or $v.ingress.enabled $v.httpRoute.enabled) (not $v.apiKey.secret) (not $v.apiKey.checkedElsewhere) -}}
-  {{- fail "a route without a key lets everybody in: set apiKey.secret, or apiKey.checkedElsewhere where a gateway asks for one" -}}
+{{- if and $v.monitoring.rules (not $v.monitoring.serviceMonitor) -}}
+  {{- fail "monitoring.rules are about what monitoring.serviceMonitor scrapes, by its labels: set that, too" -}}
+{{- end -}}
+{{- $outside := or $v.ingress.enabled $v.httpRoute.enabled (ne $v.service.type "ClusterIP") -}}
+{{- if and $outside (not $v.apiKey.secret) (not $v.apiKey.checkedElsewhere) -}}
+  {{- fail "a way in from outside without a key lets everybody in: set apiKey.secret, or apiKey.checkedElsewhere where a gateway asks for one" -}}
+{{- end -}}
+{{- $volumes := list -}}
+{{- range $v.volumes -}}
+  {{- if ne (len (compact (list .secret .configMap .claim))) 1 -}}
+    {{- fail (printf "volume %q must be one of secret, configMap and claim" .name) -}}
+  {{- end -}}
+  {{- if has .name $volumes -}}
+    {{- fail (printf "two volumes are named %q: names must differ" .name) -}}
+  {{- end -}}
+  {{- $volumes = append $volumes .name -}}
 {{- end -}}
 {{- end -}}
 

@@ -3,16 +3,16 @@ At most 40 characters: what is made of a name must fit into a label's 63. The lo
 NAME-group-INDEX-HASH.
 */ -}}
 {{- define "astra.name" -}}
-{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
+{{- regexReplaceAll "-+$" (default .Chart.Name .Values.nameOverride | trunc 40) "" -}}
 {{- end -}}
 
 {{- define "astra.fullname" -}}
 {{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- regexReplaceAll "-+$" (.Values.fullnameOverride | trunc 40) "" -}}
 {{- else if contains (include "astra.name" .) .Release.Name -}}
-{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- regexReplaceAll "-+$" (.Release.Name | trunc 40) "" -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name (include "astra.name" .) | trunc 40 | trimSuffix "-" -}}
+{{- regexReplaceAll "-+$" (printf "%s-%s" .Release.Name (include "astra.name" .) | trunc 40) "" -}}
 {{- end -}}
 {{- end -}}
 
@@ -22,8 +22,8 @@ NAME-group-INDEX-HASH.
 
 {{- /* What never changes: a Deployment's selector cannot. */ -}}
 {{- define "astra.selector" -}}
-app.kubernetes.io/name: {{ include "astra.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "astra.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/component: server
 {{- end -}}
 
@@ -36,17 +36,17 @@ leaderworkerset.sigs.k8s.io/worker-index: "0"
 {{- end -}}
 
 {{- define "astra.pickerSelector" -}}
-app.kubernetes.io/name: {{ include "astra.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "astra.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/component: picker
 {{- end -}}
 
 {{- define "astra.labels" -}}
-app.kubernetes.io/name: {{ include "astra.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "astra.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 
 {{- define "astra.image" -}}
@@ -72,6 +72,13 @@ name: {{ include "astra.workloadName" . }}
 {{- /* A group makes itself a headless Service of its own name, so that name must not be ours. */ -}}
 {{- define "astra.workloadName" -}}
 {{ include "astra.fullname" . }}{{ if gt (int .Values.nodes) 1 }}-group{{ end }}
+{{- end -}}
+
+{{- /* Whether the pod uses a claim that pods on one node alone, or one pod, can mount. */ -}}
+{{- define "astra.claimsANode" -}}
+{{- range list .Values.store.claim .Values.base.claim .Values.adaptersClaim -}}
+{{- if and .name (has .accessMode (list "ReadWriteOnce" "ReadWriteOncePod")) }}true{{ end -}}
+{{- end -}}
 {{- end -}}
 
 {{- define "astra.mostReplicas" -}}

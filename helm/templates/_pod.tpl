@@ -8,10 +8,7 @@ Nothing here depends on the adapters: the document changes, the pods stay.
 {{- $v := $.Values -}}
 metadata:
   labels:
-    {{- include "astra.selector" $ | nindent 4 }}
-    {{- with $v.podLabels }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
+    {{- merge (include "astra.selector" $ | fromYaml) $v.podLabels | toYaml | nindent 4 }}
   {{- with $v.podAnnotations }}
   annotations:
     {{- toYaml . | nindent 4 }}
@@ -33,7 +30,7 @@ spec:
   {{- with $v.image.pullSecrets }}
   imagePullSecrets:
     {{- range . }}
-    - name: {{ . }}
+    - name: {{ . | quote }}
     {{- end }}
   {{- end }}
   {{- with $v.nodeSelector }}
@@ -55,10 +52,10 @@ spec:
     {{- end }}
   {{- end }}
   {{- with $v.runtimeClassName }}
-  runtimeClassName: {{ . }}
+  runtimeClassName: {{ . | quote }}
   {{- end }}
   {{- with $v.priorityClassName }}
-  priorityClassName: {{ . }}
+  priorityClassName: {{ . | quote }}
   {{- end }}
   {{- if contains "://" $v.base.source }}
   initContainers:
@@ -146,7 +143,7 @@ spec:
           mountPath: /base
           readOnly: true
           {{- with $v.base.claim.subPath }}
-          subPath: {{ . }}
+          subPath: {{ . | quote }}
           {{- end }}
         {{- end }}
         {{- if $v.adaptersClaim.name }}
@@ -155,6 +152,9 @@ spec:
         {{- if and (not $v.adaptersUrl) (ne $role "worker") }}
         # The folder, not the file: a file that is mounted by itself is never updated.
         - {name: document, mountPath: /etc/astra, readOnly: true}
+        {{- end }}
+        {{- range $v.volumes }}
+        - {{ merge (dict "name" (printf "more-%s" .name) "readOnly" true) (pick . "mountPath" "subPath") | toJson }}
         {{- end }}
   volumes:
     - name: home
@@ -166,7 +166,7 @@ spec:
     - name: store
       {{- if $v.store.claim.name }}
       persistentVolumeClaim:
-        claimName: {{ $v.store.claim.name }}
+        claimName: {{ $v.store.claim.name | quote }}
       {{- else }}
       emptyDir:
         sizeLimit: {{ toYaml $v.store.size }}
@@ -180,7 +180,7 @@ spec:
     {{- if $v.base.claim.name }}
     - name: base
       persistentVolumeClaim:
-        claimName: {{ $v.base.claim.name }}
+        claimName: {{ $v.base.claim.name | quote }}
         readOnly: true
     {{- else if contains "://" $v.base.source }}
     - name: base
@@ -190,13 +190,25 @@ spec:
     {{- with $v.adaptersClaim.name }}
     - name: adapters
       persistentVolumeClaim:
-        claimName: {{ . }}
+        claimName: {{ . | quote }}
         readOnly: true
     {{- end }}
     {{- if and (not $v.adaptersUrl) (ne $role "worker") }}
     - name: document
       configMap:
         name: {{ include "astra.fullname" $ }}-adapters
+    {{- end }}
+    {{- range $v.volumes }}
+    - name: more-{{ .name }}
+      {{- with .secret }}
+      secret: {secretName: {{ . | quote }}}
+      {{- end }}
+      {{- with .configMap }}
+      configMap: {name: {{ . | quote }}}
+      {{- end }}
+      {{- with .claim }}
+      persistentVolumeClaim: {claimName: {{ . | quote }}, readOnly: true}
+      {{- end }}
     {{- end }}
 {{- end -}}
 
@@ -209,11 +221,11 @@ spec:
 {{- end -}}
 {{- end -}}
 
-{{- /* A server has a store of its own; of a claim that several share each takes a folder. The nodes of a group share theirs. */ -}}
+{{- /* Of a claim each server takes a folder, also a successor whose predecessor still drains. A group's nodes share one. */ -}}
 {{- define "astra.store" -}}
 {{- if gt (int .Values.nodes) 1 -}}
 --store=/store/group-$(GROUP)
-{{- else if and .Values.store.claim.name (gt (int (include "astra.mostReplicas" .)) 1) -}}
+{{- else if .Values.store.claim.name -}}
 --shared-store=/store
 {{- else -}}
 --store=/store/{{ include "astra.fullname" . }}
@@ -263,28 +275,30 @@ spec:
 {{- $v := (index . 0).Values -}}
 env:
   - {name: HOME, value: /home/astra}
+  # Of a user id that the image does not know, nobody could say the name.
+  - {name: USER, value: astra}
   {{- if gt (int $v.nodes) 1 }}
   - name: GROUP
     valueFrom: {fieldRef: {fieldPath: "metadata.labels['leaderworkerset.sigs.k8s.io/group-index']"}}
   {{- end }}
   {{- with $v.hubToken }}{{ if and .secret (ne $role "copy") }}
   - name: HF_TOKEN
-    valueFrom: {secretKeyRef: {name: {{ .secret }}, key: {{ .key }}}}
+    valueFrom: {secretKeyRef: {name: {{ .secret | quote }}, key: {{ .key | quote }}}}
   {{- end }}{{ end }}
   {{- with $v.apiKey }}{{ if and .secret (has $role (list "server" "leader")) }}
   - name: VLLM_API_KEY
-    valueFrom: {secretKeyRef: {name: {{ .secret }}, key: {{ .key }}}}
+    valueFrom: {secretKeyRef: {name: {{ .secret | quote }}, key: {{ .key | quote }}}}
   {{- end }}{{ end }}
   {{- with $v.admin }}{{ if and .secret (has $role (list "server" "leader")) }}
   - name: ASTRA_ADMIN_TOKEN
-    valueFrom: {secretKeyRef: {name: {{ .secret }}, key: {{ .key }}}}
+    valueFrom: {secretKeyRef: {name: {{ .secret | quote }}, key: {{ .key | quote }}}}
   {{- end }}{{ end }}
   {{- with $v.env }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
 {{- with $v.objectStore.secret }}
 envFrom:
-  - secretRef: {name: {{ . }}}
+  - secretRef: {name: {{ . | quote }}}
 {{- end }}
 {{- end -}}
 

@@ -76,6 +76,11 @@ ALERTS = {  # a series with which an alert fires half an hour on, and one with w
     "AstraNoneReady": ("astra_ready{}", "0x60", "astra_ready{}", "1x60"),
     "AstraDown": ("up{}", "0x60", "up{}", "1x60"),
     "AstraAbsent": ("other{}", "1x60", "astra_ready{}", "1x60"),
+    # A start of twelve minutes that ends in a crash, over and over; and one restart in the time.
+    "AstraRestarts": (
+        "process_start_time_seconds{}", "0 " * 7 + "1 " * 7 + "2 " * 7 + "3 " * 20,
+        "process_start_time_seconds{}", "0 " * 20 + "1 " * 40,
+    ),
     "AstraDocument": ("astra_document_fault{}", "1x60", "astra_document_fault{}", "0x60"),
     # What cannot be fetched is tried again and again: two minutes failed, one minute fetching.
     "AstraAdapterFailed": (

@@ -1,5 +1,6 @@
 """What the chart promises, rule by rule."""
 
+import json
 import re
 from typing import Any
 
@@ -152,13 +153,26 @@ def test_local_adapters_come_from_their_claim_alone() -> None:
 
 def test_replicas_that_share_a_claim_each_take_a_folder_in_it() -> None:
     claim = {"claim": {"name": "c", "accessMode": "ReadWriteMany"}}
-    shared = args(render({"store": claim, "replicas": 2}))
-    assert shared["shared-store"] == "/store"
-    assert "store" not in shared
+    for replicas in (1, 2):  # the same for one, which may become two
+        shared = args(render({"store": claim, "replicas": replicas}))
+        assert shared["shared-store"] == "/store"
+        assert "store" not in shared
     assert args(render({"replicas": 2}))["store"] == "/store/astra"
-    alone = render({"store": claim})
-    assert args(alone)["store"] == "/store/astra"
-    assert one(alone, "Deployment")["spec"]["strategy"] == {"type": "Recreate"}  # its successor waits for the store
+
+
+@pytest.mark.parametrize("mode", ["ReadWriteOnce", "ReadWriteOncePod"])
+@pytest.mark.parametrize("claim", ["store", "base", "adaptersClaim"])
+def test_a_claim_of_one_node_is_given_up_before_the_next_pod_comes(claim: str, mode: str) -> None:
+    """Also in the CPU profile, whose rollouts start a pod before they end one: both would wait for each other."""
+    found: dict[str, Any] = {"name": "c", "accessMode": mode}
+    values = {claim: found} if claim == "adaptersClaim" else {claim: {"claim": found, "source": "/base"}}
+    if claim == "store":
+        del values["store"]["source"]
+    strategy = one(render({**CPU, **values}), "Deployment")["spec"]["strategy"]
+    assert strategy == {"type": "Recreate"}
+    found["accessMode"] = "ReadWriteMany"
+    strategy = one(render({**CPU, **values}), "Deployment")["spec"]["strategy"]
+    assert strategy["type"] == "RollingUpdate"
 
 
 # Rollout and life
@@ -310,6 +324,44 @@ def test_the_picker_has_a_policy_too() -> None:
     assert [port["port"] for rule in spec["ingress"] for port in rule["ports"]] == ["grpc"]
 
 
+def test_workload_identity_and_a_ca_bundle_can_be_given() -> None:
+    objects = render(EVERYTHING)
+    account = one(objects, "ServiceAccount", "")
+    assert account["metadata"]["annotations"] == EVERYTHING["serviceAccount"]["annotations"]
+    assert account["automountServiceAccountToken"] is False
+    assert one(objects, "Deployment", "")["metadata"]["annotations"] == {"d/e": "f"}
+    assert {"name": "more-ca", "mountPath": "/etc/ssl/ours", "readOnly": True} in container(objects)["volumeMounts"]
+    assert {"name": "more-ca", "configMap": {"name": "ca"}} in pod(objects)["spec"]["volumes"]
+
+
+def test_labels_of_the_users_never_replace_those_that_select_pods() -> None:
+    labels = {"app.kubernetes.io/component": "mine", "team": "nlp"}
+    objects = render({"podLabels": labels})
+    selector = one(objects, "Deployment")["spec"]["selector"]["matchLabels"]
+    assert pod(objects)["metadata"]["labels"] == {**labels, **selector}
+
+
+def test_the_smoke_test_and_the_picker_run_where_they_can() -> None:
+    objects = render(EVERYTHING)
+    smoke = one(objects, "Pod")["spec"]
+    assert smoke["nodeSelector"] == EVERYTHING["nodeSelector"]
+    assert smoke["tolerations"] == EVERYTHING["tolerations"]
+    picker = one(objects, "Deployment", "picker")["spec"]["template"]["spec"]
+    assert picker["imagePullSecrets"] == [{"name": "registry"}]
+    egress = one(objects, "NetworkPolicy", "picker")["spec"]["egress"]
+    more = render({**EVERYTHING, "networkPolicy": {"to": [{"ports": [{"port": 8443}]}]}})  # of a cluster of one's own
+    assert one(more, "NetworkPolicy", "picker")["spec"]["egress"][-1] == {"ports": [{"port": 8443}]}
+    assert {port["port"] for rule in egress for port in rule.get("ports", [])} >= {443, 6443}
+
+
+@pytest.mark.parametrize("kind", ["keda", "hpa"])
+def test_prometheus_gets_through_for_whoever_needs_its_numbers(kind: str) -> None:
+    objects = render({"autoscaling": {"kind": kind}, "monitoring": {"serviceMonitor": kind == "keda"}})
+    assert {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}} in ports(objects)[
+        "http"
+    ]
+
+
 def test_secrets_are_references_and_never_values() -> None:
     found = {variable["name"]: variable for variable in container(render(EVERYTHING))["env"]}
     for name, secret in (("HF_TOKEN", "hub"), ("VLLM_API_KEY", "keys"), ("ASTRA_ADMIN_TOKEN", "admin")):
@@ -335,6 +387,13 @@ def test_labels_that_list_adapters_are_not_kept_as_series() -> None:
 
 def test_the_service_monitor_finds_the_service_once() -> None:
     objects = render(EVERYTHING)
+    others = render({**EVERYTHING, "nameOverride": "other", "fullnameOverride": "other"})  # twice in one parent chart
     wanted = one(objects, "ServiceMonitor")["spec"]["selector"]["matchLabels"].items()
-    services = [o for o in objects if o["kind"] == "Service" and wanted <= o["metadata"]["labels"].items()]
+    services = [o for o in [*objects, *others] if o["kind"] == "Service" and wanted <= o["metadata"]["labels"].items()]
     assert [service["metadata"]["name"] for service in services] == ["astra"]
+
+
+def test_the_dashboard_of_every_release_has_its_own_title_and_id() -> None:
+    dashboard = json.loads(one(render(EVERYTHING), "ConfigMap", "dashboard")["data"]["astra.json"])
+    assert (dashboard["title"], dashboard["uid"]) == ("Astra: apps/astra", "apps-astra")
+    assert {panel["datasource"]["uid"] for panel in dashboard["panels"]} == {"$datasource"}

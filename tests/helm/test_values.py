@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.helm.chart import CHART, EVERYTHING, NAMESPACE, NODES, RenderError, render, run, text_of
 from tests.helm.values_table import BEGIN, SCHEMA, VALUES, resolved, table
@@ -50,6 +51,24 @@ def objects(schema: dict[str, Any], path: str = "values") -> Iterator[tuple[str,
         yield from objects(schema["items"], f"{path}[]")
 
 
+def groups(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the path of every key that has a default, but for the amounts of resources, which may be left out."""
+    for key, value in values.items():
+        yield (*path, key)
+        if isinstance(value, dict) and key != "resources":
+            yield from groups(value, (*path, key))
+
+
+@pytest.mark.parametrize("path", list(groups(VALUES)), ids=".".join)
+def test_a_key_without_a_value_is_refused_and_not_taken_for_no(path: tuple[str, ...]) -> None:
+    """As `adapters:` with all entries commented out: Helm takes the default away, and what is left would mean less."""
+    values: Any = None
+    for key in reversed(path):
+        values = {key: values}
+    with pytest.raises(RenderError, match=rf"missing propert.*'{path[-1]}'"):
+        render(values)
+
+
 def test_the_schema_is_closed_all_the_way_down_and_describes_every_key() -> None:
     for path, schema in objects(SCHEMA):
         if "properties" in schema:
@@ -82,6 +101,19 @@ CLAIM = {"claim": {"name": "c"}}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"adapters": [{**ADAPTER, "rank": 128}]}, '"a" has rank 128, the engine takes up to 64'),
     "names": ({"adapters": [ADAPTER, ADAPTER]}, 'two adapters are named "a"'),
+    "the base's name": (
+        {"adapters": [{**ADAPTER, "name": "llama"}], "base": {"source": "s3://b/llama"}},
+        'adapter "llama" has the base\'s name',
+    ),
+    "pinned canaries": (
+        {
+            "adapters": [
+                {**ADAPTER, "name": f"a{i}", "pin": True, "canary": {"version": "hf://o/r2", "weight": 0.5}}
+                for i in range(5)
+            ]
+        },
+        "10 adapters are pinned, the engine has 8 slots",
+    ),
     "pinned": ({"adapters": [{**ADAPTER, "name": f"a{i}", "pin": True} for i in range(9)]}, "9 adapters are pinned"),
     "slots": ({"engine": {"maxLoras": 9, "resident": 8}}, "what is in a slot is resident"),
     "store, replicas": ({"replicas": 2, "store": CLAIM}, "store.claim is ReadWriteOnce, and there may be 2 pods"),
@@ -94,6 +126,29 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"adapters": [{"name": "a", "source": "sha256:" + "0" * 64}]},
         "comes from the store, which is empty",
     ),
+    "a store of each": (
+        {
+            "adapters": [{"name": "a", "source": "sha256:" + "0" * 64}],
+            "replicas": 2,
+            "store": {"claim": {"name": "c", "accessMode": "ReadWriteMany"}},
+        },
+        "each server's own",
+    ),
+    "hub id": ({"adapters": [{"name": "a", "source": "org/repo"}]}, "if it is on the hub, say hf://org/repo"),
+    "base, hub": ({"base": {"source": "hf://org/gated"}}, "a base on the hub is named ORG/NAME"),
+    "token in a query": ({"adaptersUrl": "https://host/a.yaml?x=1&sig=abc"}, "a URL has credentials in it"),
+    "OpenAI's key": ({"env": [{"name": "OPENAI_KEY", "value": "sk"}]}, "env has OPENAI_KEY in plain"),
+    "value twice": (
+        {"env": [{"name": "A", "value": "1", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}]},
+        "env has A with value and valueFrom",
+    ),
+    "volume": ({"volumes": [{"name": "a", "mountPath": "/a"}]}, "must be one of secret, configMap and claim"),
+    "volumes": (
+        {"volumes": [{"name": "a", "mountPath": "/a", "secret": "s"}, {"name": "a", "mountPath": "/b", "claim": "c"}]},
+        'two volumes are named "a"',
+    ),
+    "rules": ({"monitoring": {"rules": True}}, "set that, too"),
+    "load balancer": ({"service": {"type": "LoadBalancer"}}, "lets everybody in"),
     "canary's folder": (
         {"adapters": [{**ADAPTER, "canary": {"version": "/tmp/x", "weight": 0.5}}]},  # noqa: S108
         "set adaptersClaim.name",
@@ -141,6 +196,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "variable twice": ({"env": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]}, "env has A twice"),
     "admin": ({"admin": {"port": 8000}}, "admin.port is 8000"),
     "key": ({"engine": {"args": ["--api_key=x"]}}, "use apiKey.secret"),
+    "short option": (
+        {"engine": {"args": ["-tp=2"]}},
+        "engine.args has -tp, which is this chart's to set: use gpu.count",
+    ),
+    "hub token": ({"engine": {"args": ["--hf-token", "hf_x"]}}, "use hubToken"),
+    "TLS": ({"engine": {"args": ["--ssl-keyfile=/x"]}}, "use ingress.tlsSecret"),
     "option": ({"engine": {"args": ["--port=9000"]}}, "--port, which is this chart's to set: use service.port"),
     "password": ({"adaptersUrl": "https://user:secret@host/document"}, "a URL has credentials in it"),
     "no metrics": ({"autoscaling": {"kind": "keda"}}, "set monitoring.serviceMonitor"),
@@ -173,8 +234,17 @@ def test_listeners_of_one_gateway_are_told_apart_by_their_names() -> None:
 
 
 def test_a_release_whose_name_no_service_may_have_is_refused() -> None:
-    with pytest.raises(RenderError, match=r'"1a-astra" begins with a digit.*fullnameOverride'):
-        run("helm4", "template", "1a", str(CHART))
+    for name in ("1a", "a.b", "1"):
+        with pytest.raises(RenderError, match=rf'no Service may have the name "{name}-astra": set fullnameOverride'):
+            run("helm4", "template", name, str(CHART))
+        assert run("helm4", "template", name, str(CHART), "--set", "fullnameOverride=a")
+    with pytest.raises(RenderError, match='no Service may have the name "on"'):
+        render({"fullnameOverride": "on"})
+
+
+def test_a_name_that_is_cut_ends_with_no_dash() -> None:
+    objects = yaml.safe_load_all(run("helm4", "template", "a" * 38 + "--b", str(CHART)))
+    assert {o["metadata"]["name"] for o in objects if o and o["kind"] == "Deployment"} == {"a" * 38}
 
 
 @pytest.mark.parametrize("values", [{"fullnameOverride": "a" * 40}, {"nameOverride": "a" * 40}])
@@ -202,7 +272,7 @@ def test_large_numbers_are_written_as_whole_ones(nodes: int) -> None:
     assert large["podSecurity"]["user"] == 2_000_000
     for kind in ("keda", "hpa"):
         scaled = {**large["autoscaling"], "kind": kind}
-        sizes = {"base": {"size": 2**40}, "store": {**EVERYTHING["store"], "size": 2**40}}
+        sizes = {"base": {"size": 2**40}, "store": {**EVERYTHING["store"], "size": 2**40}, "shm": 2**33}
         values = {**EVERYTHING, **large, **sizes, "nodes": nodes, "autoscaling": scaled}
         values["inferencePool"] = {"enabled": True, **large["inferencePool"]}
         text = text_of(values)
