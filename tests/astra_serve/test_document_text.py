@@ -1,5 +1,6 @@
 """A document's text where it is: in a file, and in an S3 service on this machine."""
 
+import errno
 import fcntl
 import os
 import threading
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import s3fs
 
 from astra_serve import document_text
 from astra_serve.document_text import edit, read
@@ -110,6 +112,19 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path,
         edit(str(file), lambda _: "after")
     assert [path.name for path in tmp_path.iterdir()] == ["adapters.yaml"]
     assert file.read_text() == "before"
+
+
+def test_a_service_that_knows_no_conditions_is_written_to_all_the_same(bucket: str, monkeypatch) -> None:
+    pipe_file = s3fs.S3FileSystem.pipe_file
+
+    def without_conditions(self: s3fs.S3FileSystem, path: str, value: bytes, **conditions: str) -> object:
+        if conditions:
+            raise OSError(errno.ENOSYS, "A header you provided implies functionality that is not implemented")
+        return pipe_file(self, path, value)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "pipe_file", without_conditions)
+    assert edit(f"{bucket}/unconditional.yaml", lambda text: text + "one")[1] == "one"
+    assert edit(f"{bucket}/unconditional.yaml", lambda text: text + " two")[1] == "one two"
 
 
 def test_a_lock_that_nobody_lets_go_of_is_not_waited_for_without_end(tmp_path: Path, monkeypatch) -> None:
