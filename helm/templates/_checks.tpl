@@ -142,7 +142,7 @@
   "config" "engine.args" "disable-log-stats" "monitoring" -}}
 {{- range $v.engine.args -}}
   {{- $option := regexReplaceAll "[= ].*" (regexReplaceAll "^-+" . "") "" | replace "_" "-" -}}
-  {{- if hasKey $set $option -}}
+  {{- if and (hasPrefix "-" .) (hasKey $set $option) -}}
     {{- fail (printf "engine.args has %s, which is this chart's to set: use %s" (regexReplaceAll "[= ].*" . "") (get $set $option)) -}}
   {{- end -}}
 {{- end -}}

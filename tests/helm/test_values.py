@@ -285,5 +285,9 @@ def test_a_variable_that_only_sounds_like_a_secret_is_no_secret(name: str) -> No
     assert render({"env": [{"name": name, "value": "1"}]})
 
 
+def test_the_value_of_an_option_is_no_option() -> None:
+    assert render({"engine": {"args": ["--served-by", "base", "--seed", "n"]}})
+
+
 def test_devices_beside_gpus_can_be_asked_for() -> None:
     assert render({"resources": {"limits": {"rdma/ib": 1, "hugepages-2Mi": "1Gi"}}})
