@@ -41,14 +41,19 @@ def fetch(source: str, store: Store, roots: tuple[Path, ...] = ()) -> Path:
 
 
 def mark(source: str) -> list[Any]:
-    """Return what changes when an adapter's files at `source` do, as far as that can be told without reading them."""
+    """Return what changes when an adapter's files at `source` do, as far as that can be told without reading them.
+
+    Nothing for what cannot be reached, what `fetch` refuses, and the hub, where that would cost a request of its API.
+    """
     scheme, _, rest = source.partition("://")
     found: list[Any] = []
-    for name in FILES:
-        with suppress(Exception):  # it is not there, or cannot be reached
-            if scheme != "hf" and "::" not in source:
-                system, path = fsspec.core.url_to_fs(source if rest else str(Path(source).expanduser()))
-                system.invalidate_cache()
+    if scheme == "hf" or "::" in source:
+        return found
+    with suppress(Exception):  # each file system has errors of its own
+        system, path = fsspec.core.url_to_fs(source if rest else str(Path(source).expanduser()))
+        system.invalidate_cache()
+        for name in FILES:
+            with suppress(FileNotFoundError):
                 found.append((name, system.checksum(f"{path.rstrip('/')}/{name}")))
     return found
 

@@ -192,6 +192,7 @@ class Reconciler:
         name = status.entry.name
         waits = iter(RETRIES_S)
         wait = RETRIES_S[0]
+        seen: list[Any] | None = None
         try:
             while True:
                 try:
@@ -212,22 +213,31 @@ class Reconciler:
                 except Exception as error:  # a fault of ours must not stay unseen, nor stop the others
                     self._enter(status, "failed", f"{type(error).__name__}: {error}")
                     raise
-                await self._wait(status.entry.source, wait)
+                seen = await self._wait(status.entry, wait, seen)
                 self._enter(status, "pending")
         finally:
             if self._tasks.get(name) is asyncio.current_task():
                 del self._tasks[name]
 
-    async def _wait(self, source: str, seconds: float) -> None:
-        """Wait until an adapter is to be tried again: so long, or until its source changes, or all are."""
+    async def _wait(self, entry: Adapter, seconds: float, seen: list[Any] | None) -> list[Any]:
+        """Wait until an adapter is to be tried again: so long, or until its sources change, or all are.
+
+        Return how its sources look then; `seen` is how they looked before the last try, if that is known.
+        """
+        sources = [entry.source, *([entry.canary.version] if entry.canary else [])]
+
+        async def look() -> list[Any]:
+            return [await asyncio.to_thread(mark, source) for source in sources]
+
         end, now = time.monotonic() + seconds, self._now
-        before = await asyncio.to_thread(mark, source)
-        while (left := end - time.monotonic()) > 0:
+        seen = seen or await look()
+        while True:
+            left = end - time.monotonic()
             with suppress(TimeoutError):
-                await asyncio.wait_for(now.wait(), min(LOOK_S, left))
-                return
-            if left > LOOK_S and await asyncio.to_thread(mark, source) != before:
-                return
+                await asyncio.wait_for(now.wait(), max(0.0, min(LOOK_S, left)))
+            found = await look()
+            if now.is_set() or left <= LOOK_S or found != seen:
+                return found
 
     async def _serve(self, status: Status) -> None:
         entry = status.entry

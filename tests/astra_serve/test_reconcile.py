@@ -17,7 +17,8 @@ import pytest
 from astra_serve import admin, desired, reconcile
 from astra_serve.control import Control
 from astra_serve.desired import Adapter, Document
-from astra_serve.errors import ServeError, Unavailable
+from astra_serve.errors import CannotFetch, ServeError, Unavailable
+from astra_serve.fetch import fetch
 from astra_serve.fleet import Fleet
 from astra_serve.gateway import Gateway
 from astra_serve.reconcile import Reconciler
@@ -339,6 +340,49 @@ async def test_a_source_that_heals_is_tried_again_as_soon_as_it_changes(world, w
         assert status.state == "failed"
         assert f"{source} has the digest sha256:" in (status.reason or "")
         shutil.copy(source.with_name("aside") / "adapter_model.safetensors", source)
+        async with asyncio.timeout(10):
+            while w.reconciler.status["a"].state != "serving":
+                await w.fleet.journal.change()
+
+
+@in_a_loop
+async def test_a_source_that_heals_while_it_is_tried_again_is_not_missed(
+    world, write_lora, monkeypatch, tmp_path
+) -> None:
+    """It is not there when the server reads it, and there when that has failed: nothing changes any more after that."""
+    tries = []
+
+    def fetched(*arguments: Any) -> Path:
+        tries.append(arguments)
+        if len(tries) == 2:
+            write_lora("later", 1.0)
+            raise CannotFetch("it was not there")
+        return fetch(*arguments)
+
+    monkeypatch.setattr(reconcile, "RETRIES_S", (0.05, 1000.0))
+    monkeypatch.setattr(reconcile, "LOOK_S", 0.05)
+    monkeypatch.setattr(reconcile, "fetch", fetched)
+    async with world() as w:
+        w.reconciler.apply(document({"name": "a", "source": str(tmp_path / "later")}))
+        async with asyncio.timeout(10):
+            while w.reconciler.status["a"].state != "serving":
+                await w.fleet.journal.change()
+    assert len(tries) == 3
+
+
+@in_a_loop
+async def test_a_canary_that_heals_is_tried_again_as_soon_as_it_changes(world, write_lora, monkeypatch) -> None:
+    monkeypatch.setattr(reconcile, "RETRIES_S", (0.05, 1000.0))
+    monkeypatch.setattr(reconcile, "LOOK_S", 0.05)
+    async with world() as w:
+        source = write_lora("one", 1.0)
+        later = source.with_name("later")
+        w.reconciler.apply(
+            document({"name": "a", "source": str(source), "canary": {"version": str(later), "weight": 0.5}})
+        )
+        while sum(event.event == "failed" for event in w.fleet.journal.events) < 2:
+            await w.fleet.journal.change()
+        write_lora("later", 2.0)
         async with asyncio.timeout(10):
             while w.reconciler.status["a"].state != "serving":
                 await w.fleet.journal.change()
