@@ -2,17 +2,21 @@
 At most 40 characters: what is made of a name must fit into a label's 63. The longest is that of a group's pods,
 NAME-group-INDEX-HASH.
 */ -}}
+{{- define "astra.cut" -}}
+{{- regexReplaceAll "-+$" (trunc 40 .) "" -}}
+{{- end -}}
+
 {{- define "astra.name" -}}
-{{- regexReplaceAll "-+$" (default .Chart.Name .Values.nameOverride | trunc 40) "" -}}
+{{- include "astra.cut" (default .Chart.Name .Values.nameOverride) -}}
 {{- end -}}
 
 {{- define "astra.fullname" -}}
 {{- if .Values.fullnameOverride -}}
-{{- regexReplaceAll "-+$" (.Values.fullnameOverride | trunc 40) "" -}}
+{{- include "astra.cut" .Values.fullnameOverride -}}
 {{- else if contains (include "astra.name" .) .Release.Name -}}
-{{- regexReplaceAll "-+$" (.Release.Name | trunc 40) "" -}}
+{{- include "astra.cut" .Release.Name -}}
 {{- else -}}
-{{- regexReplaceAll "-+$" (printf "%s-%s" .Release.Name (include "astra.name" .) | trunc 40) "" -}}
+{{- include "astra.cut" (printf "%s-%s" .Release.Name (include "astra.name" .)) -}}
 {{- end -}}
 {{- end -}}
 
@@ -54,6 +58,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{ .Values.image.repository }}@{{ .Values.image.digest }}
 {{- else -}}
 {{ .Values.image.repository }}:{{ default .Chart.AppVersion .Values.image.tag }}
+{{- end -}}
+{{- end -}}
+
+{{- define "astra.pullSecrets" -}}
+{{- with .Values.image.pullSecrets -}}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . | quote }}
+  {{- end }}
 {{- end -}}
 {{- end -}}
 

@@ -27,12 +27,7 @@ spec:
     fsGroupChangePolicy: OnRootMismatch
     seccompProfile:
       type: RuntimeDefault
-  {{- with $v.image.pullSecrets }}
-  imagePullSecrets:
-    {{- range . }}
-    - name: {{ . | quote }}
-    {{- end }}
-  {{- end }}
+  {{- with include "astra.pullSecrets" $ | trim }}{{ . | nindent 2 }}{{ end }}
   {{- with $v.nodeSelector }}
   nodeSelector:
     {{- toYaml . | nindent 4 }}
@@ -79,6 +74,7 @@ spec:
         - {name: base, mountPath: /base}
         - {name: home, mountPath: /home/astra}
         - {name: tmp, mountPath: /tmp}
+        {{- with include "astra.moreMounts" $ | trim }}{{ . | nindent 8 }}{{ end }}
   {{- end }}
   containers:
     - name: astra-serve
@@ -153,9 +149,7 @@ spec:
         # The folder, not the file: a file that is mounted by itself is never updated.
         - {name: document, mountPath: /etc/astra, readOnly: true}
         {{- end }}
-        {{- range $v.volumes }}
-        - {{ merge (dict "name" (printf "more-%s" .name) "readOnly" true) (pick . "mountPath" "subPath") | toJson }}
-        {{- end }}
+        {{- with include "astra.moreMounts" $ | trim }}{{ . | nindent 8 }}{{ end }}
   volumes:
     - name: home
       emptyDir:
@@ -300,6 +294,12 @@ env:
 envFrom:
   - secretRef: {name: {{ . | quote }}}
 {{- end }}
+{{- end -}}
+
+{{- define "astra.moreMounts" -}}
+{{- range .Values.volumes }}
+- {{ merge (dict "name" (printf "more-%s" .name) "readOnly" true) (pick . "mountPath" "subPath") | toJson }}
+{{- end -}}
 {{- end -}}
 
 {{- define "astra.security" -}}
