@@ -102,6 +102,8 @@ def build(control: Control, gateway: Gateway, token: str) -> FastAPI:
 
     app.include_router(_looking(control))
     app.include_router(_changing(control))
+    app.include_router(_moving(control))
+    app.include_router(_as_vllm(control))
     app.include_router(_draining(gateway))
     return app
 
@@ -146,37 +148,36 @@ def _looking(control: Control) -> APIRouter:
 
 
 def _changing(control: Control) -> APIRouter:
+    """What changes the document."""
     router = APIRouter()
 
     @router.put("/adapters/{name}")
     async def publish(name: str, body: Publish) -> dict[str, Any]:
         settings = body.model_dump(exclude={"source"}, exclude_none=True)
-        return await done(name, control.publish(name, body.source, **settings))
+        return await _done(control, name, control.publish(name, body.source, **settings))
 
     @router.delete("/adapters/{name}")
     async def remove(name: str) -> dict[str, Any]:
-        with _refused(name):
-            await control.remove(name)
-        return {"name": name, "state": "removed"}
+        return await _removed(control, name)
 
     @router.post("/adapters/{name}/rollback")
     async def rollback(name: str, body: Rollback | None = None) -> dict[str, Any]:
-        return await done(name, control.rollback(name, body.digest if body else None))
+        return await _done(control, name, control.rollback(name, body.digest if body else None))
 
     @router.post("/adapters/{name}/canary")
     async def canary(name: str, body: CanaryChange) -> dict[str, Any]:
         if (body.source is None) != (body.weight is None):
             raise HTTPException(400, "a canary needs a source and a weight; give neither to end it")
         found = Canary(version=body.source, weight=body.weight).model_dump() if body.source and body.weight else None
-        return await done(name, control.change(name, canary=found))
+        return await _done(control, name, control.change(name, canary=found))
 
     @router.post("/adapters/{name}/pin")
     async def pin(name: str) -> dict[str, Any]:
-        return await done(name, control.change(name, pin=True))
+        return await _done(control, name, control.change(name, pin=True))
 
     @router.post("/adapters/{name}/unpin")
     async def unpin(name: str) -> dict[str, Any]:
-        return await done(name, control.change(name, pin=False))
+        return await _done(control, name, control.change(name, pin=False))
 
     @router.post("/adapters/{name}/alias")
     async def alias(name: str, body: AliasOf) -> dict[str, Any]:
@@ -186,7 +187,14 @@ def _changing(control: Control) -> APIRouter:
             if version is None:
                 raise HTTPException(404, f"there is no version {digest!r}")
             digest = version.digest
-        return await done(name, control.publish(name, digest, digest=digest))
+        return await _done(control, name, control.publish(name, digest, digest=digest))
+
+    return router
+
+
+def _moving(control: Control) -> APIRouter:
+    """What changes where versions are, and not what names mean."""
+    router = APIRouter()
 
     @router.post("/adapters/{name}/unload")
     async def unload(name: str) -> dict[str, Any]:
@@ -210,20 +218,20 @@ def _changing(control: Control) -> APIRouter:
             raise HTTPException(422, f"{name!r} was not prepared: {error}") from error
         return control.reconciler.record(version)
 
+    return router
+
+
+def _as_vllm(control: Control) -> APIRouter:
+    """vLLM's own two calls, onto the same lifecycle."""
+    router = APIRouter()
+
     @router.post("/v1/load_lora_adapter")
     async def load(body: VllmLoad) -> dict[str, Any]:
-        return await done(body.lora_name, control.publish(body.lora_name, body.lora_path))
+        return await _done(control, body.lora_name, control.publish(body.lora_name, body.lora_path))
 
     @router.post("/v1/unload_lora_adapter")
-    async def unload_as_vllm(body: VllmUnload) -> dict[str, Any]:
-        return await remove(body.lora_name)
-
-    async def done(name: str, change: Awaitable[Status]) -> dict[str, Any]:
-        with _refused(name):
-            status = await change
-        if status.state == "failed":
-            raise HTTPException(422, f"{name!r} was not published: {status.reason}")
-        return describe(control, name)
+    async def unload(body: VllmUnload) -> dict[str, Any]:
+        return await _removed(control, body.lora_name)
 
     return router
 
@@ -246,6 +254,21 @@ def _draining(gateway: Gateway) -> APIRouter:
         return await requests()
 
     return router
+
+
+async def _done(control: Control, name: str, change: Awaitable[Status]) -> dict[str, Any]:
+    """Wait for a change of an adapter, and return what is known of it then."""
+    with _refused(name):
+        status = await change
+    if status.state == "failed":
+        raise HTTPException(422, f"{name!r} was not published: {status.reason}")
+    return describe(control, name)
+
+
+async def _removed(control: Control, name: str) -> dict[str, Any]:
+    with _refused(name):
+        await control.remove(name)
+    return {"name": name, "state": "removed"}
 
 
 @contextmanager
