@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from astra_serve.errors import BadDocument, Conflict
+from astra_serve.errors import BadDocument, Conflict, first_line
 
 # libyaml's, where PyYAML was built with it: a thousand adapters are read in 0.06 s instead of 0.3.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -97,7 +97,8 @@ def parse(text: str, origin: str) -> Document:
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         where = f" at line {place.line + 1}" if place else ""
-        raise BadDocument(f"{origin} is not YAML{where}: {getattr(error, 'problem', error)}") from error
+        fault = getattr(error, "problem", None) or first_line(error)
+        raise BadDocument(f"{origin} is not YAML{where}: {fault}") from error
     try:
         return Document.model_validate({} if content is None else content)
     except ValidationError as error:

@@ -159,8 +159,7 @@ class Reconciler:
 
     def not_ready(self) -> list[str]:
         """Return why the server is not ready: the required adapters that it waits for."""
-        waits = (status for name, status in self.status.items() if name in self._awaited and status.entry.required)
-        return [f"{status.entry.name}: {status.state}" for status in waits]
+        return [f"{name}: {status.state}" for name, status in self.status.items() if name in self._awaited]
 
     def tell_of_document(self, fault: str) -> None:
         """Let it be known that the document as it is now is not followed."""
@@ -278,8 +277,8 @@ class Reconciler:
             self._enter(status, "verifying")
             try:
                 digest = await asyncio.to_thread(self._store.add, folder, expected)
-            except Damaged as error:  # it knows the folder into which it was downloaded
-                raise Damaged(f"{without_secrets(source)} {error}") from error
+            except Damaged as error:
+                raise Damaged(f"{without_secrets(source)}: {error}") from error
         version = self._fleet.version(entry.name, digest)
         version.may_change_nothing = entry.allow_no_effect
         await coming.enter_async_context(self._fleet.coming(version, lambda state: self._enter(status, state)))

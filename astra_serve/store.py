@@ -63,8 +63,7 @@ class Store:
     def add(self, source: Path, expected: str | None = None) -> str:
         """Publish the LoRA in `source` and return its digest.
 
-        Raises AdapterError, and Damaged, without a subject, when the content is not the `expected` one; then nothing
-        stays.
+        Raises AdapterError, and Damaged when the content is not the `expected` one; then nothing stays.
         """
         ours = source.is_relative_to(self._staging)
         folder = source if ours else self.staging()
@@ -79,7 +78,7 @@ class Store:
             adapter_dir.load_lora(folder)  # what is copied is what is checked
             digest = version_digest(folder)
             if not _is(expected, digest, folder):
-                raise Damaged(f"has the digest {digest}, not {expected}")
+                raise Damaged(f"its digest is {digest}, not {expected}")
             self._publish(folder, digest)
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from astra_serve import desired, document_text
 from astra_serve.admission import Base, open_base
+from astra_serve.desired import Document
 from astra_serve.errors import ServeError
 from astra_serve.places import HEADROOM
 from astra_serve.store import Store
@@ -42,6 +44,11 @@ def store(tmp_path: Path) -> Iterator[Store]:
 @pytest.fixture(scope="session")
 def base(tiny_base: Path) -> Base:
     return open_base(str(tiny_base))
+
+
+def write_document(where: Path, document: Document) -> None:
+    """Replace a document by hand, in one step: servers that look meanwhile must not find half of it."""
+    document_text.edit(str(where), lambda _: desired.dump(document))
 
 
 class StandInEngine:

@@ -1,14 +1,13 @@
 """The document: what it may say, and the one line that everything else gets."""
 
 import json
-from contextlib import suppress
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from astra_serve import desired
-from astra_serve.desired import Adapter, Canary
+from astra_serve.desired import Adapter, Canary, Document
 from astra_serve.errors import BadDocument
 
 DIGEST = "sha256:" + 64 * "a"
@@ -61,9 +60,14 @@ def test_a_fault_gets_one_line_that_names_the_place(text: str, message: str) -> 
 
 
 @given(st.text(max_size=200))
-def test_any_text_is_a_document_or_a_bad_one(text: str) -> None:
-    with suppress(BadDocument):
-        desired.parse(text, "x")
+def test_any_text_is_a_document_that_stays_the_same_when_it_is_written_or_a_bad_one_in_one_line(text: str) -> None:
+    found, fault = Document(), ""
+    try:
+        found = desired.parse(text, "x")
+    except BadDocument as error:
+        fault = str(error)
+    assert len(fault.splitlines()) <= 1
+    assert desired.parse(desired.dump(found), "x") == found
 
 
 def test_the_schema_knows_every_key_and_no_other() -> None:

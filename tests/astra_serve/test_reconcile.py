@@ -23,7 +23,7 @@ from astra_serve.fleet import Fleet
 from astra_serve.gateway import Gateway
 from astra_serve.reconcile import Reconciler
 from astra_serve.store import Store, version_digest
-from tests.astra_serve.conftest import StandInEngine
+from tests.astra_serve.conftest import StandInEngine, write_document
 from tests.astra_serve.test_fleet import in_a_loop
 
 TOKEN = "secret"  # noqa: S105
@@ -251,7 +251,7 @@ async def test_what_others_change_in_the_document_meanwhile_is_kept_and_followed
         await w.api.put("/adapters/a", json={"source": sources["a"]})
         file = tmp_path / "adapters.yaml"
         by_hand = desired.parse(file.read_text(), "x").with_adapter(Adapter(name="b", source=sources["b"]))
-        file.write_text(desired.dump(by_hand))  # and nobody has read it yet
+        write_document(file, by_hand)  # and nobody has read it yet
         assert (await w.api.put("/adapters/c", json={"source": sources["c"]})).is_success
         assert {entry.name for entry in desired.parse(file.read_text(), "x").adapters} == {"a", "b", "c"}
         assert (await w.reconciler.settled("b")).state == "serving"
@@ -315,7 +315,7 @@ async def test_a_publish_that_loses_a_race_leaves_what_the_document_says_by_then
         theirs = {"name": "a", "source": str(write_lora("theirs", 2.0))}
 
         async def raced(*_: Any) -> None:
-            (tmp_path / "adapters.yaml").write_text(desired.dump(document(theirs)))
+            write_document(tmp_path / "adapters.yaml", document(theirs))
             await w.control.refresh()
             raise ServeError("somebody else has changed 'a' in the document meanwhile: try again")
 
@@ -338,7 +338,7 @@ async def test_a_source_that_heals_is_tried_again_as_soon_as_it_changes(world, w
         w.reconciler.apply(document({"name": "a", "source": str(source), "digest": digest}))
         status = await w.reconciler.settled("a")
         assert status.state == "failed"
-        assert f"{source} has the digest sha256:" in (status.reason or "")
+        assert f"{source}: its digest is sha256:" in (status.reason or "")
         shutil.copy(source.with_name("aside") / "adapter_model.safetensors", source)
         async with asyncio.timeout(10):
             while w.reconciler.status["a"].state != "serving":
@@ -404,7 +404,7 @@ async def test_required_adapters_of_the_first_document_gate_readiness_and_a_late
     world, write_lora, tmp_path
 ) -> None:
     def write(*entries: dict[str, Any]) -> None:
-        (tmp_path / "adapters.yaml").write_text(desired.dump(document(*entries)))
+        write_document(tmp_path / "adapters.yaml", document(*entries))
 
     good = {"name": "good", "source": str(write_lora("good", 1.0)), "required": True}
     bad = {"name": "bad", "source": "/not/there", "required": True}
@@ -441,13 +441,20 @@ async def test_a_document_that_is_gone_or_empty_changes_nothing(world, write_lor
 
 
 @in_a_loop
-async def test_more_adapters_than_fit_at_once_are_all_served(world, write_lora) -> None:
+async def test_more_adapters_than_fit_at_once_are_all_served_and_no_more_of_them_stay(
+    world, engine, write_lora
+) -> None:
     async with world(capacity=1) as w:
         entries = [{"name": f"a{i}", "source": str(write_lora(f"a{i}", float(i + 1)))} for i in range(4)]
         w.reconciler.apply(document(*entries))
         for entry in entries:
             while w.reconciler.status[entry["name"]].state != "serving":
                 await w.fleet.journal.change()
+        assert [w.current(entry["name"]) for entry in entries] == [
+            version_digest(Path(entry["source"])) for entry in entries
+        ]
+        await w.fleet.drained()
+        assert len(engine.loaded) == 1
 
 
 @in_a_loop
@@ -511,7 +518,7 @@ async def test_vllms_own_admin_calls_are_the_same_lifecycle(world, write_lora) -
 async def test_the_documents_file_is_followed_and_a_fault_in_it_changes_nothing(world, write_lora, tmp_path) -> None:
     async with world() as w:
         file = tmp_path / "adapters.yaml"
-        file.write_text(desired.dump(document({"name": "a", "source": str(write_lora("one", 1.0))})))
+        write_document(file, document({"name": "a", "source": str(write_lora("one", 1.0))}))
         following = asyncio.create_task(w.control.follow())
         while w.current("a") is None:
             await asyncio.sleep(0.01)
@@ -521,7 +528,7 @@ async def test_the_documents_file_is_followed_and_a_fault_in_it_changes_nothing(
             await asyncio.sleep(0.01)
         assert "adapters.0.source: Field required" in w.control.fault
         assert w.current("a") == first
-        file.write_text(desired.dump(document({"name": "a", "source": str(write_lora("two", 2.0))})))
+        write_document(file, document({"name": "a", "source": str(write_lora("two", 2.0))}))
         while w.current("a") == first:
             await asyncio.sleep(0.01)
         assert (await w.api.get("/adapters")).json()["document"]["fault"] is None
@@ -534,9 +541,7 @@ async def test_a_config_map_is_followed_through_its_links(world, write_lora, tmp
     async with world() as w:
         for number, source in enumerate((write_lora("one", 1.0), write_lora("two", 2.0))):
             (tmp_path / f"..{number}").mkdir()
-            (tmp_path / f"..{number}" / "adapters.yaml").write_text(
-                desired.dump(document({"name": "a", "source": str(source)}))
-            )
+            write_document(tmp_path / f"..{number}" / "adapters.yaml", document({"name": "a", "source": str(source)}))
         (tmp_path / "..data").symlink_to("..0")
         (tmp_path / "adapters.yaml").symlink_to("..data/adapters.yaml")
         following = asyncio.create_task(w.control.follow())
@@ -547,6 +552,7 @@ async def test_a_config_map_is_followed_through_its_links(world, write_lora, tmp
         (tmp_path / "new").replace(tmp_path / "..data")
         while w.current("a") == first:
             await asyncio.sleep(0.01)
+        assert w.current("a") == version_digest(tmp_path / "two")
         following.cancel()
 
 

@@ -24,7 +24,7 @@ from astra_serve.reconcile import Reconciler
 from astra_serve.replicas import Replica
 from astra_serve.rollout import prepare, rollout
 from astra_serve.store import Store
-from tests.astra_serve.conftest import StandInEngine
+from tests.astra_serve.conftest import StandInEngine, write_document
 from tests.astra_serve.test_fleet import in_a_loop
 from tests.astra_serve.test_gateway import say
 
@@ -91,9 +91,7 @@ def three(base, tmp_path: Path, write_lora) -> Callable[..., Any]:
     async def make() -> AsyncIterator[Three]:
         found = Three(tmp_path / "desired" / "adapters.yaml")
         found.document.parent.mkdir()
-        found.document.write_text(
-            desired.dump(Document(adapters=[Adapter(name="a", source=str(write_lora("one", 1.0)))]))
-        )
+        write_document(found.document, Document(adapters=[Adapter(name="a", source=str(write_lora("one", 1.0)))]))
         async with found.stack as stack:
             for number in range(3):
                 engine, store = StandInEngine(4), Store(tmp_path / f"store{number}")
@@ -347,7 +345,7 @@ async def test_a_document_that_changes_right_before_a_rollout_is_looked_at_again
             await refresh()
             if len(looks) < 1:
                 document = desired.parse(t.document.read_text(), "")
-                t.document.write_text(desired.dump(document.with_adapter(Adapter(name="c", source=str(source)))))
+                write_document(t.document, document.with_adapter(Adapter(name="c", source=str(source))))
             looks.append(1)
 
         looks: list[int] = []
@@ -420,7 +418,7 @@ async def test_canaries_that_differ_are_drift(three, write_lora) -> None:
             shutil.rmtree(canary)
             write_lora("canary", value)
             entry = base.model_copy(update={"canary": desired.Canary(version=str(canary), weight=0.5)})
-            t.document.write_text(desired.dump(Document(adapters=[entry])))
+            write_document(t.document, Document(adapters=[entry]))
             await control.refresh()
             await control.reconciler.settled("a")
         (line,) = (await replicas.status(t.replicas))["drift"]
@@ -435,7 +433,7 @@ async def test_what_somebody_else_wrote_meanwhile_stays(three, write_lora) -> No
 
         class Meddler(StandInEngine):
             async def load(self, name: str, folder: Path) -> str:
-                t.document.write_text(desired.dump(Document(adapters=[theirs])))
+                write_document(t.document, Document(adapters=[theirs]))
                 return await super().load(name, folder)
 
         t.engines[0].__class__ = Meddler
@@ -540,7 +538,7 @@ async def test_a_version_that_could_not_be_served_yet_is_still_wanted_after_a_ro
     """What is served then is not what the document says, and must not take its place."""
     async with three() as t:
         later = Adapter(name="a", source=str(tmp_path / "later"), digest="sha256:" + 64 * "d")
-        t.document.write_text(desired.dump(Document(adapters=[later])))
+        write_document(t.document, Document(adapters=[later]))
         for control in t.controls:
             await control.refresh()
             assert (await control.reconciler.settled("a")).state == "failed"
@@ -606,7 +604,7 @@ async def test_status_says_every_way_in_which_replicas_differ(three, write_lora)
         assert (await replicas.status(t.replicas, {"a": old}))["drift"] == []
         unread = t.controls[1].refresh, t.controls[2].refresh
         t.controls[1].refresh = t.controls[2].refresh = lambda: asyncio.sleep(0)  # they do not look
-        t.document.write_text(desired.dump(Document(adapters=[Adapter(name="a", source=str(write_lora("two", 2.0)))])))
+        write_document(t.document, Document(adapters=[Adapter(name="a", source=str(write_lora("two", 2.0)))]))
         assert "r0: a is " in "".join((await replicas.status(t.replicas))["drift"])  # it has looked, and is on its way
         await t.controls[0].reconciler.settled("a")
         state = await replicas.status(t.replicas, {"a": old})
@@ -634,14 +632,14 @@ async def test_adapters_that_wait_for_their_source_are_tried_again_when_the_docu
     async with three() as t:
         control = t.controls[0]
         later = Document(adapters=[Adapter(name="late", source=str(tmp_path / "late"))])
-        t.document.write_text(desired.dump(later))
+        write_document(t.document, later)
         await control.refresh()
         assert (await control.reconciler.settled("late")).state == "failed"
         t.document.unlink()  # as when an object store is gone, with all that is in it
         await control.refresh()
         assert control.fault
         write_lora("late", 3.0)
-        t.document.write_text(desired.dump(later))
+        write_document(t.document, later)
         await control.refresh()
         while control.reconciler.status["late"].state != "serving":
             await control.fleet.journal.change()
