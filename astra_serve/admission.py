@@ -46,7 +46,7 @@ class Base:
         Raises ServeError and AdapterError.
         """
         header = adapter_dir.read_lora_header(folder)
-        if header.base_digest is not None:
+        if header.base_digest is not None:  # otherwise the base's weights need not be read
             adapter_dir.check_base(folder, header.base_digest, self.digest)
         adapter_dir.check_shapes(folder, header.shapes, self.shapes)
         if header.rank > self.max_rank:

@@ -167,14 +167,17 @@ class Control:
         `served` is what the change says of an adapter that serves already. Raises ServeError and OSError.
         """
 
+        document = self._document
+
         def changed(text: str) -> str:
-            return desired.dump(change(self._parsed(text)))
+            nonlocal document
+            document = change(self._parsed(text))
+            return desired.dump(document)
 
         self._writable()
         async with self._editing:
             # In a thread: it waits for others and for the disk, streams must not.
             _, text = await asyncio.to_thread(document_text.edit, self._where, changed)
-            document = desired.parse(text, self._where)
             before, self._document, self._text = self._document, document, text
             if served:
                 self.reconciler.adopt(served)

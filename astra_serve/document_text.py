@@ -36,7 +36,7 @@ def edit(where: str, change: Callable[[str], str]) -> tuple[str, str]:
     """Let the text be what `change` makes of it, and return it as it was and as it is.
 
     It is replaced in one step, and only if it is still what `change` was given; otherwise `change` is asked again. Of a
-    store that has neither locks nor conditional writes, as a web server or FTP, that is looked at right before.
+    store that has neither locks nor conditional writes, as FTP, that is looked at right before.
     Raises Conflict, ServeError, what the store raises, and what `change` raises; then the text is as it was.
     """
     for _ in range(TRIES):

@@ -20,6 +20,7 @@ from vllm.entrypoints.launchers.utils.constants import (
 )
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from astra_serve.admission import base_name
 from astra_serve.api_key import ApiKeys
@@ -60,7 +61,8 @@ async def _serve(args: Namespace, start: Start, finish_s: float, patience_s: flo
             tasks = await client.get_supported_tasks()
             app = build_app(args, tasks, client.model_config)
             if keys := [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]:
-                app.middleware_stack = ApiKeys(app.middleware_stack, keys)
+                known = AuthenticationMiddleware(app, keys).verify_token
+                app.middleware_stack = ApiKeys(app.middleware_stack, known)
             await init_app_state(client, app.state, args, tasks)
             engine = VllmEngine(client, base_name(args.model), patience_s)
             losing = asyncio.create_task(_loss(engine))

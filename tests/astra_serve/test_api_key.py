@@ -4,13 +4,15 @@ import json
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from astra_serve.api_key import ApiKeys
 from astra_serve.gateway import OPEN
 from tests.astra_serve.test_fleet import in_a_loop
 from tests.astra_serve.test_gateway import say
 
-KEYS = ("first-key", "second-key")
+KNOWN = AuthenticationMiddleware(FastAPI(), ["first-key", "second-key"]).verify_token  # as the server has it
 
 
 async def behind(_scope, _receive, send) -> None:
@@ -18,7 +20,9 @@ async def behind(_scope, _receive, send) -> None:
 
 
 def client(**headers: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(ApiKeys(behind, KEYS)), base_url="http://x", headers=headers)
+    return httpx.AsyncClient(
+        transport=httpx.ASGITransport(ApiKeys(behind, KNOWN)), base_url="http://x", headers=headers
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,5 +61,5 @@ async def test_a_websocket_without_a_key_is_closed() -> None:
         sent.append(message)
 
     scope = {"type": "websocket", "path": "/v1/realtime", "headers": []}
-    await ApiKeys(behind, KEYS)(scope, None, send)
+    await ApiKeys(behind, KNOWN)(scope, None, send)
     assert json.dumps(sent) == '[{"type": "websocket.close", "code": 1008}]'

@@ -142,7 +142,9 @@ def test_every_metric_that_the_chart_names_is_on_the_page(server: Server) -> Non
     suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"]}
     there = {family.name + suffix for family in page for suffix in suffixes.get(family.type, [""])}
     files = [*(CHART / "templates").glob("*.yaml"), CHART / "files" / "dashboard.json"]
-    named = {n for file in files for n in re.findall(r"\b(?:astra_[a-z_]+|vllm:[a-z_]+|process_[a-z_]+)", file.read_text())}
+    named = {
+        n for file in files for n in re.findall(r"\b(?:astra_[a-z_]+|vllm:[a-z_]+|process_[a-z_]+)", file.read_text())
+    }
     assert len(named) > 15
     assert named <= there
 
