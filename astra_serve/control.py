@@ -12,9 +12,10 @@ from watchfiles import awatch
 
 from astra_serve import desired, document_text
 from astra_serve.desired import Adapter, Canary, Document
-from astra_serve.errors import BadDocument, ServeError, first_line, without_secrets
+from astra_serve.errors import BadDocument, ServeError
 from astra_serve.fleet import Fleet
 from astra_serve.reconcile import Reconciler, Status
+from converter.errors import first_line, without_secrets
 
 TIMER_S = 5.0  # a changed file or page is seen after this long at the latest
 

@@ -21,7 +21,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from astra_serve.errors import BadDocument, Conflict, first_line
+from astra_serve.errors import BadDocument, Conflict
+from converter.errors import first_line
 
 # libyaml's, where PyYAML was built with it: a thousand adapters are read in 0.06 s instead of 0.3.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

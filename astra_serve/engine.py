@@ -27,11 +27,12 @@ from vllm.v1.metrics.stats import RequestStateStats
 from astra_serve import request as requests
 from astra_serve.admission import base_name
 from astra_serve.child import PARENT
-from astra_serve.errors import ServeError, first_line
+from astra_serve.errors import ServeError
 from astra_serve.fleet import Fleet
 from astra_serve.gateway import OPEN, Gateway, Served
 from astra_serve.places import HEADROOM
 from astra_serve.slots import Slots
+from converter.errors import first_line
 
 # Adapters reach the engine through this process alone: vLLM's own load and unload routes would take any path.
 os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "0"

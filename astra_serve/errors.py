@@ -1,9 +1,9 @@
 """What can be wrong with what a user hands to the server, and with what it is asked to serve."""
 
-import re
+from converter.errors import AstraError
 
 
-class ServeError(ValueError):
+class ServeError(AstraError):
     """The message is one line that says what is wrong and what to do.
 
     ServeError
@@ -52,13 +52,3 @@ class Unavailable(ServeError):
 
 class EngineLost(ServeError):
     """The engine has died, or has been silent for too long; a supervisor should start the server again."""
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an error of somebody else's says, in one line and without secrets."""
-    return without_secrets((str(error).strip() or type(error).__name__).splitlines()[0])
-
-
-def without_secrets(text: str) -> str:
-    """Return `text` without what URLs may carry before an @ and behind a ?."""
-    return re.sub(r"\?[^\s'\"]*", "", re.sub(r"//[^/\s]*@", "//", text))

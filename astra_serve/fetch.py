@@ -8,9 +8,10 @@ from typing import Any
 import fsspec
 from huggingface_hub import snapshot_download
 
-from astra_serve.errors import CannotFetch, first_line, without_secrets
+from astra_serve.errors import CannotFetch
 from astra_serve.store import FILES, Store
 from converter.adapter_dir import PROVENANCE
+from converter.errors import first_line, without_secrets
 
 
 def fetch(source: str, store: Store, roots: tuple[Path, ...] = ()) -> Path:

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from astra_serve.desired import DIGEST, Adapter, Document
-from astra_serve.errors import CannotFetch, Damaged, ServeError, Unavailable, without_secrets
+from astra_serve.errors import CannotFetch, Damaged, ServeError, Unavailable
 from astra_serve.fetch import fetch, mark
 from astra_serve.fleet import Fleet
 from astra_serve.journal import Event
 from astra_serve.store import Store
 from astra_serve.version import Alias, Version
 from converter.adapter_dir import AdapterError
+from converter.errors import without_secrets
 
 RETRIES_S = (1.0, 5.0, 30.0, 120.0)  # waits between tries; the last one over and over
 LOOK_S = 5.0  # between looks at a source meanwhile: what heals there is served within 10 s

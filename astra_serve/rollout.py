@@ -18,8 +18,9 @@ from typing import Any
 
 from astra_serve import desired, document_text
 from astra_serve.desired import Adapter, Document
-from astra_serve.errors import BadDocument, Conflict, ServeError, first_line
+from astra_serve.errors import BadDocument, Conflict, ServeError
 from astra_serve.replicas import Replica, of_all
+from converter.errors import first_line
 
 POLL_S = 0.2
 LOOKS = 3  # at a document that others change, until the replicas have read the same

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from converter.adapter_dir import AdapterError, BaseNotFound, Json, LoraAdapter, WrongBase
 from converter.check_factors import NotTheAdapter
+from converter.errors import first_line
 from converter.sources import Factors, Source
 
 LONGEST = 512  # tokens of a prompt
@@ -56,7 +57,7 @@ def why_not(source: Source, base: Path | None) -> str | None:
     try:
         architectures = AutoConfig.from_pretrained(base, trust_remote_code=False).architectures or ()
     except (OSError, ValueError, KeyError) as error:
-        raise BaseNotFound(f"base model in {base} cannot be understood: {_first_line(error)}") from error
+        raise BaseNotFound(f"base model in {base} cannot be understood: {first_line(error)}") from error
     if not any(name.endswith("ForCausalLM") for name in architectures):
         return "the base is no causal language model"
     return None
@@ -74,7 +75,7 @@ def check_model(
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False).eval()
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        raise BaseNotFound(f"base model in {base} cannot be loaded: {_first_line(error)}") from error
+        raise BaseNotFound(f"base model in {base} cannot be loaded: {first_line(error)}") from error
     rows, ids, real = tokenised(tokenizer, prompts)
     plain = logits(model, ids, real, {}, stored.scaling)
     trained = logits(model, ids, real, source.factors, lambda *_: 1.0)
@@ -167,7 +168,3 @@ def _layer(model: nn.Module, module: str) -> nn.Module:
 def _top(logits: torch.Tensor) -> dict[str, list[Any]]:
     values, ids = logits.double().log_softmax(-1).topk(min(TOP, len(logits)))
     return {"token_ids": ids.tolist(), "logprobs": [round(value, 4) for value in values.tolist()]}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

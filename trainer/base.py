@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 from converter.adapter_dir import BaseNotFound
+from converter.errors import first_line
 from trainer.config import TrainConfig
 
 _MODELS = {
@@ -37,7 +38,7 @@ def load_tokenizer(folder: Path, config: TrainConfig) -> PreTrainedTokenizerBase
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise BaseNotFound(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+        raise BaseNotFound(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
     if config.task == "causal_lm" and tokenizer.eos_token_id is None:
         raise BaseNotFound(f"the tokenizer in {folder} has no end-of-sequence token: set eos_token")
     if tokenizer.pad_token_id is None:
@@ -63,7 +64,7 @@ def load_base(
             folder, dtype=dtype, quantization_config=_quantization(config), **_head(labels)
         )
     except (OSError, ValueError, SafetensorError, ImportError) as error:
-        raise BaseNotFound(f"base model in {folder} cannot be loaded: {_first_line(error)}") from error
+        raise BaseNotFound(f"base model in {folder} cannot be loaded: {first_line(error)}") from error
     model.config.use_cache = False
     model.requires_grad_(False).eval()
     if config.quantization == "none":
@@ -97,7 +98,7 @@ def base_without_weights(folder: Path, config: TrainConfig, labels: Sequence[str
         with torch.device("meta"):
             model: PreTrainedModel = _MODELS[config.task].from_config(settings)
     except (OSError, ValueError) as error:
-        raise BaseNotFound(f"base model in {folder} cannot be understood: {_first_line(error)}") from error
+        raise BaseNotFound(f"base model in {folder} cannot be understood: {first_line(error)}") from error
     return model
 
 
@@ -128,7 +129,3 @@ def _head(labels: Sequence[str]) -> dict[str, Any]:
         "id2label": dict(enumerate(labels)),
         "label2id": {n: i for i, n in enumerate(labels)},
     }
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

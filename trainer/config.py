@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
+from converter.errors import first_line
 from trainer.errors import ConfigError
 
 Method = Literal[
@@ -185,7 +186,7 @@ def load_config(file: Path | None, overrides: list[str]) -> TrainConfig:
         try:
             settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"config file {file} cannot be read: {_first_line(error)}") from error
+            raise ConfigError(f"config file {file} cannot be read: {first_line(error)}") from error
         if not isinstance(settings, dict):
             raise ConfigError(f"config file {file} is not a list of `key: value` lines")
     for override in overrides:
@@ -225,14 +226,10 @@ def _value(text: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set value {text!r} is not YAML: {_first_line(error)}") from error
+        raise ConfigError(f"--set value {text!r} is not YAML: {first_line(error)}") from error
     if isinstance(value, str):
         try:
             return float(value)  # YAML 1.1 reads 4e-3 as a string
         except ValueError:
             pass
     return value
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

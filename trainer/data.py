@@ -18,6 +18,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from converter.errors import first_line
 from trainer.errors import DataError
 
 IGNORED = -100  # the label that cross entropy leaves out
@@ -60,7 +61,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
             try:
                 found = json.loads(document)
             except ValueError as error:
-                raise DataError(f"{path}, line {number}: {str(error).splitlines()[0]}") from error
+                raise DataError(f"{path}, line {number}: {first_line(error)}") from error
             for row in found if path.suffix == ".json" and isinstance(found, list) else [found]:
                 if not isinstance(row, dict):
                     raise DataError(f"{path}, line {number}: a row is a JSON object, not {type(row).__name__}")
@@ -79,9 +80,8 @@ def _library_rows(source: str, split: str) -> list[Row]:
             found = load_dataset(source, split=split)
         return [{key: value for key, value in row.items() if value is not None} for row in found]
     except (DatasetsError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise DataError(
-            f"{source} is no readable json, jsonl, parquet or csv file, nor a hub data set: {reason}"
+            f"{source} is no readable json, jsonl, parquet or csv file, nor a hub data set: {first_line(error)}"
         ) from error
 
 
@@ -104,7 +104,7 @@ def language_examples(
         try:
             examples.append(_language_example(row, tokenizer, max_length))
         except (ValueError, TemplateError) as error:
-            raise DataError(f"{source}, row {number}: {str(error).splitlines()[0]}") from error
+            raise DataError(f"{source}, row {number}: {first_line(error)}") from error
         except TypeError as error:  # what tokenizers raise then
             raise DataError(f"{source}, row {number}: text with half a surrogate pair is not Unicode") from error
     return examples

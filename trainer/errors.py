@@ -1,7 +1,9 @@
-"""What can be wrong with what a user hands to the trainer."""
+"""The errors of settings, data and runs of the trainer."""
+
+from converter.errors import AstraError
 
 
-class TrainerError(ValueError):
+class TrainerError(AstraError):
     """The message is one line that says what is wrong and what to do.
 
     TrainerError

@@ -1,8 +1,6 @@
 """Gram matrices on disk: another rank or subspace for the same base, rows and layers costs no forward pass."""
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from converter import atomic
 from trainer.calibration import Gram
 
 
@@ -22,11 +21,9 @@ def store(folder: Path, grams: Mapping[str, Gram]) -> None:
     """Write one safetensors file per layer; a file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, gram in grams.items():
-        handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
-        os.close(handle)
         facts = {"n_tokens": str(gram.n_tokens), "energy": gram.energy.hex(), "of_inputs": str(gram.of_inputs)}
-        save_file({"gram": gram.matrix.cpu()}, partial, metadata=facts)
-        Path(partial).replace(_file(folder, name))
+        with atomic.new_file(_file(folder, name)) as partial:
+            save_file({"gram": gram.matrix.cpu()}, partial, metadata=facts)
 
 
 def fetch(folder: Path, name: str, device: torch.device) -> Gram | None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from converter import adapter_dir
 from converter.adapter_dir import AstraAdapter
+from converter.errors import first_line
 from trainer import report, unfinished
 from trainer.adapter import ADAPTER, adapted_modules, adapter_layers, attach, target_layers, trained_head, whole_weight
 from trainer.base import language_model, load_base, load_tokenizer
@@ -150,5 +151,4 @@ def _push(out: Path, repository: str) -> None:
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=out)
     except Exception as error:  # the hub's own, and those of its transport: whatever it was, the adapter is safe
-        reason = str(error).strip().splitlines()[0]
-        raise TrainerError(f"{out} is complete, but {repository} could not be pushed: {reason}") from error
+        raise TrainerError(f"{out} is complete, but {repository} could not be pushed: {first_line(error)}") from error

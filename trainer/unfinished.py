@@ -10,15 +10,15 @@ The folder appears in one step, once every layer's start is known.
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from converter import atomic
 from converter.adapter_dir import CannotWrite, Json
 from trainer.adapter import Start
 from trainer.eigenspace import Spectrum
@@ -54,23 +54,23 @@ def begin(out: Path, identity: Json, initialisation: Initialisation) -> list[Pat
     """Write the folder; return the folders above it that had to be made. Raises CannotWrite."""
     folder = folder_of(out)
     made = [parent for parent in out.parents if not parent.exists()]
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise CannotWrite(f"output folder {out} cannot be made: {error.strerror}") from error
-    tensors: dict[str, torch.Tensor] = {}
-    for name, start in initialisation.starts.items():
-        tensors |= {f"{name}.A0": start.a0.contiguous(), f"{name}.B0": start.b0.contiguous()}
-    tensors |= {f"{name}.eigenvalues": values for name, values in initialisation.eigenvalues.items()}
-    save_file(tensors, partial / "start.safetensors")
-    facts = {
-        "identity": identity,
-        "spectra": {name: found.as_json() for name, found in initialisation.spectra.items()},
-        "convergence": [asdict(estimate) for estimate in initialisation.convergence],
-    }
-    (partial / "run.json").write_text(json.dumps(facts), encoding="utf-8")
-    partial.rename(folder)
+    with ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            partial = stack.enter_context(atomic.new_folder(folder))
+        except OSError as error:
+            raise CannotWrite(f"output folder {out} cannot be made: {error.strerror}") from error
+        tensors: dict[str, torch.Tensor] = {}
+        for name, start in initialisation.starts.items():
+            tensors |= {f"{name}.A0": start.a0.contiguous(), f"{name}.B0": start.b0.contiguous()}
+        tensors |= {f"{name}.eigenvalues": values for name, values in initialisation.eigenvalues.items()}
+        save_file(tensors, partial / "start.safetensors")
+        facts = {
+            "identity": identity,
+            "spectra": {name: found.as_json() for name, found in initialisation.spectra.items()},
+            "convergence": [asdict(estimate) for estimate in initialisation.convergence],
+        }
+        (partial / "run.json").write_text(json.dumps(facts), encoding="utf-8")
     return made
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from converter.adapter_dir.errors import BaseNotFound
 from converter.adapter_dir.folder import digest
 from converter.adapter_dir.layers import Layers
+from converter.errors import first_line
 
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"]
 
@@ -29,9 +30,8 @@ def find_base(base: str, *, download: bool = True) -> Path:
         try:
             path = Path(snapshot_download(base, allow_patterns=_FILES, local_files_only=not download))
         except (OSError, ValueError) as error:  # the hub's errors are OSErrors and ValueErrors
-            reason = str(error).strip().splitlines()[0]
             raise BaseNotFound(
-                f"base model {base!r} is no local folder and the hub did not give it: {reason}"
+                f"base model {base!r} is no local folder and the hub did not give it: {first_line(error)}"
             ) from error
     if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
         raise BaseNotFound(f"base model {base!r} has no config.json beside *.safetensors: is it a transformers model?")

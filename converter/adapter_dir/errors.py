@@ -1,7 +1,9 @@
-"""What can be wrong with the folders on disk."""
+"""The errors of folders on disk."""
+
+from converter.errors import AstraError
 
 
-class AdapterError(ValueError):
+class AdapterError(AstraError):
     """What can be wrong with an adapter folder; the message is one line that says what to do.
 
     AdapterError

@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from converter import atomic
 from converter.adapter_dir.errors import CannotWrite, MalformedAdapter, NotAnAdapter, OutputExists, UnsafeAdapter
 
 CONFIG = "adapter_config.json"
@@ -27,26 +25,22 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     refuse_existing(out)
     made = [parent for parent in out.parents if not parent.exists()]
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise CannotWrite(f"output folder {out} cannot be made: {error.strerror}") from error
-    try:
+
+    def remove_made(failed: type[BaseException] | None, *_: Any) -> None:
+        if failed:
+            with suppress(OSError):  # another run may have put its output beside ours
+                for parent in made:
+                    parent.rmdir()
+
+    with ExitStack() as stack:
+        stack.push(remove_made)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            partial = stack.enter_context(atomic.new_folder(out))
+        except OSError as error:
+            raise CannotWrite(f"output folder {out} cannot be made: {error.strerror}") from error
         yield partial
-        partial.chmod(0o755)
-        for file in partial.iterdir():
-            file.chmod(0o644)  # safetensors writes files that only their owner can read; servers run as other users
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
         refuse_existing(out)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):  # another run may have put its output beside ours
-            for parent in made:
-                parent.rmdir()
-        raise
 
 
 def refuse_existing(out: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from converter.adapter_dir.errors import CannotWrite, MalformedAdapter, UnsafeAdapter
 from converter.adapter_dir.folder import file_in
+from converter.errors import first_line
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
@@ -77,7 +78,7 @@ class PickledTensors(dict[str, torch.Tensor]):
                     raise UnsafeAdapter(f"{self.file} is compressed, which PyTorch never does: it could be of any size")
             content = torch.load(self.file, map_location="cpu", weights_only=True)
         except UnpicklingError as error:
-            raise UnsafeAdapter(f"{self.file} holds more than tensors: {str(error).splitlines()[0]}") from error
+            raise UnsafeAdapter(f"{self.file} holds more than tensors: {first_line(error)}") from error
         except UnsafeAdapter:
             raise
         except Exception as error:  # a broken pickle can raise anything
