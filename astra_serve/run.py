@@ -12,16 +12,19 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from prometheus_client import REGISTRY
 
-from astra_serve import admin, engine, log, server
-from astra_serve.admission import Base
-from astra_serve.control import TIMER_S, Control
-from astra_serve.desired import Document
+from astra_serve.adapters.admission import Base
+from astra_serve.adapters.fleet import Fleet
+from astra_serve.adapters.store import Store, first_free
+from astra_serve.control import admin
+from astra_serve.control.control import TIMER_S, Control
+from astra_serve.control.reconcile import Reconciler
+from astra_serve.document.desired import Document
+from astra_serve.engine import server
+from astra_serve.engine import vllm as engine
 from astra_serve.errors import ServeError
-from astra_serve.fleet import Fleet
-from astra_serve.gateway import Gateway
-from astra_serve.metrics import Metrics
-from astra_serve.reconcile import Reconciler
-from astra_serve.store import Store, first_free
+from astra_serve.gateway.middleware import Gateway
+from astra_serve.observe import log
+from astra_serve.observe.metrics import Metrics
 
 
 @dataclass(frozen=True)

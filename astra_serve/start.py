@@ -8,9 +8,9 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from astra_serve import desired
-from astra_serve.admission import Base, engine_rank, open_base, parse_adapter
-from astra_serve.desired import Adapter, Document
+from astra_serve.adapters.admission import Base, engine_rank, open_base, parse_adapter
+from astra_serve.document import desired
+from astra_serve.document.desired import Adapter, Document
 from astra_serve.errors import EngineLost, ServeError
 from converter.adapter_dir import AdapterError
 
@@ -40,7 +40,8 @@ def main(argv: list[str]) -> int:
             raise ServeError(f"--admin-port needs a token in {TOKEN}, and --adapters FILE, the document that it edits")
         base = open_base(args.base)
         document, rank = _document(args, base, [parse_adapter(text) for text in args.adapter])
-        from astra_serve import engine, run  # after the checks: it takes seconds to import
+        from astra_serve import run
+        from astra_serve.engine import vllm as engine  # after the checks: it takes seconds to import
 
         known = len(document.adapters) if isinstance(document, Document) else 2 * MAX_SLOTS
         slots = args.max_loras or min(known, MAX_SLOTS)

@@ -32,8 +32,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from astra_serve import desired
-from astra_serve.store import version_digest
+from astra_serve.adapters.store import version_digest
+from astra_serve.document import desired
 from benchmarks import demo, report
 from benchmarks.load import ask
 from benchmarks.server import Server, astra_serve, free_port

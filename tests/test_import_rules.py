@@ -42,7 +42,7 @@ def test_only_the_engine_its_server_and_its_plugin_import_vllm() -> None:
         if any(name.partition(".")[0] == "vllm" for name in imports(file))
     }
     plugin = {"astra_serve/cpu_lora/__init__.py", "astra_serve/cpu_lora/wrapper.py"}
-    assert users == {"astra_serve/engine.py", "astra_serve/server.py", *plugin}
+    assert users == {"astra_serve/engine/vllm.py", "astra_serve/engine/server.py", *plugin}
 
 
 def test_only_the_loop_imports_trl() -> None:
@@ -59,3 +59,23 @@ def test_importing_a_package_imports_nothing_heavy(package: str) -> None:
     importlib.import_module(package)
     script = f"import sys, {package}.cli; sys.exit('transformers' in sys.modules or 'vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
+
+
+# Each package of astra_serve may import those that stand before it; `client` talks to servers over HTTP alone.
+ROOMS = ("errors", "document", "adapters", "gateway", "control", "engine", "observe", "run", "start", "cli")
+ALLOWED = {
+    **{room: set(ROOMS[:number]) for number, room in enumerate(ROOMS)},
+    "engine": {"errors", "document", "adapters", "gateway"},
+    "client": {"errors", "document"},
+    "cpu_lora": set(),
+    "cli": {"start", "client"},
+}
+
+
+def test_inside_astra_serve_imports_go_in_one_direction() -> None:
+    for file in (ROOT / "astra_serve").rglob("*.py"):
+        room = file.relative_to(ROOT / "astra_serve").parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        used = {name.split(".")[1] for name in imports(file) if name.startswith("astra_serve.")} - {room}
+        assert used <= ALLOWED[room], f"{file.relative_to(ROOT)} imports {used - ALLOWED[room]}"

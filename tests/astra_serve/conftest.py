@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from astra_serve import desired, document_text
-from astra_serve.admission import Base, open_base
-from astra_serve.desired import Document
+from astra_serve.adapters.admission import Base, open_base
+from astra_serve.adapters.residency import HEADROOM
+from astra_serve.adapters.store import Store
+from astra_serve.document import desired, document_text
+from astra_serve.document.desired import Document
 from astra_serve.errors import ServeError
-from astra_serve.places import HEADROOM
-from astra_serve.store import Store
 from converter import adapter_dir
 from converter.adapter_dir import LoraAdapter
 

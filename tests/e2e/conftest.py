@@ -10,8 +10,8 @@ import httpx
 import openai
 import pytest
 
-from astra_serve import desired
-from astra_serve.desired import Adapter, Document
+from astra_serve.document import desired
+from astra_serve.document.desired import Adapter, Document
 from benchmarks import demo
 from benchmarks.server import Server, astra_serve, free_port
 from trainer.embedded import tasks

@@ -9,7 +9,7 @@ import httpx
 import psutil
 import pytest
 
-from astra_serve.gateway import OPEN
+from astra_serve.gateway.middleware import OPEN
 from benchmarks import demo
 from benchmarks.server import BIN, Server, astra_serve
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from astra_serve.admission import open_base
+from astra_serve.adapters.admission import open_base
 from benchmarks import demo
 from converter import adapter_dir
 from converter.adapter_dir import LoraAdapter

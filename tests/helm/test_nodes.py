@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from astra_serve import desired
-from astra_serve.desired import Adapter, Document
+from astra_serve.document import desired
+from astra_serve.document.desired import Adapter, Document
 from benchmarks import demo
 from benchmarks.server import BIN, Server, astra_serve, free_port
 from tests.helm.conftest import write_random_lora

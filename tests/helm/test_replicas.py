@@ -18,9 +18,9 @@ import httpx
 import psutil
 import pytest
 
-from astra_serve import desired, document_text
-from astra_serve.desired import Adapter, Document
-from astra_serve.store import FILES, version_digest
+from astra_serve.adapters.store import FILES, version_digest
+from astra_serve.document import desired, document_text
+from astra_serve.document.desired import Adapter, Document
 from benchmarks import demo
 from benchmarks.server import BIN, Server, astra_serve, free_port
 from converter.adapter_dir import LORA_WEIGHTS

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from astra_serve import desired
+from astra_serve.document import desired
 from tests.helm.chart import CPU, EVERYTHING, NODES, container, one, pod, pods, render
 
 

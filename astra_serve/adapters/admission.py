@@ -1,0 +1,83 @@
+"""What an adapter must show before the engine may read it. Nothing here loads weights or imports the engine."""
+
+import re
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from astra_serve.document.desired import NAME
+from astra_serve.errors import ServeError
+from converter import adapter_dir
+from converter.adapter_dir import ENGINE_RANKS, LoraHeader
+
+
+class WeightsDigest:
+    """The digest of the weights in a folder, read once, when somebody asks: hundreds of gigabytes take minutes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._found, self._reading = folder, "", threading.Lock()
+
+    def read(self) -> str:
+        """Return sha256:HEX; whoever asks meanwhile waits for the first. Raises AdapterError."""
+        with self._reading:
+            self._found = self._found or adapter_dir.base_digest(self._folder)
+            return self._found
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model that every adapter must belong to."""
+
+    name: str  # by which requests name it
+    folder: Path
+    weights: WeightsDigest
+    shapes: dict[str, tuple[int, int]]
+    max_rank: int = ENGINE_RANKS[-1]
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of its weights. Raises AdapterError."""
+        return self.weights.read()
+
+    def check(self, folder: Path) -> LoraHeader:
+        """Return what the LoRA in `folder` is, if the engine can serve it on this base.
+
+        Raises ServeError and AdapterError.
+        """
+        header = adapter_dir.read_lora_header(folder)
+        if header.base_digest is not None:  # otherwise the base's weights need not be read
+            adapter_dir.check_base(folder, header.base_digest, self.digest)
+        adapter_dir.check_shapes(folder, header.shapes, self.shapes)
+        if header.rank > self.max_rank:
+            raise ServeError(f"{folder} has rank {header.rank}; the engine serves at most {self.max_rank}")
+        return header
+
+
+def parse_adapter(text: str) -> tuple[str, Path]:
+    """Return (name, folder) of `name=DIR`. Raises ServeError."""
+    name, equals, folder = text.partition("=")
+    if not equals or not folder:
+        raise ServeError(f"--adapter takes name=DIR, not {text!r}")
+    if not re.fullmatch(NAME, name):
+        raise ServeError(
+            f"adapter name {name!r}: use up to 128 letters, digits, '.', '_' and '-', a letter or digit first"
+        )
+    return name, Path(folder)
+
+
+def base_name(base: str) -> str:
+    """Return the `model` by which requests name the base: a local folder's name, or the hub id as it is."""
+    return Path(base).resolve().name if Path(base).is_dir() else base
+
+
+def open_base(base: str) -> Base:
+    """Return what adapters are checked against; `base` is a folder or a hub id. Raises AdapterError."""
+    folder = adapter_dir.find_base(base)
+    return Base(base_name(base), folder, WeightsDigest(folder), adapter_dir.base_shapes(folder))
+
+
+def engine_rank(ranks: Iterable[int]) -> int:
+    """Return the smallest maximum rank that the engine accepts and that holds every adapter."""
+    largest = max(ranks, default=1)
+    return next(rank for rank in ENGINE_RANKS if rank >= largest)

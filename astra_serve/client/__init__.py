@@ -1,0 +1,1 @@
+"""Programs that call the admin API of one server or of several."""

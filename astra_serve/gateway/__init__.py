@@ -1,0 +1,1 @@
+"""One HTTP request: its key, its version, its lease."""

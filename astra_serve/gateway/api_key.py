@@ -1,0 +1,33 @@
+"""API keys, asked for on every path but those that say how the server is.
+
+vLLM asks for its keys under /v1 and a few other prefixes alone; /tokenize, /pooling and others compute as well. Whether
+a key is one of them is vLLM's to say; which paths want one is said here, and what happens behind them nowhere in here.
+"""
+
+from collections.abc import Callable
+
+from starlette.datastructures import Headers
+
+from astra_serve.gateway.middleware import OPEN, App, Receive, Scope, Send, refuse
+
+
+class ApiKeys:
+    """ASGI middleware that lets nobody in whose headers are not `known`."""
+
+    def __init__(self, app: App, known: Callable[[Headers], bool]) -> None:
+        self._app, self._known = app, known
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand a request on, or refuse it with 401."""
+        if not _wants_a_key(scope) or self._known(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await refuse(send, 401, "the API key is missing or wrong: send it as Authorization: Bearer KEY")
+
+
+def _wants_a_key(scope: Scope) -> bool:
+    if scope["type"] not in ("http", "websocket") or scope.get("method") == "OPTIONS":
+        return False
+    return scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN

@@ -1,0 +1,244 @@
+"""In front of vLLM's handlers: a request's `model` is resolved once, and its version held until the last byte.
+
+The handlers look adapters up in a mapping (`Served`). It holds nothing but the lease of the request that asks: whatever
+happens to the alias meanwhile, a request finds the version that it was admitted with.
+"""
+
+import asyncio
+import hashlib
+import json
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, MutableMapping
+from contextlib import suppress
+from typing import Any
+from uuid import uuid4
+
+from astra_serve.adapters.fleet import PAST_DEADLINE, Fleet
+from astra_serve.errors import Unavailable
+from astra_serve.gateway import request as requests
+from astra_serve.gateway.request import Request
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
+
+REQUEST_ID = rb"[A-Za-z0-9._:-]{1,128}"
+OPEN = frozenset({"/health", "/livez", "/readyz", "/metrics", "/ping"})  # how the server is: no models, no API keys
+
+
+class Served(Mapping[str, Any]):
+    """The adapter of the running request under the name that it asked for; empty for everybody else."""
+
+    def __getitem__(self, model: str) -> Any:
+        request = requests.current.get()
+        if request is None or request.version is None or request.model != model:
+            raise KeyError(model)
+        return request.version.handle
+
+    def __iter__(self) -> Iterator[str]:
+        request = requests.current.get()
+        return iter(() if request is None or request.version is None else (request.model,))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class Gateway:
+    """ASGI middleware that admits requests, holds the version which each one's `model` means, and knows them all."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.running: set[Request] = set()
+        self.drained = False  # by an operator: not ready, but what comes all the same is served
+        self.closed: str | None = None  # why no request is let in any more
+        self.answering: list[Callable[[Request, float], None]] = []  # told of every first token, and after how long
+        self.ended: list[Callable[[Request], None]] = []  # told of every request that has ended
+        # What the engine adds: ending what it computes, by its ids, and which requests are to models at all.
+        self.abort: Callable[[set[str]], Awaitable[None]] | None = None
+        self.serves: Callable[[Scope], bool] = lambda _: True
+        self._fleet = fleet
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def around(self, app: App) -> App:
+        """Return `app` behind this gateway."""
+
+        async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http" and scope["method"] == "POST" and self.serves(scope):
+                await self._admit(app, scope, receive, send)
+            else:
+                await app(scope, receive, send)
+
+        return guarded
+
+    def not_ready(self) -> list[str]:
+        """Return why no more requests should be sent here."""
+        return [reason for reason in (self.closed, "drained by an operator" if self.drained else None) if reason]
+
+    async def close(self, reason: str, finish_s: float) -> None:
+        """Let no request in any more, and wait for those that run; after `finish_s` seconds cancel them."""
+        self.closed = reason
+        try:
+            await asyncio.wait_for(self._idle.wait(), finish_s)
+        except TimeoutError:
+            for request in self.running:
+                request.task.cancel(PAST_DEADLINE)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), requests.CLOSING_S)
+
+    async def _admit(self, app: App, scope: Scope, receive: Receive, send: Send) -> None:
+        body, replay = await _read(receive)
+        content = _content(body)
+        model = content.get("model")
+        if not isinstance(model, str):  # the base, as vLLM reads it, or a mistake that the handler tells of
+            model = self._fleet.base.name
+        task = asyncio.current_task()
+        assert task is not None
+        request = Request(_request_id(scope), scope["path"], model, task, self._fleet.known(model), told=self.answering)
+        send = _recorded(send, request)
+        self.running.add(request)
+        self._idle.clear()
+        try:
+            await self._serve(app, request, content, scope, _watched(replay, request), send)
+        except asyncio.CancelledError as error:
+            if error.args != (PAST_DEADLINE,):
+                raise
+            await _cut_off(send, request)
+            task.uncancel()
+        except Exception:
+            request.broke = True
+            raise
+        finally:
+            self.running.discard(request)
+            if not self.running:
+                self._idle.set()
+            for told in self.ended:
+                told(request)
+
+    async def _serve(
+        self, app: App, request: Request, content: dict[str, Any], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        user = content.get("user")
+        if self.closed:
+            await refuse(send, 503, f"{self.closed}: ask again, of another server", None, 1)
+            return
+        if content.get("priority"):  # the engine's priorities are for its probes: callers wait for each other's turn
+            await refuse(send, 400, "priority is not served: leave it out", "priority")
+            return
+        try:
+            async with self._fleet.lease(request.model, _caller(scope, user if isinstance(user, str) else "")) as held:
+                request.version = held
+                if held and held.adapts_head and content.get("prompt_logprobs") is not None:
+                    reason = "the engine gives no prompt_logprobs with an adapter of lm_head: leave it out"
+                    await refuse(send, 400, reason, "prompt_logprobs")
+                    return
+                token = requests.current.set(request)
+                try:
+                    await app(scope, receive, send)
+                finally:
+                    requests.current.reset(token)
+                    await self._finish(request)
+        except Unavailable as error:
+            await refuse(send, 503, str(error), "model", error.retry_after_s)
+
+    async def _finish(self, request: Request) -> None:
+        """End what the engine still computes for a request: its version is held until then.
+
+        A handler that is cancelled leaves a task of its own behind, which goes on.
+        """
+        request.over = True
+        if request.computing and self.abort:
+            await self.abort(set(request.computing))
+            await request.computed()
+
+
+def _request_id(scope: Scope) -> str:
+    """Return the request's id: the client's, where it gives one; otherwise a new one, for the handlers, too."""
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    if re.fullmatch(REQUEST_ID, given):
+        return str(given.decode())
+    new = uuid4().hex
+    others = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
+    scope["headers"] = [*others, (b"x-request-id", new.encode())]
+    return new
+
+
+def _watched(receive: Receive, request: Request) -> Receive:
+    async def watched() -> Message:
+        message = await receive()
+        if message["type"] == "http.disconnect" and not request.complete:
+            request.left = True
+        return message
+
+    return watched
+
+
+def _recorded(send: Send, request: Request) -> Send:
+    async def recorded(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            request.status = message["status"]
+            request.streams = any(value.startswith(b"text/event-stream") for _, value in message["headers"])
+            message = {**message, "headers": [*message["headers"], (b"x-request-id", request.id.encode())]}
+        elif not message.get("more_body"):
+            request.complete = True
+        await send(message)
+
+    return recorded
+
+
+async def _read(receive: Receive) -> tuple[bytes, Receive]:
+    """Return the whole body, and a `receive` that gives it again before it goes on with what comes later."""
+    messages = [await receive()]
+    while messages[-1]["type"] == "http.request" and messages[-1].get("more_body"):
+        messages.append(await receive())
+    body = b"".join(message.get("body", b"") for message in messages)
+    left = iter(messages)
+
+    async def replay() -> Message:
+        message = next(left, None)
+        return await receive() if message is None else message
+
+    return body, replay
+
+
+def _content(body: bytes) -> dict[str, Any]:
+    """Return a JSON body; an empty one where it is none."""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _caller(scope: Scope, user: str) -> str:
+    """Return who asks, for a canary: the user that the request names, otherwise its API key's hash or its address."""
+    if user:
+        return user
+    key = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+    if key:
+        return hashlib.sha256(key).hexdigest()
+    return str((scope.get("client") or ("",))[0])
+
+
+async def _cut_off(send: Send, request: Request) -> None:
+    """End a request that took too long with an error that clients understand."""
+    request.broke = True
+    if request.status is None:
+        await refuse(send, 503, PAST_DEADLINE, None, 1)
+    elif request.streams and not request.complete:
+        error = json.dumps({"error": {"message": PAST_DEADLINE, "type": "ServiceUnavailableError", "code": 503}})
+        await send({"type": "http.response.body", "body": f"data: {error}\n\n".encode()})
+
+
+async def refuse(
+    send: Send, status: int, message: str, param: str | None = None, retry_after_s: int | None = None
+) -> None:
+    """Answer with an error in OpenAI's format."""
+    kind = {400: "BadRequestError", 401: "AuthenticationError", 503: "ServiceUnavailableError"}[status]
+    body = json.dumps({"error": {"message": message, "type": kind, "param": param, "code": status}}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if retry_after_s is not None:
+        headers.append((b"retry-after", str(retry_after_s).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

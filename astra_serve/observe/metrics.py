@@ -1,0 +1,201 @@
+"""What Prometheus is told, beside vLLM's own metrics and on the same page: `astra_*`, by adapter.
+
+At most `MOST_ADAPTERS` adapters have series of their own; the others share the label `_other`. An adapter's series end
+when it is removed. Requests for names that nobody serves are counted under `_unknown`.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.metrics_core import Metric
+
+from astra_serve.adapters.events import Event
+from astra_serve.adapters.fleet import Fleet
+from astra_serve.control.control import Control
+from astra_serve.control.reconcile import Reconciler
+from astra_serve.gateway.middleware import Gateway
+from astra_serve.gateway.request import Request
+
+MOST_ADAPTERS = 1000
+OTHER, UNKNOWN = "_other", "_unknown"  # no adapter can be called so
+FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+BETWEEN_TOKENS_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5)
+CHANGE_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+
+
+class Metrics:
+    """Counts what ended and happened, and looks at the rest when it is asked."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        reconciler: Reconciler,
+        gateway: Gateway,
+        registry: CollectorRegistry,
+        not_ready: Callable[[], list[str]],
+        control: Control | None = None,
+    ) -> None:
+        """`not_ready` says what /readyz says; `control` follows the document, where there is one that may change."""
+        self._fleet, self._reconciler, self._gateway, self._control = fleet, reconciler, gateway, control
+        self._not_ready = not_ready
+        self._own: set[str] = set()  # adapters with series of their own
+        self._by_adapter: list[MetricWrapperBase] = []
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            found = Counter(name, text, ["adapter", *labels], registry=registry)
+            self._by_adapter.append(found)
+            return found
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            found = Histogram(name, text, ["adapter", *labels], buckets=buckets, registry=registry)
+            self._by_adapter.append(found)
+            return found
+
+        self._requests = counter(
+            "astra_requests", "Requests that ended; outcome: ok, client_error, server_error, cancelled", "outcome"
+        )
+        self._errors = counter("astra_request_errors", "Requests that ended with a 4xx, a 5xx, or a broken stream")
+        self._prompt = counter("astra_prompt_tokens", "Tokens of prompts")
+        self._output = counter("astra_output_tokens", "Generated tokens")
+        self._first = histogram(
+            "astra_time_to_first_token_seconds", "From the request's arrival to its first token", FIRST_TOKEN_S
+        )
+        self._between = histogram(
+            "astra_inter_token_latency_seconds", "Between two tokens, an answer's mean", BETWEEN_TOKENS_S
+        )
+        self._swaps = histogram(
+            "astra_adapter_swap_seconds", "From a change of the desired state to the flip of the alias", CHANGE_S
+        )
+        self._loads = histogram(
+            "astra_adapter_load_seconds", "Reading a version into the engine, and proving it there", CHANGE_S
+        )
+        self._probes = counter("astra_adapter_probes", "Probes of versions on the engine: passed, failed", "result")
+        self._failures = counter("astra_adapter_failures", "Versions that could not be served, or not any more")
+        self._phases = Histogram(
+            "astra_adapter_phase_seconds", "The parts of a swap", ["phase"], buckets=CHANGE_S, registry=registry
+        )
+        registry.register(self)
+
+    def count(self, request: Request) -> None:
+        """Count a request that has ended."""
+        adapter = self._of(request)
+        self._requests.labels(adapter, request.outcome).inc()
+        if request.outcome in ("client_error", "server_error"):
+            self._errors.labels(adapter).inc()
+        self._prompt.labels(adapter).inc(request.prompt_tokens)
+        self._output.labels(adapter).inc(request.output_tokens)
+        for seconds in request.between_tokens_s:
+            self._between.labels(adapter).observe(seconds)
+
+    def first_token(self, request: Request, seconds: float) -> None:
+        """Count a first token as it comes: who scales by it does not wait for the ends of long streams."""
+        self._first.labels(self._of(request)).observe(seconds)
+
+    def note(self, event: Event) -> None:
+        """Count what happened to an adapter."""
+        if not event.adapter:
+            return
+        if event.event == "removed":
+            self._end(event.adapter)
+            return
+        adapter = self._label(event.adapter)
+        if event.event == "loaded":
+            self._loads.labels(adapter).observe(sum(event.seconds.values()))
+            if "probing" in event.seconds:
+                self._probes.labels(adapter, "passed").inc()
+        elif event.event == "probe_failed":
+            self._probes.labels(adapter, "failed").inc()
+        elif event.event == "serving":
+            self._swaps.labels(adapter).observe(sum(event.seconds.values()))
+            for phase, seconds in event.seconds.items():
+                self._phases.labels(phase).observe(seconds)
+        elif event.event == "failed":
+            self._failures.labels(adapter).inc()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield what is so at this moment."""
+        running = GaugeMetricFamily("astra_requests_running", "Requests that have not ended", labels=["adapter"])
+        counts: dict[str, int] = {}
+        for request in list(self._gateway.running):
+            label = self._of(request)
+            counts[label] = counts.get(label, 0) + 1
+        for label, number in counts.items():
+            running.add_metric([label], number)
+        yield running
+        yield from self._of_adapters()
+        resident = GaugeMetricFamily("astra_engine_adapters", "Adapters in the engine's memory")
+        resident.add_metric([], len(self._fleet.places.taken))
+        room = GaugeMetricFamily("astra_engine_adapters_max", "Adapters that the engine's memory has room for")
+        room.add_metric([], self._fleet.places.capacity)
+        ready = GaugeMetricFamily("astra_ready", "1 when /readyz says yes")
+        ready.add_metric([], float(not self._not_ready()))
+        fault = GaugeMetricFamily("astra_document_fault", "1 while the document as it is now is not followed")
+        fault.add_metric([], float(bool(self._control and self._control.fault)))
+        yield from (resident, room, ready, fault, self._for_routers())
+
+    def describe(self) -> list[Metric]:
+        """Return nothing: what `collect` yields depends on the moment."""
+        return []
+
+    def _of_adapters(self) -> Iterator[Metric]:
+        info = GaugeMetricFamily("astra_adapter_info", "What an adapter is", labels=["adapter", "version", "state"])
+        where = GaugeMetricFamily(
+            "astra_adapter_residency", "Where the version that serves is", labels=["adapter", "where"]
+        )
+        effect = GaugeMetricFamily(
+            "astra_adapter_probe_effect_nats", "From the base, by the last probe", labels=["adapter"]
+        )
+        deviation = GaugeMetricFamily(
+            "astra_adapter_probe_deviation_nats", "From what was recorded, by the last probe", labels=["adapter"]
+        )
+        for name, status in list(self._reconciler.status.items()):
+            if self._label(name) == OTHER:
+                continue
+            alias = self._fleet.aliases.get(name)
+            info.add_metric([name, alias.current.name if alias else "", status.state], 1)
+            if alias is None:
+                continue
+            where.add_metric([name, self._fleet.places.residency(alias.current)], 1)
+            if alias.current.proof:
+                verdict = alias.current.proof.verdict
+                effect.add_metric([name], verdict.effect)
+                if verdict.deviation is not None:
+                    deviation.add_metric([name], verdict.deviation)
+        yield from (info, where, effect, deviation)
+
+    def _for_routers(self) -> Metric:
+        """Return what routers that know LoRA read of vLLM, by the names that requests use: vLLM's has our versions'.
+
+        The base is among them, in a place of its own: Gateway API's endpoint picker ignores a list that is empty, and
+        would go on with the one before.
+        """
+        labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+        found = GaugeMetricFamily(
+            "astra_lora_requests_info", "The base and adapters in the engine's memory; since 1970", labels=labels
+        )
+        places = self._fleet.places
+        loaded = [
+            name for name, alias in self._fleet.aliases.items() if places.residency(alias.current) in ("slot", "memory")
+        ]
+        names = [self._fleet.base.name, *loaded]
+        found.add_metric([str(places.capacity + 1), ",".join(names), ""], time.time())
+        return found
+
+    def _of(self, request: Request) -> str:
+        if request.adapter is not None:
+            return self._label(request.adapter)
+        return request.model if request.model == self._fleet.base.name else UNKNOWN
+
+    def _label(self, adapter: str) -> str:
+        if adapter not in self._own and adapter in self._reconciler.status and len(self._own) < MOST_ADAPTERS:
+            self._own.add(adapter)
+        return adapter if adapter in self._own else OTHER
+
+    def _end(self, adapter: str) -> None:
+        if adapter in self._own:
+            self._own.discard(adapter)
+            for metric in self._by_adapter:
+                metric.remove_by_labels({"adapter": adapter})

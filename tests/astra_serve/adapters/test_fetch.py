@@ -1,0 +1,141 @@
+"""Adapters from where they are kept: a hub and an object store that run on this machine, over real HTTP."""
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import ClassVar
+
+import pytest
+import s3fs
+
+from astra_serve.adapters.fetch import fetch
+from astra_serve.adapters.fleet import Fleet
+from astra_serve.adapters.store import version_digest
+from astra_serve.control.control import Control
+from astra_serve.control.reconcile import Reconciler
+from astra_serve.document import desired
+from astra_serve.document.desired import Adapter, Document
+from astra_serve.errors import CannotFetch, ServeError
+from benchmarks import restart
+from tests.astra_serve.adapters.test_fleet import in_a_loop
+
+COMMIT = 40 * "a"
+
+
+class StubHub(BaseHTTPRequestHandler):
+    """One repository with one revision, `v1`."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        *_, last = self.path.split("/")
+        if self.path.startswith("/api/models/org/adapter/revision/v1"):
+            siblings = [{"rfilename": name} for name in self.files]
+            self._answer(json.dumps({"id": "org/adapter", "sha": COMMIT, "siblings": siblings}).encode())
+        elif self.path.startswith(f"/api/models/org/adapter/tree/{COMMIT}"):
+            tree = [{"type": "file", "path": n, "size": len(d), "oid": "0"} for n, d in self.files.items()]
+            self._answer(json.dumps(tree).encode())
+        elif self.path.startswith(f"/org/adapter/resolve/{COMMIT}/") and last in self.files:
+            self._answer(self.files[last])
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RevisionNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    def _answer(self, data: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", f'"{hash(data):x}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Keep quiet."""
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path: Path) -> Iterator[type[StubHub]]:
+    monkeypatch.setattr(StubHub, "files", {})
+    monkeypatch.setattr(StubHub, "asked", [])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), StubHub)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    # huggingface_hub reads its environment when it is imported
+    address = f"http://127.0.0.1:{server.server_port}"
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield StubHub
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_an_adapter_comes_from_a_hub_at_its_revision(hub, store, write_lora) -> None:
+    source = write_lora("one", 1.0)
+    hub.files |= {path.name: path.read_bytes() for path in source.iterdir()}
+    hub.files["extra.py"] = b"import os"
+    folder = fetch("hf://org/adapter@v1", store)
+    assert version_digest(folder) == version_digest(source)
+    assert not (folder / "extra.py").exists()
+    assert not any("extra.py" in path for path in hub.asked)
+
+
+def test_a_revision_that_the_hub_does_not_have_is_said_so_and_leaves_nothing(hub, store, tmp_path) -> None:
+    with pytest.raises(CannotFetch, match="hf://org/adapter@v2 cannot be fetched"):
+        fetch("hf://org/adapter@v2", store)
+    assert hub.asked
+    assert not list((tmp_path / "store" / "staging").iterdir())
+
+
+def test_an_adapter_comes_from_a_web_server_with_or_without_its_record(store, write_lora, tmp_path) -> None:
+    source = write_lora("one", 1.0)
+    with restart.slow_files(tmp_path / "web", [source]) as (url,):
+        assert version_digest(fetch(url, store)) == version_digest(source)
+        (source / "astra.json").unlink()
+        folder = fetch(f"{url}/", store)
+        assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+        with pytest.raises(CannotFetch, match="cannot be fetched"):
+            fetch(f"{url}1", store)
+
+
+def test_an_adapter_comes_from_an_object_store(bucket, store, write_lora) -> None:
+    source = write_lora("one", 1.0)
+    s3fs.S3FileSystem().put(str(source), "adapters/one", recursive=True)
+    assert version_digest(fetch(f"{bucket}/one", store)) == version_digest(source)
+
+
+def test_an_object_that_is_not_there_is_said_so_without_the_credentials(bucket, store, tmp_path) -> None:
+    with pytest.raises(CannotFetch, match="s3://adapters/none cannot be fetched") as caught:
+        fetch(f"{bucket}/none", store)
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in str(caught.value)
+    assert not list((tmp_path / "store" / "staging").iterdir())
+
+
+@in_a_loop
+async def test_the_document_comes_from_an_object_store_and_is_followed(bucket, engine, store, base, write_lora) -> None:
+    fleet = Fleet(engine, store, base, 2)
+    control = Control(f"{bucket}/adapters.yaml", fleet, Reconciler(fleet, store, drain_s=1))
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        text = desired.dump(Document(adapters=[Adapter(name=name, source=str(write_lora(name, value)))]))
+        await asyncio.to_thread(s3fs.S3FileSystem().pipe, "adapters/adapters.yaml", text.encode())
+        await control.refresh()
+        assert control.fault is None
+        assert (await control.reconciler.settled(name)).state == "serving"
+    assert set(fleet.aliases) == {"b"}
+    with pytest.raises(ServeError, match="change it there"):
+        await control.publish("a", "x")
+    await control.reconciler.close()

@@ -1,0 +1,696 @@
+"""A rollout over three replicas, each with a stand-in for the engine; tests/helm/test_replicas.py has real ones."""
+
+import asyncio
+import errno
+import json
+import shutil
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from astra_serve.adapters.fleet import Fleet
+from astra_serve.adapters.store import Store
+from astra_serve.client import replicas
+from astra_serve.client.replicas import Replica
+from astra_serve.client.rollout import prepare, rollout
+from astra_serve.control import admin, reconcile
+from astra_serve.control.control import Control
+from astra_serve.control.reconcile import Reconciler
+from astra_serve.document import desired, document_text
+from astra_serve.document.desired import Adapter, Document
+from astra_serve.errors import ServeError
+from astra_serve.gateway.middleware import Gateway
+from tests.astra_serve.adapters.test_fleet import in_a_loop
+from tests.astra_serve.conftest import StandInEngine, write_document
+from tests.astra_serve.gateway.test_gateway import say
+
+TOKEN = "secret"  # noqa: S105
+
+
+class Wire(httpx.AsyncBaseTransport):
+    """The way to one replica, which can be cut after a request to `cut_after`, and tampered with."""
+
+    def __init__(self, app: Any) -> None:
+        self._inner = httpx.ASGITransport(app)
+        self.cut_after: str | None = None
+        self.cut = False
+        self.sources: dict[str, str] = {}  # what this replica finds at a source
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if self.cut:
+            raise httpx.ConnectError("All connection attempts failed")
+        for source, mine in self.sources.items():
+            if source.encode() in request.content:
+                content = request.content.replace(source.encode(), mine.encode())
+                headers = {**request.headers, "content-length": str(len(content))}
+                request = httpx.Request(request.method, request.url, headers=headers, content=content)
+        answer = await self._inner.handle_async_request(request)
+        self.cut = self.cut_after is not None and self.cut_after in f"{request.method} {request.url.path}"
+        return answer
+
+
+class Three:
+    """Three replicas over one document, what they said on the way, and how to ask for a rollout."""
+
+    def __init__(self, document: Path) -> None:
+        self.document = document
+        self.engines: list[StandInEngine] = []
+        self.controls: list[Control] = []
+        self.wires: list[Wire] = []
+        self.replicas: list[Replica] = []
+        self.told: list[str] = []
+        self.stack = AsyncExitStack()
+
+    async def roll(self, name: str, source: Path | str, **more: Any) -> Adapter:
+        wanted = {"source": str(source), **more.pop("wanted", {})}
+        more = {"timeout_s": 600.0, **more}
+        return await rollout(name, wanted, self.replicas, lambda step, _: self.told.append(step), **more)
+
+    def served(self, name: str) -> list[str | None]:
+        aliases = [control.fleet.aliases.get(name) for control in self.controls]
+        return [alias.current.digest if alias else None for alias in aliases]
+
+    def entry(self, name: str) -> Adapter | None:
+        return desired.parse(self.document.read_text(), "").get(name)
+
+    async def nothing_held(self) -> None:
+        for control, engine in zip(self.controls, self.engines, strict=True):
+            await control.fleet.drained()
+            assert len(engine.loaded) == len(control.fleet.aliases)
+
+
+@pytest.fixture
+def three(base, tmp_path: Path, write_lora) -> Callable[..., Any]:
+    """Replicas that serve `a`, and nothing else."""
+
+    @asynccontextmanager
+    async def make() -> AsyncIterator[Three]:
+        found = Three(tmp_path / "desired" / "adapters.yaml")
+        found.document.parent.mkdir()
+        write_document(found.document, Document(adapters=[Adapter(name="a", source=str(write_lora("one", 1.0)))]))
+        async with found.stack as stack:
+            for number in range(3):
+                engine, store = StandInEngine(4), Store(tmp_path / f"store{number}")
+                stack.callback(store.close)
+                fleet = Fleet(engine, store, base, 4, wait_s=2)
+                control = Control(str(found.document), fleet, Reconciler(fleet, store, drain_s=1))
+                stack.push_async_callback(control.reconciler.close)
+                wire = Wire(admin.build(control, Gateway(fleet), TOKEN))
+                headers = {"Authorization": f"Bearer {TOKEN}"}
+                client = httpx.AsyncClient(transport=wire, base_url=f"http://r{number}", headers=headers)
+                found.engines.append(engine)
+                found.controls.append(control)
+                found.wires.append(wire)
+                found.replicas.append(Replica(f"r{number}", await stack.enter_async_context(client)))
+                await control.refresh()
+                await control.reconciler.settled("a")
+            yield found
+
+    return make
+
+
+@pytest.fixture
+def slow_store(monkeypatch) -> None:
+    """Writing the document takes a while."""
+
+    def slow(path: Path, text: str) -> None:
+        time.sleep(0.3)
+        write(path, text)
+
+    write = document_text._write
+    monkeypatch.setattr(document_text, "_write", slow)
+
+
+@in_a_loop
+async def test_a_version_is_proved_everywhere_before_any_replica_serves_it(three, write_lora) -> None:
+    async with three() as t:
+        (old,) = set(t.served("a"))
+        entry = await t.roll("a", write_lora("two", 2.0), wanted={"required": True})
+        assert t.told == ["prepare", "prepare", "prepare", "verify", "flip", "serve", "serve", "serve"]
+        assert t.served("a") == [entry.digest] * 3
+        assert entry == t.entry("a")
+        assert entry.previous == [old]
+        assert entry.required
+        assert (await replicas.status(t.replicas))["drift"] == []
+        await t.nothing_held()
+
+
+@in_a_loop
+async def test_a_name_that_is_new_is_served_everywhere(three, write_lora) -> None:
+    async with three() as t:
+        entry = await t.roll("b", write_lora("two", 2.0))
+        assert t.served("b") == [entry.digest] * 3
+        assert entry.previous == []
+
+
+@in_a_loop
+async def test_what_one_replica_cannot_prove_is_served_by_none(three, write_lora) -> None:
+    async with three() as t:
+        before, text = t.served("a"), t.document.read_text()
+        t.engines[1].refuse.add("a@")
+        with pytest.raises(ServeError, match=r"r1: 'a' was not prepared: .*it said no.*; nothing was changed$"):
+            await t.roll("a", write_lora("two", 2.0))
+        assert t.served("a") == before
+        assert t.document.read_text() == text
+        assert "flip" not in t.told
+        await t.nothing_held()
+
+
+@in_a_loop
+async def test_replicas_that_find_different_bytes_at_the_source_serve_neither(three, write_lora) -> None:
+    async with three() as t:
+        before, source = t.served("a"), write_lora("two", 2.0)
+        t.wires[2].sources[str(source)] = str(write_lora("three", 3.0))
+        with pytest.raises(ServeError, match="is not the same everywhere"):
+            await t.roll("a", source)
+        assert t.served("a") == before
+        await t.nothing_held()
+
+
+@in_a_loop
+async def test_when_a_replica_is_gone_after_it_prepared_the_others_go_back(three, write_lora) -> None:
+    async with three() as t:
+        old = t.served("a")[0]
+        t.wires[1].cut_after = "PUT /prepared"
+        with pytest.raises(ServeError, match=r"r1 does not answer.*what it said before; not there yet: r1$"):
+            await t.roll("a", write_lora("two", 2.0))
+        assert t.told.count("flip") == t.told.count("back") == 1
+        assert t.served("a") == [old] * 3
+        assert t.entry("a").digest == old  # and not whatever the source holds by now
+
+
+@in_a_loop
+async def test_what_it_goes_back_to_is_what_was_served_even_if_the_source_has_changed(three, write_lora) -> None:
+    """The document named `a` by its folder alone; after a rollout that failed it must not serve what is there now."""
+    async with three() as t:
+        old = t.served("a")[0]
+        (Path(t.entry("a").source) / "adapter_model.safetensors").write_bytes(b"something else")
+        t.wires[1].cut_after = "PUT /prepared"
+        with pytest.raises(ServeError):
+            await t.roll("a", write_lora("two", 2.0))
+        assert t.served("a") == [old] * 3
+        assert [control.reconciler.status["a"].state for control in t.controls] == ["serving"] * 3
+
+
+@in_a_loop
+async def test_a_new_name_that_is_taken_back_is_gone(three, write_lora) -> None:
+    async with three() as t:
+        t.wires[1].cut_after = "PUT /prepared"
+        with pytest.raises(ServeError, match="r1 does not answer"):
+            await t.roll("b", write_lora("two", 2.0))
+        assert t.entry("b") is None
+        assert [t.served("b")[0], t.served("b")[2]] == [None, None]
+
+
+@in_a_loop
+async def test_a_replica_that_does_not_come_to_serve_it_in_time_takes_all_back(three, write_lora, monkeypatch) -> None:
+    monkeypatch.setattr("astra_serve.client.rollout.BACK_S", 1.0)
+    async with three() as t:
+        old = t.served("a")[0]
+        slow = t.controls[2].reconciler
+
+        def stuck(entry: Adapter, **_: Any) -> None:
+            slow.status[entry.name] = reconcile.Status(entry)
+
+        slow.bring = stuck
+        reason = "^r2 does not serve it within 1 s; the document says again what it said before; not there yet: r2$"
+        with pytest.raises(ServeError, match=reason):
+            await t.roll("a", write_lora("two", 2.0), timeout_s=1.0)
+        assert t.served("a") == [old] * 3
+        assert t.entry("a").digest == old
+
+
+@in_a_loop
+async def test_an_interrupted_rollout_goes_back(three, write_lora) -> None:
+    async with three() as t:
+        old = t.served("a")[0]
+        slow = t.controls[2].reconciler
+        bring = slow.bring
+
+        def stuck(entry: Adapter, **_: Any) -> None:  # the third never comes to serve it
+            slow.status[entry.name] = reconcile.Status(entry)
+
+        slow.bring = stuck
+        rolling = asyncio.create_task(t.roll("a", write_lora("two", 2.0)))
+        while t.served("a")[0] == old:
+            await asyncio.sleep(0.01)
+        slow.bring = bring
+        rolling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await rolling
+        assert t.entry("a").digest == old
+        assert t.served("a") == [old] * 3
+
+
+@in_a_loop
+async def test_a_document_that_is_emptied_meanwhile_is_not_written_over(three, write_lora) -> None:
+    """The one entry of a new name would be all that is left."""
+
+    class Meddler(StandInEngine):
+        async def load(self, name: str, folder: Path) -> str:
+            t.document.write_text("")
+            return await super().load(name, folder)
+
+    async with three() as t:
+        t.engines[0].__class__ = Meddler
+        with pytest.raises(ServeError, match="is empty or gone meanwhile"):
+            await t.roll("b", write_lora("two", 2.0))
+        assert t.document.read_text() == ""
+        assert all(t.served("a"))
+
+
+@in_a_loop
+async def test_the_first_adapter_of_an_empty_document_is_taken_back_so_that_all_follow(three, write_lora) -> None:
+    async with three() as t:
+        t.document.write_text("adapters: []")
+        for replica in t.replicas:
+            await replica.refresh()
+        t.document.write_text("")
+        t.wires[1].cut_after = "PUT /prepared"
+        with pytest.raises(ServeError, match=r"says again what it said before; not there yet: r1$"):
+            await t.roll("b", write_lora("two", 2.0))
+        assert desired.parse(t.document.read_text(), "") == Document()
+        assert t.document.read_text().strip()
+        assert [t.served("b")[0], t.served("b")[2]] == [None, None]
+        assert not t.controls[0].fault
+
+
+@in_a_loop
+async def test_a_replica_that_served_it_badly_does_not_change_what_the_others_go_back_to(three, write_lora) -> None:
+    """The document names a folder, with other bytes by now; one replica never had the ones before."""
+    async with three() as t:
+        old = t.served("a")[0]
+        t.controls[1].reconciler.remove("a")
+        t.controls[1].reconciler.bring(Adapter(name="a", source="/not/there"))
+        await t.controls[1].reconciler.settled("a")
+        (Path(t.entry("a").source) / "adapter_model.safetensors").write_bytes(b"something else")
+        t.wires[2].cut_after = "PUT /prepared"
+        with pytest.raises(ServeError, match="r2 does not answer"):
+            await t.roll("a", write_lora("two", 2.0))
+        assert t.entry("a").digest == old
+        assert t.served("a")[0] == old
+
+
+@in_a_loop
+async def test_a_replica_that_is_gone_after_the_flip_is_not_waited_for_until_the_slowest_is_done(
+    three, write_lora
+) -> None:
+    async with three() as t:
+        slow = t.controls[2].reconciler
+        slow.bring, bring = lambda *_, **__: None, slow.bring  # it would never come to serve it
+        t.wires[1].cut_after = "PUT /prepared"
+        rolling = asyncio.create_task(t.roll("b", write_lora("two", 2.0)))
+        async with asyncio.timeout(20):
+            while "back" not in t.told:
+                await asyncio.sleep(0.01)
+            slow.bring = bring
+            with pytest.raises(ServeError, match="r1 does not answer"):
+                await rolling
+
+
+@in_a_loop
+async def test_a_rollout_takes_back_only_what_it_changed_itself(three, write_lora) -> None:
+    """Two of the same version: the second finds everything as it wants it, and then loses a replica."""
+    async with three() as t:
+        source = write_lora("two", 2.0)
+        entry = desired.entry({
+            "name": "a", "source": str(source), "previous": [t.served("a")[0]],
+            "digest": await prepare("a", {"source": str(source)}, t.replicas, lambda *_: None, 600.0),
+        })  # fmt: skip
+
+        class Other(StandInEngine):
+            async def load(self, name: str, folder: Path) -> str:
+                document_text.edit(
+                    str(t.document), lambda text: desired.dump(desired.parse(text, "").with_adapter(entry))
+                )
+                return await super().load(name, folder)
+
+        t.engines[0].__class__ = Other
+        t.wires[1].cut_after = "PUT /prepared"
+        with pytest.raises(ServeError, match=r"^r1 does not answer: All connection attempts failed$"):
+            await t.roll("a", source)
+        assert t.entry("a") == entry
+
+
+@in_a_loop
+async def test_a_document_that_changes_right_before_a_rollout_is_looked_at_again(three, write_lora) -> None:
+    async with three() as t:
+        refresh, source = t.controls[2].refresh, write_lora("three", 3.0)
+
+        async def change() -> None:
+            await refresh()
+            if len(looks) < 1:
+                document = desired.parse(t.document.read_text(), "")
+                write_document(t.document, document.with_adapter(Adapter(name="c", source=str(source))))
+            looks.append(1)
+
+        looks: list[int] = []
+        t.controls[2].refresh = change
+        entry = await t.roll("b", write_lora("two", 2.0))
+        assert t.served("b") == [entry.digest] * 3
+        assert t.entry("c") is not None
+
+
+@in_a_loop
+async def test_what_was_admitted_without_an_effect_is_not_by_that_admitted_for_good(three, write_lora) -> None:
+    async with three() as t:
+        source = write_lora("zero", 0.0)
+        wanted = {"source": str(source), "allow_no_effect": True}
+        await prepare("b", wanted, t.replicas, lambda *_: None, 600.0)
+        with pytest.raises(ServeError, match="changes nothing"):
+            await t.roll("b", source)
+        assert t.entry("b") is None
+
+
+@in_a_loop
+async def test_who_is_no_admin_port_or_silent_is_told_so_in_one_line_and_in_time(three) -> None:
+    async def answer(_scope: Any, _receive: Any, send: Any) -> None:
+        await say(send, {})
+
+    async with three() as t:
+        client = httpx.AsyncClient(transport=httpx.ASGITransport(answer), base_url="http://other")
+        other = Replica("other", await t.stack.enter_async_context(client))
+        for work in (
+            rollout("a", {"source": "x"}, [other], lambda *_: None, 600.0),
+            prepare("a", {"source": "x"}, [other], lambda *_: None, 600.0),
+        ):
+            with pytest.raises(ServeError, match="other says what no admin port of this version of astra-serve says"):
+                await work
+        (line,) = (await replicas.status([other]))["drift"]
+        assert line.startswith("other says what")
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = time.monotonic()
+        async with replicas.connect([f"http://127.0.0.1:{silent.getsockname()[1]}"], TOKEN, 0.2) as found:
+            assert "does not answer" in (await replicas.status(found))["drift"][0]
+        assert time.monotonic() - began < 10
+
+
+@in_a_loop
+async def test_what_is_prepared_under_several_names_at_once_is_published_once(three, write_lora) -> None:
+    async with three() as t:
+        reconciler, source = t.controls[0].reconciler, str(write_lora("two", 2.0))
+        for _ in range(10):
+            found = await asyncio.gather(*(reconciler.prepare(Adapter(name=name, source=source)) for name in "wxyz"))
+            assert len({version.digest for version in found}) == 1
+            reconciler._prepared.clear()
+            reconciler._store.discard(found[0].digest)
+
+
+@pytest.mark.parametrize("source", ["~nosuchuser/x", "a\0b", "a" * 5000, "::", "s3::x://y", "/"])
+@in_a_loop
+async def test_a_source_that_cannot_be_one_is_a_reason_and_no_fault_of_the_server(three, source: str) -> None:
+    async with three() as t:
+        with pytest.raises(ServeError, match=r"^r0: 'a' was not prepared: ") as caught:
+            await prepare("a", {"source": source}, t.replicas[:1], lambda *_: None, 600.0)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+@in_a_loop
+async def test_canaries_that_differ_are_drift(three, write_lora) -> None:
+    async with three() as t:
+        base, canary = t.entry("a"), write_lora("canary", 2.0)
+        for control, value in zip(t.controls, (2.0, 3.0, 2.0), strict=True):
+            shutil.rmtree(canary)
+            write_lora("canary", value)
+            entry = base.model_copy(update={"canary": desired.Canary(version=str(canary), weight=0.5)})
+            write_document(t.document, Document(adapters=[entry]))
+            await control.refresh()
+            await control.reconciler.settled("a")
+        (line,) = (await replicas.status(t.replicas))["drift"]
+        assert line.startswith("the canary of a differs: a@")
+        assert "at r0, r2; a@" in line
+
+
+@in_a_loop
+async def test_what_somebody_else_wrote_meanwhile_stays(three, write_lora) -> None:
+    async with three() as t:
+        theirs = Adapter(name="a", source=str(write_lora("theirs", 4.0)))
+
+        class Meddler(StandInEngine):
+            async def load(self, name: str, folder: Path) -> str:
+                write_document(t.document, Document(adapters=[theirs]))
+                return await super().load(name, folder)
+
+        t.engines[0].__class__ = Meddler
+        with pytest.raises(ServeError, match="somebody else has changed 'a'"):
+            await t.roll("a", write_lora("two", 2.0))
+        assert t.entry("a") == theirs
+
+
+@in_a_loop
+async def test_nothing_begins_while_a_replica_is_gone_or_follows_something_else(three, write_lora, tmp_path) -> None:
+    async with three() as t:
+        source = write_lora("two", 2.0)
+        other = tmp_path / "other.yaml"
+        other.write_text("adapters: []")
+        with pytest.raises(ServeError, match="does not follow the text at"):
+            await t.roll("a", source, where=str(other))
+        with pytest.raises(ServeError, match="not there as seen from here: give --document"):
+            await t.roll("a", source, where=str(tmp_path / "none.yaml"))
+        with pytest.raises(
+            ServeError, match=r"https://example.org/a.yaml can only be read from here: .*`prepare` first"
+        ):
+            await t.roll("a", source, where="https://example.org/a.yaml")
+        t.wires[0].cut = True
+        with pytest.raises(ServeError, match="r0 does not answer"):
+            await t.roll("a", source)
+        t.wires[0].cut = False
+        t.document.write_text("adapters: [{name: a}]")
+        await t.controls[2].refresh()
+        with pytest.raises(ServeError, match="r2 does not follow the document as it is now"):
+            await t.roll("a", source)
+        assert t.told == []
+
+
+@in_a_loop
+async def test_what_is_prepared_takes_no_room_and_no_request_reaches_it(three, write_lora, monkeypatch) -> None:
+    async with three() as t:
+        digest = await prepare("b", {"source": str(write_lora("two", 2.0))}, t.replicas, lambda *_: None, 600.0)
+        assert t.served("b") == [None] * 3
+        assert await t.replicas[0].adapter("b") is None
+        assert t.controls[0].fleet.resolve(f"b@{digest[7:19]}") is None
+        await t.nothing_held()
+        store, reconciler = t.controls[0].reconciler._store, t.controls[0].reconciler
+        reconciler._keep = 0
+        reconciler.tend()
+        assert digest in store
+        monkeypatch.setattr(reconcile, "PREPARED_S", 0.0)
+        reconciler.tend()
+        assert digest not in store
+
+
+@in_a_loop
+async def test_what_is_prepared_again_while_it_serves_stays_as_it_is(three, write_lora) -> None:
+    async with three() as t:
+        source = write_lora("two", 2.0)
+        await t.roll("a", source, wanted={"pin": True})
+        await prepare("a", {"source": str(source)}, t.replicas, lambda *_: None, 600.0)
+        assert [control.fleet.aliases["a"].current.pinned for control in t.controls] == [True] * 3
+        entry = await t.roll("a", write_lora("three", 3.0))
+        assert entry.pin  # as before: it was not said otherwise
+
+
+@in_a_loop
+async def test_a_download_that_nobody_waits_for_any_more_leaves_nothing(three, monkeypatch) -> None:
+    def slow(_source: str, store: Store, _roots: tuple[Path, ...]) -> Path:
+        folder = store.staging()
+        time.sleep(0.2)
+        return folder
+
+    monkeypatch.setattr(reconcile, "fetch", slow)
+    async with three() as t:
+        reconciler = t.controls[0].reconciler
+        staging = reconciler._store._staging
+        reconciler.bring(Adapter(name="b", source="s3://somewhere"))
+        while not list(staging.iterdir()):
+            await asyncio.sleep(0.01)
+        reconciler.remove("b")
+        await asyncio.sleep(0.4)
+        assert not list(staging.iterdir())
+
+
+@in_a_loop
+async def test_a_document_that_is_put_back_is_as_it_was_to_the_byte(three, write_lora) -> None:
+    async with three() as t:
+        (old,) = set(t.served("a"))
+        t.document.write_text(f"# ours\nadapters:\n- name: a  # the first\n  source: {old}\n  digest: {old}\n")
+        text = t.document.read_text()
+        t.wires[1].cut_after = "PUT /prepared"
+        with pytest.raises(ServeError, match="r1 does not answer"):
+            await t.roll("a", write_lora("two", 2.0))
+        assert "back" in t.told
+        assert t.document.read_text() == text
+        t.wires[1].cut_after, t.wires[1].cut = None, False
+        await t.replicas[1].refresh()
+        assert t.served("a") == [old] * 3
+        await t.nothing_held()
+
+
+@in_a_loop
+async def test_a_version_that_could_not_be_served_yet_is_still_wanted_after_a_rollout_that_went_back(
+    three, write_lora, tmp_path
+) -> None:
+    """What is served then is not what the document says, and must not take its place."""
+    async with three() as t:
+        later = Adapter(name="a", source=str(tmp_path / "later"), digest="sha256:" + 64 * "d")
+        write_document(t.document, Document(adapters=[later]))
+        for control in t.controls:
+            await control.refresh()
+            assert (await control.reconciler.settled("a")).state == "failed"
+        t.wires[1].cut_after = "PUT /prepared"
+        with pytest.raises(ServeError, match="r1 does not answer"):
+            await t.roll("a", write_lora("two", 2.0))
+        assert t.entry("a") == later
+
+
+@pytest.mark.usefixtures("slow_store")
+@in_a_loop
+async def test_rollouts_of_two_names_at_once_lose_neither(three, write_lora) -> None:
+    async with three() as t:
+        await asyncio.gather(t.roll("b", write_lora("two", 2.0)), t.roll("c", write_lora("three", 3.0)))
+        assert all(t.served("b"))
+        assert all(t.served("c"))
+
+
+@pytest.mark.parametrize("step", ["_locked", "_write"])
+@in_a_loop
+async def test_a_store_that_fails_for_a_moment_does_not_keep_the_document_from_being_put_back(
+    three, write_lora, monkeypatch, step: str
+) -> None:
+    def failing(*arguments: Any) -> Any:
+        tries.append(arguments)
+        if len(tries) == 2:  # the first is the flip
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return works(*arguments)
+
+    works, tries = getattr(document_text, step), list[Any]()
+    async with three() as t:
+        monkeypatch.setattr(document_text, step, failing)
+        (old,) = set(t.served("a"))
+        t.wires[1].cut_after = "PUT /prepared"
+        with pytest.raises(ServeError, match="what it said before"):
+            await t.roll("a", write_lora("two", 2.0))
+        assert len(tries) == 3
+        assert t.entry("a").digest == old
+
+
+@pytest.mark.usefixtures("slow_store")
+@in_a_loop
+async def test_a_second_signal_does_not_keep_the_document_from_being_put_back(three, write_lora) -> None:
+    async with three() as t:
+        text = t.document.read_text()
+        rolling = asyncio.create_task(t.roll("a", write_lora("two", 2.0)))
+        while "verify" not in t.told:
+            await asyncio.sleep(0.01)
+        for _ in range(10):  # while it writes, and while it puts back
+            await asyncio.sleep(0.1)
+            rolling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await rolling
+        assert t.entry("a").source == desired.parse(text, "").get("a").source
+        assert len(set(t.served("a"))) == 1
+
+
+@in_a_loop
+async def test_status_says_every_way_in_which_replicas_differ(three, write_lora) -> None:
+    async with three() as t:
+        assert (await replicas.status(t.replicas))["drift"] == []
+        (old,) = set(t.served("a"))
+        assert (await replicas.status(t.replicas, {"a": old}))["drift"] == []
+        unread = t.controls[1].refresh, t.controls[2].refresh
+        t.controls[1].refresh = t.controls[2].refresh = lambda: asyncio.sleep(0)  # they do not look
+        write_document(t.document, Document(adapters=[Adapter(name="a", source=str(write_lora("two", 2.0)))]))
+        assert "r0: a is " in "".join((await replicas.status(t.replicas))["drift"])  # it has looked, and is on its way
+        await t.controls[0].reconciler.settled("a")
+        state = await replicas.status(t.replicas, {"a": old})
+        assert [line.partition(" ")[0] for line in state["drift"]] == ["the", "a", "r0:"]
+        assert "r1, r2" in state["drift"][1]
+        assert state["drift"][2] == f"r0: a is not {old} yet"
+        t.controls[1].refresh, t.controls[2].refresh = unread
+        t.engines[1].refuse.add("a@")
+        await t.controls[1].refresh()
+        await t.controls[1].reconciler.settled("a")
+        t.wires[2].cut = True
+        drift = "\n".join((await replicas.status(t.replicas))["drift"])
+        assert "r1: a is failed, serves a@" in drift
+        assert "it said no" in drift
+        assert "r2 does not answer" in drift
+        json.dumps(state)
+
+
+@in_a_loop
+async def test_adapters_that_wait_for_their_source_are_tried_again_when_the_document_comes_back(
+    three, tmp_path, write_lora, monkeypatch
+) -> None:
+    monkeypatch.setattr(reconcile, "RETRIES_S", (1000.0,))
+    monkeypatch.setattr(reconcile, "LOOK_S", 1000.0)
+    async with three() as t:
+        control = t.controls[0]
+        later = Document(adapters=[Adapter(name="late", source=str(tmp_path / "late"))])
+        write_document(t.document, later)
+        await control.refresh()
+        assert (await control.reconciler.settled("late")).state == "failed"
+        t.document.unlink()  # as when an object store is gone, with all that is in it
+        await control.refresh()
+        assert control.fault
+        write_lora("late", 3.0)
+        write_document(t.document, later)
+        await control.refresh()
+        while control.reconciler.status["late"].state != "serving":
+            await control.fleet.journal.change()
+
+
+def test_a_name_with_several_addresses_is_several_replicas(monkeypatch) -> None:
+    def found(host: str, port: int, type: int) -> list[Any]:
+        four = [(socket.AF_INET, type, 6, "", (f"10.0.0.{n}", port)) for n in (2, 1)]
+        six = [(socket.AF_INET6, type, 6, "", (f"fd00::{n}", port, 0, 0)) for n in (1, 2)]
+        if host == "none":
+            raise socket.gaierror(-2, "Name or service not known")
+        return four[:1] + six[:1] if host == "one" else six + four
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+
+    async def names(*urls: str) -> list[str]:
+        async with replicas.connect(urls, TOKEN) as there:
+            return [replica.name for replica in there]
+
+    assert asyncio.run(names("http://all:8001")) == ["http://10.0.0.1:8001", "http://10.0.0.2:8001"]
+    assert asyncio.run(names("http://one:8001", "http://one:8001/")) == ["http://one:8001"]
+    assert asyncio.run(names("https://one:8001")) == ["https://one:8001"]
+    with pytest.raises(ServeError, match="https://all:8001 has 2 addresses, and its certificate is the name's"):
+        asyncio.run(names("https://all:8001"))
+    assert asyncio.run(names("http://127.0.0.1:1", "http://127.0.0.2:1")) == [
+        "http://127.0.0.1:1",
+        "http://127.0.0.2:1",
+    ]
+    with pytest.raises(ServeError, match="http://none:8001: Name or service not known"):
+        asyncio.run(names("http://none:8001"))
+    with pytest.raises(ServeError, match="is no URL of an admin port"):
+        asyncio.run(names("127.0.0.1:8001"))
+    with pytest.raises(ServeError, match="is no URL: Invalid port"):
+        asyncio.run(names("http://127.0.0.1:80x"))
+    with pytest.raises(ServeError, match="there is no URL"):
+        asyncio.run(names())
+
+
+@pytest.mark.parametrize("url", ["http://a..b:1", f"http://{'a' * 64}:1", "http://xn--:1", "http://[::1:1", "http://"])
+def test_a_name_that_no_host_can_have_is_told_in_one_line(url: str) -> None:
+    with pytest.raises(ServeError) as caught:
+        replicas._each(url)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "url", ["http://a:hunter2@h:1", "http://a:hun@ter2@h:1", "http://h:1?token=hunter2", "a:hunter2@h"]
+)
+def test_what_may_be_a_secret_in_a_url_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(ServeError, match="the token comes from the environment") as caught:
+        replicas.admin_url(url)
+    assert "ter2" not in str(caught.value)

@@ -1,0 +1,78 @@
+"""The document: what it may say, and the one line that everything else gets."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from astra_serve.document import desired
+from astra_serve.document.desired import Adapter, Canary, Document
+from astra_serve.errors import BadDocument
+
+DIGEST = "sha256:" + 64 * "a"
+
+
+def test_a_document_says_which_adapters_are_served() -> None:
+    text = f"""
+adapters:
+  - name: support
+    source: ./support
+    required: true
+    previous: [{DIGEST}]
+    canary: {{version: {DIGEST}, weight: 0.1}}
+  - {{name: sql, source: "s3://bucket/sql", pin: true, digest: {DIGEST}}}
+"""
+    document = desired.parse(text, "adapters.yaml")
+    support, sql = document.adapters
+    assert (support.required, support.previous, support.canary) == (True, [DIGEST], Canary(version=DIGEST, weight=0.1))
+    assert (sql.pin, sql.digest) == (True, DIGEST)
+    assert desired.parse(desired.dump(document), "again") == document
+
+
+@pytest.mark.parametrize("text", ["", "{}", "adapters: []"])
+def test_an_empty_document_serves_the_base_alone(text: str) -> None:
+    assert desired.parse(text, "x").adapters == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("adapters: [", "x is not YAML at line"),
+        ("adapters: {}", "adapters: Input should be a valid list"),
+        ("adapter: []", "adapter: no such key; did you mean 'adapters'?"),
+        ("adapters: [{name: a, sorce: b}]", "adapters.0.source: Field required"),
+        ("adapters: [{name: a, source: b, requird: true}]", "requird: no such key; did you mean 'required'?"),
+        ("adapters: [{name: a, source: b, canary: {version: c, wait: 1}}]", "adapters.0.canary.weight: Field required"),
+        ("adapters: [{name: a/b, source: c}]", "adapters.0.name: String should match pattern"),
+        ("adapters: [{name: a, source: b}, {name: a, source: c}]", "two adapters are named 'a'"),
+        ("adapters: [{name: a, source: b, digest: abc}]", "adapters.0.digest: String should match pattern"),
+        ("adapters: [{name: a, source: b, canary: {version: c, weight: 1}}]", "weight: Input should be less than 1"),
+        ("!!python/object/apply:os.system [ls]", "x is not YAML"),
+        ("- a", "Input should be a valid dictionary"),
+    ],
+)
+def test_a_fault_gets_one_line_that_names_the_place(text: str, message: str) -> None:
+    with pytest.raises(BadDocument) as caught:
+        desired.parse(text, "x")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_document_that_stays_the_same_when_it_is_written_or_a_bad_one_in_one_line(text: str) -> None:
+    found, fault = Document(), ""
+    try:
+        found = desired.parse(text, "x")
+    except BadDocument as error:
+        fault = str(error)
+    assert len(fault.splitlines()) <= 1
+    assert desired.parse(desired.dump(found), "x") == found
+
+
+def test_the_schema_knows_every_key_and_no_other() -> None:
+    schema = desired.json_schema()
+    assert schema["additionalProperties"] is False
+    assert set(schema["$defs"]["Adapter"]["properties"]) == set(Adapter.model_fields)
+    assert all("description" in p for p in schema["$defs"]["Adapter"]["properties"].values())
+    json.dumps(schema)

@@ -1,0 +1,65 @@
+"""Who is let in, with a stand-in for the application behind; tests/e2e asks the real one."""
+
+import json
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+from astra_serve.gateway.api_key import ApiKeys
+from astra_serve.gateway.middleware import OPEN
+from tests.astra_serve.adapters.test_fleet import in_a_loop
+from tests.astra_serve.gateway.test_gateway import say
+
+KNOWN = AuthenticationMiddleware(FastAPI(), ["first-key", "second-key"]).verify_token  # as the server has it
+
+
+async def behind(_scope, _receive, send) -> None:
+    await say(send, "let in")
+
+
+def client(**headers: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        transport=httpx.ASGITransport(ApiKeys(behind, KNOWN)), base_url="http://x", headers=headers
+    )
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/tokenize", "/docs", "/", "//health", "/health/", "/health/../v1", "/healthz"]
+)
+@in_a_loop
+async def test_without_a_key_every_path_is_closed_and_the_error_is_openais(path: str) -> None:
+    for header in ({}, {"Authorization": "first-key"}, {"Authorization": "Bearer"}, {"Authorization": "Bearer wrong"}):
+        async with client(**header) as http:
+            answer = await http.post(path)
+            assert answer.status_code == 401
+            assert answer.json()["error"]["type"] == "AuthenticationError"
+            assert "first-key" not in answer.text
+
+
+@pytest.mark.parametrize("header", ["Bearer first-key", "bearer second-key"])
+@in_a_loop
+async def test_whoever_has_one_of_the_keys_is_let_in(header: str) -> None:
+    async with client(Authorization=header) as http:
+        assert (await http.post("/v1/completions")).json() == "let in"
+
+
+@in_a_loop
+async def test_how_the_server_is_may_be_asked_without_a_key_and_so_may_what_browsers_ask_first() -> None:
+    async with client() as http:
+        for path in OPEN:
+            assert (await http.get(path)).json() == "let in"
+        assert (await http.options("/v1/completions")).json() == "let in"
+
+
+@in_a_loop
+async def test_a_websocket_without_a_key_is_closed() -> None:
+    sent = []
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    scope = {"type": "websocket", "path": "/v1/realtime", "headers": []}
+    await ApiKeys(behind, KNOWN)(scope, None, send)
+    assert json.dumps(sent) == '[{"type": "websocket.close", "code": 1008}]'
