@@ -1,4 +1,4 @@
-"""What can be wrong with what a user hands to the server, and with what it is asked to serve."""
+"""The errors of a server and of its clients."""
 
 from converter.errors import AstraError
 
@@ -7,14 +7,17 @@ class ServeError(AstraError):
     """The message is one line that says what is wrong and what to do.
 
     ServeError
-    ├── BadDocument   the desired state cannot be understood
-    ├── Conflict      somebody else has changed the document meanwhile
-    ├── CannotFetch   an adapter's source cannot be read
-    ├── Damaged       a version in the store is no longer what was published
-    ├── InUse         another server has the store
-    ├── ProbeFailed   the engine does not answer as the adapter should
-    ├── Unavailable   an adapter that is known cannot answer now
-    └── EngineLost    the engine has died, or has been silent for too long
+    ├── BadDocument    the desired state cannot be understood
+    ├── Conflict       somebody else has changed the document meanwhile
+    ├── Superseded     a newer change of the same adapter took the place of this one
+    ├── UnknownAdapter no adapter has this name
+    ├── NotPublished   a version was not served: it could not be prepared, or served
+    ├── CannotFetch    an adapter's source cannot be read
+    ├── Damaged        a version in the store is no longer as it was published
+    ├── InUse          another server uses the store
+    ├── ProbeFailed    the engine does not answer as the adapter should
+    ├── Unavailable    an adapter that is known cannot answer now
+    └── EngineLost     the engine has died, or has been silent for too long
     """
 
 
@@ -26,16 +29,28 @@ class Conflict(ServeError):
     """Somebody else has changed the document meanwhile."""
 
 
+class Superseded(ServeError):
+    """A newer change of the same adapter took the place of this one."""
+
+
+class UnknownAdapter(ServeError):
+    """No adapter has this name."""
+
+
+class NotPublished(ServeError):
+    """A version was not served: it could not be prepared, or served; the message has the reason."""
+
+
 class CannotFetch(ServeError):
     """An adapter's source cannot be read; trying again may help."""
 
 
 class Damaged(ServeError):
-    """A version in the store is no longer what was published."""
+    """A version in the store is no longer as it was published."""
 
 
 class InUse(ServeError):
-    """Another server has the store."""
+    """Another server uses the store."""
 
 
 class ProbeFailed(ServeError):

@@ -1,92 +1,140 @@
-"""The server put together: store, fleet, reconciliation, gateway, admin API, metrics, log, and the engine."""
+"""The server put together: engine, store, fleet, reconciliation, gateway, admin API, metrics and log.
+
+A request passes the API key, vLLM's and the operator's middleware, the gateway (which leases a version), and vLLM's
+handlers. Beside the HTTP servers run: the loop of the engine's memory, the reconciler, the housekeeping, the follower
+of the document and the watch over the engine. If one of them fails, the server ends with status 1 and its reason.
+"""
 
 import asyncio
+import socket
 from argparse import Namespace
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import uvloop
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from prometheus_client import REGISTRY
 
 from astra_serve.adapters.admission import Base
+from astra_serve.adapters.clock import Clock
+from astra_serve.adapters.events import Events
 from astra_serve.adapters.fleet import Fleet
+from astra_serve.adapters.loading import Loader
+from astra_serve.adapters.residency import Residency
+from astra_serve.adapters.schedule import Limits
 from astra_serve.adapters.store import Store, first_free
 from astra_serve.control import admin
-from astra_serve.control.control import TIMER_S, Control
+from astra_serve.control.control import Control
+from astra_serve.control.desired_state import DesiredState
+from astra_serve.control.housekeeping import Housekeeping
+from astra_serve.control.preparation import Preparation
+from astra_serve.control.readiness import RequiredAdapters
 from astra_serve.control.reconcile import Reconciler
+from astra_serve.control.status import Phase
 from astra_serve.document.desired import Document
-from astra_serve.engine import server
-from astra_serve.engine import vllm as engine
-from astra_serve.errors import ServeError
-from astra_serve.gateway.middleware import Gateway
+from astra_serve.engine import server, vllm, vllm_seams
+from astra_serve.errors import EngineLost, ServeError
+from astra_serve.gateway.api_key import ApiKeys
+from astra_serve.gateway.middleware import Subscribers
 from astra_serve.observe import log
 from astra_serve.observe.metrics import Metrics
+from converter.errors import first_line
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the server serves beside the base, and how it is administered."""
+    """The settings of a server beside those of vLLM."""
 
     document: Document | str  # a fixed one, or where it is: a file or a URL
     store: Path
-    store_shared: bool  # with other servers: each takes a folder in it
+    store_shared: bool  # with other servers: each uses a folder in it
     resident: int  # adapters in the engine's memory at a time
     drain_s: float
     engine_timeout_s: float
-    roots: tuple[Path, ...]
-    admin_host: str
-    admin_port: int | None
+    roots: tuple[Path, ...]  # the folders that local adapters must be in; none: anywhere
+    admin: tuple[str, int] | None  # host and port
     admin_token: str
 
 
 def serve(args: Namespace, base: Base, settings: Settings) -> None:
-    """Run until SIGTERM or SIGINT.
+    """Run until SIGTERM or SIGINT; `args` are vLLM's.
 
-    Raises ServeError where the store cannot be used, or a fixed adapter fails; EngineLost when the engine has died.
+    Raises ServeError where a port or the store cannot be used, or a fixed adapter fails; EngineLost
+    when the engine has died, or another part of the server.
     """
-    store = first_free(settings.store) if settings.store_shared else Store(settings.store)
-    running: set[asyncio.Task[None]] = set()
+    with ExitStack() as stack:
+        public, for_admin = stack.enter_context(server.bound(args, settings.admin))
+        store = first_free(settings.store) if settings.store_shared else Store(settings.store)
+        stack.callback(store.close)
+        try:
+            uvloop.run(_serve(args, base, settings, store, public, for_admin))
+        except ExceptionGroup as group:
+            error = _first(group.subgroup(ServeError) or group)
+            if isinstance(error, ServeError):
+                raise error from None
+            log.logger.exception("a part of the server has failed")
+            raise EngineLost(f"a part of the server has failed: {first_line(error)}") from error
 
-    async def start(vllm: engine.VllmEngine, app: FastAPI) -> Gateway:
-        fleet = Fleet(vllm, store, base, settings.resident)
-        reconciler = Reconciler(fleet, store, drain_s=settings.drain_s, roots=settings.roots)
-        gateway = Gateway(fleet)
-        document = settings.document
-        control = Control(document, fleet, reconciler) if isinstance(document, str) else None
+
+async def _serve(
+    args: Namespace,
+    base: Base,
+    settings: Settings,
+    store: Store,
+    public: socket.socket,
+    for_admin: socket.socket | None,
+) -> None:
+    clock, events = Clock(), Events()
+    async with vllm.started(args, settings.engine_timeout_s, clock) as engine:
+        residency = Residency(Loader(engine, store, base, events, clock), events, Limits(settings.resident), clock)
+        fleet = Fleet(base.name, residency, events)
+        preparation = Preparation(fleet, store, clock, settings.roots)
+        reconciler = Reconciler(fleet, preparation, clock, settings.drain_s)
+        subscribers = Subscribers()
+        app, gateway = await vllm_seams.application(engine.client, args, fleet, subscribers)
+        housekeeping = Housekeeping(fleet, store, preparation, reconciler, clock)
+        work = [engine.watch, residency.run, reconciler.run, housekeeping.run]
+        control = None
+        if isinstance(settings.document, str):
+            required = RequiredAdapters(fleet, reconciler)
+            state = DesiredState(settings.document)
+            control = Control(state, fleet, store, preparation, reconciler, required, clock)
+            work.append(control.run)
+            if for_admin:
+                admin_app = admin.build(control, gateway, settings.admin_token)
+                work.append(partial(server.serve_admin, admin_app, for_admin))
 
         def not_ready() -> list[str]:
-            return [
-                *gateway.not_ready(),
-                *vllm.not_ready(),
-                *(control.not_ready() if control else []),
-                *reconciler.not_ready(),
-            ]
+            return [*gateway.not_ready(), *engine.not_ready(), *(control.not_ready() if control else [])]
 
         metrics = Metrics(fleet, reconciler, gateway, REGISTRY, not_ready, control)
-        gateway.answering.append(metrics.first_token)
-        gateway.ended += [metrics.count, log.request]
-        fleet.journal.readers += [metrics.note, log.event]
-        vllm.install(app, fleet, gateway)
+        subscribers.first_token.append(metrics.first_token)
+        subscribers.ended.extend([metrics.count, log.request])
+        events.subscribers.extend([metrics.note, log.event])
         _add_health(app, not_ready)
-        _keep(running, _tend(fleet, reconciler))
-        if control is None:
-            assert isinstance(document, Document)
-            await reconciler.serve_all(document)
-            return gateway
-        _keep(running, control.follow())
-        if settings.admin_port is not None and settings.admin_token:
-            admin_app = admin.build(control, gateway, settings.admin_token)
-            _keep(running, server.serve_admin(admin_app, settings.admin_host, settings.admin_port))
-        return gateway
+        keys = vllm_seams.known_keys(app, args)
+        async with asyncio.TaskGroup() as background:
+            tasks = [background.create_task(one()) for one in work]
+            if isinstance(settings.document, Document):
+                await _serve_all(reconciler, settings.document)
+            outer = ApiKeys(app, keys) if keys else app
+            await server.serve(outer, app.state, args, public, gateway, settings.drain_s)
+            for task in tasks:
+                task.cancel()
 
-    try:
-        server.serve(args, start, settings.drain_s, settings.engine_timeout_s)
-    finally:
-        store.close()
+
+async def _serve_all(reconciler: Reconciler, document: Document) -> None:
+    """Serve a document that does not change. Raises ServeError where one of its adapters fails."""
+    for entry in document.adapters:
+        reconciler.want(entry)
+    for entry in document.adapters:
+        status = await reconciler.settled(entry.name)
+        if status.phase is Phase.FAILED:
+            raise ServeError(f"adapter {entry.name!r}: {status.reason}")
 
 
 def _add_health(app: FastAPI, not_ready: Callable[[], list[str]]) -> None:
@@ -101,18 +149,5 @@ def _add_health(app: FastAPI, not_ready: Callable[[], list[str]]) -> None:
     app.add_api_route("/readyz", readyz, methods=["GET"], include_in_schema=False)
 
 
-async def _tend(fleet: Fleet, reconciler: Reconciler) -> None:
-    while True:
-        await asyncio.sleep(TIMER_S)
-        with suppress(ServeError):  # an engine that is silent is not ready, and at last lost
-            await fleet.places.look()
-        try:
-            reconciler.tend()
-        except Exception:  # as a full disk: the next time may be better
-            log.logger.exception("the server's timer failed")
-
-
-def _keep(running: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
-    task = asyncio.create_task(work)
-    running.add(task)
-    task.add_done_callback(running.discard)
+def _first(error: BaseException) -> BaseException:
+    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error

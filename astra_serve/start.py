@@ -1,8 +1,6 @@
 """`astra-serve --base BASE --adapter name=DIR ...`: one engine, one base, every adapter by its name."""
 
 import argparse
-import os
-import signal
 import sys
 from dataclasses import replace
 from importlib.metadata import version
@@ -11,67 +9,90 @@ from pathlib import Path
 from astra_serve.adapters.admission import Base, engine_rank, open_base, parse_adapter
 from astra_serve.document import desired
 from astra_serve.document.desired import Adapter, Document
+from astra_serve.engine.process_guard import ended_by_signals
+from astra_serve.environment import ADMIN_TOKEN, admin_token
 from astra_serve.errors import EngineLost, ServeError
-from converter.adapter_dir import AdapterError
+from astra_serve.observe.json_lines import JsonLines
+from converter.errors import AstraError
 
 MAX_SLOTS = 8
 STORES = Path("~/.cache/astra/store").expanduser()
-TOKEN = "ASTRA_ADMIN_TOKEN"  # noqa: S105 (its name)
 DOCUMENT_RANK = 64  # engine rank for adapters that are not known yet, unless --max-lora-rank says otherwise
 
 
 def main(argv: list[str]) -> int:
     """Start a server as `argv` says, run it until it ends, and return the exit status.
 
-    0 after SIGTERM; with one line on stderr 2 for bad input, and 1 when the engine has died.
+    0 after SIGTERM (143, or 130 for SIGINT, while the server starts); with one line on stderr 2 for bad input, and 1
+    when the engine has died.
     """
     args, extra = _parser().parse_known_args(argv)
-    # Until the server has its own way to end: the first process of a container ignores SIGTERM otherwise.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        if args.max_loras is not None and args.max_loras < 1:
-            raise ServeError(f"--max-loras is {args.max_loras}: at least 1 adapter must fit into a batch")
-        if args.engine_timeout <= 0:
-            raise ServeError(f"--engine-timeout is {args.engine_timeout}: say how many seconds an engine may be silent")
-        if args.adapters and args.adapter:
-            raise ServeError("--adapter names adapters that stay, --adapters a document that may change: give one")
-        token = os.environ.get(TOKEN, "").strip()  # a Secret made of a file ends with a newline
-        if args.admin_port is not None and not (token and args.adapters):
-            raise ServeError(f"--admin-port needs a token in {TOKEN}, and --adapters FILE, the document that it edits")
-        base = open_base(args.base)
-        document, rank = _document(args, base, [parse_adapter(text) for text in args.adapter])
-        from astra_serve import run
-        from astra_serve.engine import vllm as engine  # after the checks: it takes seconds to import
-
-        known = len(document.adapters) if isinstance(document, Document) else 2 * MAX_SLOTS
-        slots = args.max_loras or min(known, MAX_SLOTS)
-        resident = max(args.resident or known, slots)
-        options = ["--host", args.host, "--port", str(args.port), *extra]
-        if args.log_format == "json" or (args.log_format is None and not sys.stderr.isatty()):
-            options = ["--logging-config.formatter", "json", *options]
-        settings = engine.parse(args.base, rank, slots, resident, options)
-        if settings.headless:
-            engine.compute(settings)
-            return 0
-        run.serve(
-            settings,
-            base if not rank else replace(base, max_rank=settings.max_lora_rank),
-            run.Settings(
-                document, args.shared_store or args.store or STORES / str(args.port), args.shared_store is not None,
-                resident, args.drain_seconds, args.engine_timeout, tuple(args.adapter_root),
-                args.admin_host, args.admin_port, token,
-            ),
-        )  # fmt: skip
-    except (ServeError, AdapterError) as error:
-        print(f"astra-serve: {error}", file=sys.stderr)
-        return 1 if isinstance(error, EngineLost) else 2
+    lines = JsonLines()
+    with ended_by_signals(lines.close):
+        try:
+            _check(args)
+            base = open_base(args.base)
+            document, rank = _document(args, base, [parse_adapter(text) for text in args.adapter])
+            if args.log_format == "json" or (args.log_format is None and not sys.stderr.isatty()):
+                lines.start()
+                extra = ["--logging-config.formatter", "json", *extra]
+            _serve(args, extra, base, document, rank)
+        except AstraError as error:
+            print(f"astra-serve: {error}", file=sys.stderr)
+            return 1 if isinstance(error, EngineLost) else 2
+        finally:
+            lines.close()
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ServeError where options exclude each other or have impossible values."""
+    if args.max_loras is not None and args.max_loras < 1:
+        raise ServeError(f"--max-loras is {args.max_loras}: at least 1 adapter must fit into a batch")
+    if args.engine_timeout <= 0:
+        raise ServeError(f"--engine-timeout is {args.engine_timeout}: give the seconds that an engine may be silent")
+    if args.adapters and args.adapter:
+        raise ServeError("--adapter names a fixed set of adapters, --adapters a document that may change: give one")
+    if args.admin_port is not None and not (admin_token() and args.adapters):
+        raise ServeError(
+            f"--admin-port needs a token in {ADMIN_TOKEN}, and --adapters FILE, the document that it edits"
+        )
+
+
+def _serve(args: argparse.Namespace, extra: list[str], base: Base, document: Document | str, rank: int) -> None:
+    """Import the engine, which takes seconds, and run the server. Raises ServeError."""
+    from astra_serve import run
+    from astra_serve.engine import options
+
+    known = len(document.adapters) if isinstance(document, Document) else 2 * MAX_SLOTS
+    slots = args.max_loras or min(known, MAX_SLOTS)
+    resident = max(args.resident or known, slots)
+    public = ["--host", args.host, "--port", str(args.port)]
+    settings = options.parse(args.base, rank, slots, resident, [*public, *extra])
+    if settings.headless:
+        options.compute(settings)
+        return
+    run.serve(
+        settings,
+        replace(base, max_rank=settings.max_lora_rank) if rank else base,
+        run.Settings(
+            document=document,
+            store=args.shared_store or args.store or STORES / str(args.port),
+            store_shared=args.shared_store is not None,
+            resident=resident,
+            drain_s=args.drain_seconds,
+            engine_timeout_s=args.engine_timeout,
+            roots=tuple(args.adapter_root),
+            admin=(args.admin_host, args.admin_port) if args.admin_port is not None else None,
+            admin_token=admin_token(),
+        ),
+    )
 
 
 def _document(args: argparse.Namespace, base: Base, adapters: list[tuple[str, Path]]) -> tuple[Document | str, int]:
     """Return the desired state, or where it is, and the engine's maximum rank (0: no LoRA).
 
-    What is known now is checked now, before the engine starts. Raises ServeError and AdapterError.
+    Adapters that are known now are checked now, before the engine starts. Raises ServeError and AdapterError.
     """
     if args.adapters:
         if not args.adapters.startswith(("http://", "https://")) and Path(args.adapters).exists():
@@ -150,7 +171,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--log-format", choices=["json", "text"], help="default: text on a terminal, JSON lines everywhere else"
     )
-    parser.add_argument("--admin-port", type=int, metavar="PORT", help=f"the admin API, with the token in {TOKEN}")
+    parser.add_argument(
+        "--admin-port", type=int, metavar="PORT", help=f"the admin API, with the token in {ADMIN_TOKEN}"
+    )
     parser.add_argument("--admin-host", default="127.0.0.1", help="where it listens (default: 127.0.0.1)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")

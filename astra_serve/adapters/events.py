@@ -1,4 +1,4 @@
-"""What happens to adapters, as it happens: for the admin API, the metrics and the log."""
+"""The events of adapters, as they happen: for the admin API, the metrics and the log."""
 
 import asyncio
 import time
@@ -13,47 +13,47 @@ KEPT = 4096
 class Event:
     """Something happened to an adapter.
 
-    `event` is a state that it entered (see `reconcile`), or one of: prepared, loaded, load_failed, probe_failed,
-    unloaded, removed; document_failed is of none.
+    `event` is a state of its publication (see `control.reconcile`), or one of: loading, probing, loaded, load_failed,
+    probe_failed, unloaded (a version in the engine); prepared, removed; document_failed, which concerns no adapter.
     """
 
     adapter: str
     event: str
     version: str | None = None
     reason: str | None = None
-    seconds: dict[str, float] = field(default_factory=dict)  # how long what led here took, by its parts
-    time: float = field(default_factory=time.time)
+    seconds: dict[str, float] = field(default_factory=dict)  # the duration of the steps that led to it
+    time: float = field(default_factory=time.time)  # seconds since 1970
 
 
-class Journal:
-    """The newest events, and who wants to know of each."""
+class Events:
+    """The newest events, and the functions that are called with each."""
 
     def __init__(self) -> None:
-        self.events: deque[Event] = deque(maxlen=KEPT)
-        self.readers: list[Callable[[Event], None]] = []
+        self.newest: deque[Event] = deque(maxlen=KEPT)
+        self.subscribers: list[Callable[[Event], None]] = []
         self._count = 0
-        self._news = asyncio.Event()  # each is set once, at the next event
+        self._emitted = asyncio.Event()  # a new one for each event
 
-    def tell(self, event: Event) -> None:
-        """Add an event."""
-        self.events.append(event)
+    def emit(self, event: Event) -> None:
+        """Keep an event and call the subscribers."""
+        self.newest.append(event)
         self._count += 1
-        for reader in self.readers:
-            reader(event)
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+        for subscriber in self.subscribers:
+            subscriber(event)
+        emitted, self._emitted = self._emitted, asyncio.Event()
+        emitted.set()
 
     async def change(self) -> None:
         """Wait for the next event."""
-        await self._news.wait()
+        await self._emitted.wait()
 
     async def follow(self) -> AsyncIterator[Event]:
-        """Yield the events that there are, and then each one as it happens."""
-        seen = self._count - len(self.events)
+        """Yield the newest events, and then each one as it happens."""
+        seen = self._count - len(self.newest)
         while True:
-            new = min(self._count - seen, len(self.events))
+            new = min(self._count - seen, len(self.newest))
             seen = self._count
-            for event in list(self.events)[len(self.events) - new :]:
+            for event in list(self.newest)[len(self.newest) - new :]:
                 yield event
             if seen == self._count:
                 await self.change()

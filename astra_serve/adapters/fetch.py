@@ -1,57 +1,53 @@
 """From a source as the desired state names it to a folder on this machine."""
 
+import asyncio
+import json
 import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
-from huggingface_hub import snapshot_download
 
 from astra_serve.adapters.store import FILES, Store
 from astra_serve.errors import CannotFetch
 from converter.adapter_dir import PROVENANCE
-from converter.errors import first_line, without_secrets
+from converter.errors import without_secrets
 
 
-def fetch(source: str, store: Store, roots: tuple[Path, ...] = ()) -> Path:
+async def fetch(source: str, store: Store, roots: tuple[Path, ...] = ()) -> Path:
     """Return a folder with the adapter of `source`: a local one as it is, any other as a download in the store.
 
-    A local folder must be inside one of `roots`, where there are any. Raises CannotFetch.
+    A local folder must be inside one of `roots`, if there are any. A download ends when this is cancelled. Raises
+    CannotFetch.
     """
-    scheme, _, rest = source.partition("://")
-    if not rest:
-        return _local(Path(source), roots)
+    scheme, separator, rest = source.partition("://")
     if "::" in source:
         raise CannotFetch("a source is one URL, without '::'")
-    if scheme in ("file", "local"):
-        return _local(Path(rest), roots)
+    if not separator or scheme in ("file", "local"):
+        return await asyncio.to_thread(_local, Path(rest if separator else source), roots)
     folder = store.staging()
     try:
-        if scheme == "hf":
-            _from_hub(rest, folder)
-        else:
-            _from_url(source, folder)
-    except Exception as error:  # each file system has errors of its own
-        shutil.rmtree(folder, ignore_errors=True)
-        raise CannotFetch(without_secrets(f"{source} cannot be fetched: {first_line(error)}")) from error
+        await _download(source, folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return folder
 
 
-def mark(source: str) -> list[Any]:
-    """Return what changes when an adapter's files at `source` do, as far as that can be told without reading them.
+def fingerprint(source: str) -> list[Any]:
+    """Return a value that changes when an adapter's files at `source` do, as far as file systems tell without reading.
 
-    Nothing for what cannot be reached, what `fetch` refuses, and the hub, where that would cost a request of its API.
+    It is empty where the source cannot be reached, where `fetch` refuses it, and for the hub, where it would cost a
+    request of the hub's API.
     """
-    scheme, _, rest = source.partition("://")
+    scheme, separator, _ = source.partition("://")
     found: list[Any] = []
     if scheme == "hf" or "::" in source:
         return found
     with suppress(Exception):  # each file system has errors of its own
-        system, path = fsspec.core.url_to_fs(source if rest else str(Path(source).expanduser()))
+        system, path = fsspec.core.url_to_fs(source if separator else str(Path(source).expanduser()))
         system.invalidate_cache()
         for name in FILES:
             with suppress(FileNotFoundError):
@@ -62,27 +58,27 @@ def mark(source: str) -> list[Any]:
 def _local(path: Path, roots: tuple[Path, ...]) -> Path:
     try:
         real = path.expanduser().resolve()
+        is_folder = real.is_dir()
     except (RuntimeError, ValueError, OSError) as error:  # a user or a name that cannot be
         raise CannotFetch(f"{str(path)!r} is no folder: {error}") from error
     if roots and not any(real.is_relative_to(root.resolve()) for root in roots):
-        raise CannotFetch(f"{path} is outside of the folders that adapters may come from (--adapter-root)")
-    if not real.is_dir():
+        raise CannotFetch(f"{path} is outside of the folders that adapters may be in (--adapter-root)")
+    if not is_folder:
         raise CannotFetch(f"there is no folder {path}")
     return real
 
 
-def _from_hub(rest: str, folder: Path) -> None:
-    repository, _, revision = rest.partition("@")
-    found = snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES))
-    for name in FILES:
-        if (Path(found) / name).is_file():
-            shutil.copyfile(Path(found) / name, folder / name)
-
-
-def _from_url(source: str, folder: Path) -> None:
-    system, path = fsspec.core.url_to_fs(source)
-    for name in FILES:
-        remote = f"{path.rstrip('/')}/{name}"
-        if name == PROVENANCE and not system.exists(remote):
-            continue
-        system.get_file(remote, str(folder / name))
+async def _download(source: str, folder: Path) -> None:
+    order = {"source": source, "folder": str(folder), "files": FILES, "optional": [PROVENANCE]}
+    pipe, nothing = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+    command = [sys.executable, "-m", "astra_serve.adapters.download"]
+    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=nothing, stderr=pipe)
+    try:
+        _, errors = await process.communicate(json.dumps(order).encode())
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode:
+        *_, reason = errors.decode(errors="replace").strip().splitlines() or ["the download was killed"]
+        raise CannotFetch(without_secrets(f"{source} cannot be fetched: {reason}"))

@@ -1,186 +1,90 @@
-"""Names, the versions behind them, and who is using which: the only place that decides what a request is served by.
+"""The public names, the versions that they point at, and the leases of requests.
 
-A name is an alias of one version; moving it is one assignment. A request resolves its name once, when it is admitted,
-and holds a lease on that version until its last byte. A version leaves the engine when nobody holds it.
-
-`places` sees to it that the engine has the version by then.
+A name is an alias of one version, and of a canary beside it. A request resolves its name once, when it is admitted, and
+holds a lease on that version until its last byte. `residency` loads the version before the lease begins, and evicts it
+when nothing needs it any more.
 """
 
-import asyncio
 import hashlib
-import math
-import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
-from weakref import WeakValueDictionary
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
-from astra_serve.adapters.admission import Base
-from astra_serve.adapters.events import Journal
-from astra_serve.adapters.protocol import Engine
-from astra_serve.adapters.residency import HEADROOM, Places
-from astra_serve.adapters.store import Store
+from astra_serve.adapters.events import Events
+from astra_serve.adapters.residency import Residency
+from astra_serve.adapters.schedule import Place
 from astra_serve.adapters.version import Alias, Version
 from astra_serve.errors import Unavailable
 
-# The message of a cancellation: whose version is replaced, or whose server ends, and who has had time enough.
-PAST_DEADLINE = "the request was not finished before the deadline of its version, or of the server"
-SHORTEST_PREFIX = 6  # hex digits by which a request may name a version
+SHORTEST_PREFIX = 6  # hexadecimal digits by which a request may name a version
 
 
 class Fleet:
-    """The adapters of one engine, of which at most `capacity` are loaded at a time."""
+    """The adapters of one engine by their names."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        store: Store,
-        base: Base,
-        capacity: int,
-        *,
-        wait_s: float = 30.0,
-        patience_s: float = 1.0,
-    ) -> None:
-        """`wait_s` is how long a request waits for its version, `patience_s` how long a version for an idle place."""
+    def __init__(self, base_name: str, residency: Residency, events: Events) -> None:
+        self.base_name, self.residency, self.events = base_name, residency, events
         self.aliases: dict[str, Alias] = {}
-        self.expected: set[str] = set()  # names that are to be served, and may not be yet
-        self.journal = Journal()
-        self.base = base
-        self.places = Places(
-            engine, store, base, capacity, self.journal, wanted=self._wanted, wait_s=wait_s, patience_s=patience_s
-        )
-        self._wait_s = wait_s
-        self._publishing = asyncio.Semaphore(HEADROOM - 1)  # so that requests need not wait for the probes of others
-        self._retiring: set[asyncio.Task[None]] = set()
-        self._versions: WeakValueDictionary[tuple[str, str], Version] = WeakValueDictionary()
-
-    def version(self, alias: str, digest: str) -> Version:
-        """Return the version with `digest` under a name: the one there is, unless it failed, otherwise a new one.
-
-        There is never a second: one that is leaving stays, if it is wanted again.
-        """
-        found = self._versions.get((alias, digest))
-        if found is None or found.failed is not None:
-            found = self._versions[alias, digest] = Version(alias, digest)
-        return found
+        self.expected: set[str] = set()  # names of the desired state, served or not yet
+        self.requests: dict[str, Counter[Version]] = {}  # for the bare name, since its alias changed
 
     def known(self, model: str) -> str | None:
-        """Return the name that `model` (`name` or `name@digest-prefix`) is of, if it is one that is to be served."""
+        """Return the name in `model` (`name` or `name@digest-prefix`) if the desired state has it."""
         name = model.partition("@")[0]
         return name if name in self.aliases or name in self.expected else None
 
     def resolve(self, model: str, caller: str = "") -> Version | None:
-        """Return the version that `model` (`name` or `name@digest-prefix`) means now; None where nothing is called so.
+        """Return the version that `model` (`name` or `name@digest-prefix`) points at now, or None.
 
-        With a canary the share of callers is decided by a hash: the same caller gets the same version.
+        Beside a canary, a hash of the caller decides: the same caller gets the same version.
         """
         name, at, prefix = model.partition("@")
         alias = self.aliases.get(name)
         if alias is None:
             return None
         if at:
-            found = {v.digest: v for v in alias.versions() if v.digest.removeprefix("sha256:").startswith(prefix)}
-            return next(iter(found.values())) if len(found) == 1 and len(prefix) >= SHORTEST_PREFIX else None
+            found = {v for v in alias.versions() if v.digest.removeprefix("sha256:").startswith(prefix)}
+            return found.pop() if len(found) == 1 and len(prefix) >= SHORTEST_PREFIX else None
         if alias.canary and _share(f"{name}\0{caller}") < alias.weight:
             return alias.canary
         return alias.current
 
     @asynccontextmanager
-    async def lease(self, model: str, caller: str = "") -> AsyncIterator[Version | None]:
-        """Hold the version that `model` means now, in the engine, until the block ends; None where there is none.
+    async def lease(self, model: str, caller: str = "") -> AsyncIterator[Place | None]:
+        """Keep the version that `model` points at now in the engine until the block ends; None where it is unknown.
 
-        Raises Unavailable where the version cannot be loaded, or not in time, or where nothing is served as yet.
+        Raises Unavailable where the version cannot be loaded, or not in time, or the name is not served yet.
         """
         version = self.resolve(model, caller)
-        if version is None:
-            if model.partition("@")[0] in self.expected - self.aliases.keys():
-                raise Unavailable(f"{model} is not served yet", retry_after_s=5)
+        if version is not None:
+            if model == version.alias:
+                self.requests[model][version] += 1
+            async with self.residency.lease(version) as place:
+                yield place
+        elif model.partition("@")[0] in self.expected - self.aliases.keys():
+            raise Unavailable(f"{model} is not served yet", retry_after_s=5)
+        else:
             yield None
-            return
-        task = asyncio.current_task()
-        assert task is not None
-        version.requests.add(task)
-        version.idle.clear()
-        try:
-            await self.places.make_resident(version, within_s=self._wait_s)
-            version.last_used = time.monotonic()
-            version.served += 1
-            try:
-                yield version
-            finally:
-                version.served -= 1
-        finally:
-            version.requests.discard(task)
-            if not version.requests:
-                version.idle.set()
-            self.places.released.set()
-
-    @asynccontextmanager
-    async def coming(self, version: Version, tell: Callable[[str], None] = lambda _: None) -> AsyncIterator[None]:
-        """Have a version in the engine that no name means yet; it leaves if none does when the block ends.
-
-        `tell` gets to know the states on its way. Raises Unavailable.
-        """
-        version.coming += 1
-        try:
-            async with self._publishing:
-                await self.places.make_resident(version, tell)
-            yield
-        finally:
-            version.coming -= 1
-            self.places.released.set()
-            if not self._wanted(version):
-                self._retire(version, math.inf)
 
     def point(self, name: str, alias: Alias, drain_s: float) -> None:
-        """Let `name` mean `alias` from now on; others leave the engine when nobody holds them."""
+        """Let `name` point at `alias` from now on; requests that use the versions before have `drain_s` to end."""
         old = self.aliases.get(name)
-        self.aliases[name] = alias  # the flip: the next request is served by the new one
-        self.places.released.set()
-        kept = set(alias.versions())
-        for version in set(old.versions()) - kept if old else ():
-            self._retire(version, drain_s)
-        for version in alias.previous:
-            if version.handle is not None and version not in (alias.current, alias.canary):
-                self._retire(version, drain_s)
+        self.requests[name] = Counter()
+        self.aliases[name] = alias  # the flip: the next request is served by the new version
+        for version in alias.served():
+            self.residency.serve(version, pinned=alias.pinned)
+        for version in {*(old.versions() if old else ()), *alias.previous} - set(alias.served()):
+            self.residency.retire(version, drain_s)
 
     def drop(self, name: str, drain_s: float) -> None:
         """Serve nothing under `name` any more."""
+        del self.requests[name]
         for version in set(self.aliases.pop(name).versions()):
-            self._retire(version, drain_s)
-        self.places.released.set()
+            self.residency.retire(version, drain_s)
 
-    async def drained(self) -> None:
-        """Wait until every version that is to leave has left."""
-        while self._retiring:
-            await asyncio.wait(self._retiring)
-        await self.places.settled()
-
-    def digests(self) -> set[str]:
-        """Return the versions that a name means, or that are in the engine."""
-        named = {version for alias in self.aliases.values() for version in alias.versions()}
-        return {version.digest for version in named | self.places.taken}
-
-    def _retire(self, version: Version, drain_s: float) -> None:
-        task = asyncio.create_task(self._drain(version, drain_s))
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
-
-    async def _drain(self, version: Version, drain_s: float) -> None:
-        deadline = time.monotonic() + drain_s
-        held = set(version.requests)  # who asks for it by its digest later is not cut off
-        while version.requests and not self._wanted(version):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                for task in held & version.requests:
-                    task.cancel(PAST_DEADLINE)  # as if the client had gone: the engine aborts what it computes for it
-                held = set()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(version.idle.wait(), min(left, 1.0) if left > 0 else 1.0)
-        await self.places.leave(version)
-
-    def _wanted(self, version: Version) -> bool:
-        alias = self.aliases.get(version.alias)
-        return version.coming > 0 or (alias is not None and version in (alias.current, alias.canary))
+    def named(self) -> set[Version]:
+        """Return the versions that a request may name."""
+        return {version for alias in self.aliases.values() for version in alias.versions()}
 
 
 def _share(text: str) -> float:

@@ -108,7 +108,7 @@ class Prover:
         deviation = _between(said, proof.said)
         if not deviation <= proof.most_deviation:
             raise ProbeFailed(
-                f"the engine is {deviation:.2f} nats from what it said with this version before: publish it again"
+                f"the engine is {deviation:.2f} nats from its answers with this version before: publish it again"
             )
 
     async def _of_base(self, prompts: list[list[int]], *, urgent: bool) -> list[dict[int, float]]:

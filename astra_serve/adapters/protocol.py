@@ -1,25 +1,25 @@
-"""What the fleet asks of an engine; `engine` is the one that does it, tests have a stand-in."""
+"""The interface of the engine that serves adapters: `engine.vllm` implements it, the tests have a stand-in."""
 
 from pathlib import Path
 from typing import Any, Protocol
 
 
 class Engine(Protocol):
-    """What is asked of the engine; `handle` is whatever it needs to know an adapter by."""
+    """An engine with one base; a `handle` is the engine's own object for an adapter that it has loaded."""
 
     async def load(self, name: str, folder: Path) -> Any:
-        """Read an adapter and return its handle. Raises ServeError."""
+        """Read an adapter and return its handle. Raises ServeError; the engine has forgotten the adapter then."""
 
     async def unload(self, handle: Any) -> None:
-        """Forget an adapter, and make sure that it is forgotten. Raises ServeError."""
+        """Forget an adapter, and verify that it is forgotten. Raises ServeError."""
 
     async def in_slots(self) -> set[str]:
-        """Return the names of the adapters that have a slot in the engine's batches: the device's memory."""
+        """Return the names of the adapters in the slots of the engine's batches: on its device. Raises ServeError."""
 
     async def next_tokens(
         self, prompts: list[list[int]], handle: Any, *, urgent: bool = False
     ) -> list[dict[int, float]]:
         """Return the log probabilities of the likeliest next tokens after each prompt; a handle of None is the base.
 
-        Requests of users come first, unless one of them waits for the answer (`urgent`). Raises ServeError.
+        Requests of users are computed first, unless one of them waits for the answer (`urgent`). Raises ServeError.
         """

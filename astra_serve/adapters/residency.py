@@ -1,232 +1,274 @@
-"""Places in the engine: which adapters it has, who comes, and who has to go for it.
+"""The engine's memory: the one loop that executes what `schedule` decides, while requests and publications wait.
 
-The engine is never asked for more adapters than it has room for: it would push one out, read it again from disk in the
-middle of a step, and die if it could not. It reads a version when this module says so, and at no other time. What it
-reads has the bytes that were published, and was proved on it before its first request.
+The engine is never asked for more adapters than it has room for: it would evict one by itself, read it again from disk
+in the middle of a step, and die if it could not. It reads a version when this module says so, and at no other time.
+
+A request waits up to `wait_s` (30 s) for its version; a publication waits for its turn without a limit, and `wait_s`
+from then on. A load that fails is the version's own failure: its waiters get the reason, later requests get it at once,
+and only a new publication tries again.
 """
 
 import asyncio
-import math
-import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
-from astra_serve.adapters.admission import Base
-from astra_serve.adapters.events import Event, Journal
-from astra_serve.adapters.probe import Prover
-from astra_serve.adapters.protocol import Engine
-from astra_serve.adapters.store import Store
+from astra_serve.adapters.clock import Clock
+from astra_serve.adapters.events import Event, Events
+from astra_serve.adapters.loading import Loader
+from astra_serve.adapters.schedule import Action, Do, Limits, Place, State, Waiter, decide
 from astra_serve.adapters.version import Version
 from astra_serve.errors import ProbeFailed, ServeError, Unavailable
-from converter.adapter_dir import AdapterError
 
-LEAVE_S = 10.0  # for a version that is asked to make room
-HEADROOM = 4  # adapters that the engine has room for beyond `capacity`: they come while others go
+# Reason given to requests that outlived the drain deadline; the gateway knows a cancellation by it.
+PAST_DEADLINE = "the request was not finished before the deadline of its version, or of the server"
 
 
-class Places:
-    """The memory of one engine, of which at most `capacity` adapters have a place at a time."""
+class Residency:
+    """The memory of one engine, in which at most `limits.capacity` adapters have a place at a time."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        store: Store,
-        base: Base,
-        capacity: int,
-        journal: Journal,
-        *,
-        wanted: Callable[[Version], bool],
-        wait_s: float,
-        patience_s: float,
-    ) -> None:
-        """`wanted` says whether a name means a version, or is about to; a pinned one stays as long as that is so."""
-        self.capacity = capacity
-        self.taken: set[Version] = set()
-        self.released = asyncio.Event()  # set when somebody may have become idle, or has gone
-        self._engine, self._store, self._base, self._prover = engine, store, base, Prover(engine)
-        self._journal, self._wanted = journal, wanted
-        self._wait_s, self._patience_s = wait_s, patience_s
+    def __init__(self, loader: Loader, events: Events, limits: Limits, clock: Clock) -> None:
+        self.limits = limits
+        self._loader, self._events, self._clock = loader, events, clock
+        self._places: dict[Version, Place] = {}
         self._in_slots: set[str] = set()
-        self._moving = asyncio.Semaphore(HEADROOM)  # held while an adapter comes or goes
-        self._choosing = asyncio.Lock()  # of who makes room; first come, first served
-        self._going: set[asyncio.Task[None]] = set()
+        self._turn_since = 0.0  # when the queue last moved
+        self._wake = asyncio.Event()
+        self._changed = asyncio.Event()  # a new one at each change
+        self._settled = asyncio.Event()
 
-    async def make_resident(
-        self, version: Version, tell: Callable[[str], None] = lambda _: None, *, within_s: float = math.inf
-    ) -> None:
-        """Wait until the engine has `version`, proved. Raises Unavailable."""
-        deadline = time.monotonic() + within_s
-        while version.handle is None or version.leaving:
-            if version.failed is not None:
-                raise Unavailable(f"{version.name} cannot be served: {version.failed}")
-            if version.loading is None:
-                version.loading = asyncio.create_task(self._load(version, tell))
-                version.loading.add_done_callback(lambda task: _loaded(version, task))
+    async def run(self) -> None:
+        """Execute decisions until cancelled."""
+        async with asyncio.TaskGroup() as moves:
+            while True:
+                self._wake.clear()
+                action = decide(self._places.values(), self.limits, self._turn_since, self._clock.now())
+                if isinstance(action, Action):
+                    self._execute(action, moves)
+                    continue
+                moving = any(p.state in (State.LOADING, State.PROBING, State.UNLOADING) for p in self._places.values())
+                if not moving and not any(place.leaving and place.loaded for place in self._places.values()):
+                    self._settled.set()
+                await self._clock.wait(self._wake, action.until)
+
+    def place(self, version: Version) -> Place:
+        """Return where a version is."""
+        return self._places.setdefault(version, Place(version))
+
+    def of_alias(self, name: str) -> list[Place]:
+        """Return the places of the versions of one adapter."""
+        return [place for place in self._places.values() if place.version.alias == name]
+
+    def loaded(self) -> list[Place]:
+        """Return the places that are taken."""
+        return [place for place in self._places.values() if place.loaded]
+
+    @asynccontextmanager
+    async def lease(self, version: Version) -> AsyncIterator[Place]:
+        """Keep a version resident for the running task, a request, until the block ends. Raises Unavailable."""
+        place, task = self.place(version), asyncio.current_task()
+        if place.failed is not None:
+            raise Unavailable(f"{version.name} cannot be served: {place.failed}")
+        if place.state is State.MARKED and place.leaving:  # an operator unloads it: its requests come first
+            self._unmark(place)
+        if place.state is State.RESIDENT:
+            place.leases.add(task)
+        else:
+            await self._wait(place, Waiter(self._clock.now(), lease=task))
+        place.last_used = self._clock.now()
+        try:
+            yield place
+        finally:
+            self._release(place, task)
+
+    @asynccontextmanager
+    async def hold(self, version: Version, *, allow_no_effect: bool = False) -> AsyncIterator[Place]:
+        """Keep a version resident, proved, for a publication until the block ends; it stays if an alias serves it then.
+
+        What failed before is tried again. Raises Unavailable.
+        """
+        place = self.place(version)
+        place.failed, place.allow_no_effect, place.leaving = None, allow_no_effect, False
+        try:
+            if place.loaded:
+                place.holds += 1
+            else:
+                await self._wait(place, Waiter(self._clock.now(), publication=True))
             try:
-                left = None if deadline == math.inf else deadline - time.monotonic()
-                await asyncio.wait_for(asyncio.shield(version.loading), left)
-            except TimeoutError as error:
-                raise _no_room(version) from error
+                yield place
+            finally:
+                place.holds -= 1
+        finally:
+            if not (place.served or place.holds):
+                self._leave(place)
+            self._notify()
+
+    def serve(self, version: Version, *, pinned: bool) -> None:
+        """Keep a version in the engine as long as no other one needs its place; a pinned one whatever happens."""
+        place = self.place(version)
+        place.served, place.pinned, place.leaving = True, pinned, False
+        self._notify()
+
+    def retire(self, version: Version, drain_s: float) -> None:
+        """Evict a version as soon as it is idle; the requests that use it now have `drain_s` seconds to end."""
+        place = self.place(version)
+        place.served = place.pinned = False
+        place.replaced = place.leases | {waiter.lease for waiter in place.waiters}
+        place.drain_until = self._clock.now() + drain_s
+        self._leave(place)
+        self._notify()
+
+    async def unload(self, version: Version) -> None:
+        """Evict a version when its leases have ended, unless a new request needs it before; return when that is so.
+
+        The next request loads it again.
+        """
+        place = self.place(version)
+        if place.state is State.RESIDENT:
+            place.state, place.leaving = State.MARKED, True
+            self._notify()
+            while (place.leaving and place.loaded) or place.state is State.UNLOADING:
+                await self._changed.wait()
+
+    async def settled(self) -> None:
+        """Wait until nothing is loaded, evicted or waits for its last lease."""
+        self._notify()
+        await self._settled.wait()
 
     async def look(self) -> None:
-        """Ask the engine which adapters have a slot of its batches now, for `residency`. Raises ServeError."""
-        self._in_slots = await self._engine.in_slots()
+        """Ask the engine which adapters have a slot of its batches now, for `where`. Raises ServeError."""
+        self._in_slots = await self._loader.in_slots()
 
-    def residency(self, version: Version) -> str:
+    def where(self, version: Version) -> str:
         """Return where a version is.
 
         slot: in one of the slots of the engine's batches, on its device; memory: in the engine, ready for a slot; disk:
         in the store; absent: nowhere.
         """
-        if version.handle is not None:
+        if self.place(version).loaded:
             return "slot" if version.name in self._in_slots else "memory"
-        return "disk" if version.digest in self._store else "absent"
+        return "disk" if self._loader.stored(version) else "absent"
 
-    async def unload(self, version: Version) -> None:
-        """Take a version out of the engine's memory when those that it serves have ended, unless others come first.
+    def forget(self, keep: Collection[Version]) -> None:
+        """Drop the proofs and failures of versions that are not in the engine, and not among those to `keep`."""
+        for version, place in list(self._places.items()):
+            if place.state is State.ABSENT and not place.served and version not in keep:
+                del self._places[version]
 
-        Its next request loads it again.
-        """
-        version.leaving = version.handle is not None
-        while version.leaving and version.served:
-            self.released.clear()
-            await self.released.wait()
-        async with self._moving:
-            if version.leaving and not version.served:
-                await self._forget(version, self._give_up(version))
-
-    async def leave(self, version: Version) -> None:
-        """Take a version out of the engine, unless somebody holds it or it is wanted by then."""
-        while version.loading:
-            await asyncio.wait([version.loading])
-        async with self._moving:
-            if version.handle is not None and not (version.requests or self._wanted(version)):
-                await self._forget(version, self._give_up(version))
-
-    async def settled(self) -> None:
-        """Wait until everybody who made room has gone."""
-        while self._going:
-            await asyncio.wait(self._going)
-
-    async def _load(self, version: Version, tell: Callable[[str], None]) -> None:
-        """Have the engine read a version, in the place of another if need be. A fault is the version's own."""
-        await self._moving.acquire()
-        going: asyncio.Task[None] | None = None
+    async def _wait(self, place: Place, waiter: Waiter) -> None:
+        waiter.done = asyncio.get_running_loop().create_future()
+        place.waiters.append(waiter)
+        if place.state is State.ABSENT:
+            place.state = State.WAITING
+        self._notify()
         try:
-            async with self._choosing:
-                if version.handle is not None and version.leaving and not version.served:
-                    await self._forget(version, self._give_up(version))
-                if version.handle is not None:  # others have found a place elsewhere, or somebody uses it
-                    version.leaving = False
-                    return
-                gone = await self._make_room(version)
-                self.taken.add(version)
-            if gone:
-                going = asyncio.create_task(self._forget(gone, self._give_up(gone)))
-                self._going.add(going)
-                going.add_done_callback(self._going.discard)
-            try:
-                await self._read(version, tell)
-            except BaseException:
-                self.taken.discard(version)
-                raise
-        except Unavailable:
-            raise
-        except (ServeError, AdapterError) as error:
-            version.failed = str(error)
-            event = "probe_failed" if isinstance(error, ProbeFailed) else "load_failed"
-            self._journal.tell(Event(version.alias, event, version.name, str(error)))
-            raise Unavailable(f"{version.name} cannot be served: {error}") from error
-        finally:
-            self.released.set()
-            if going:
-                going.add_done_callback(lambda _: self._moving.release())
-            else:
-                self._moving.release()
-
-    async def _read(self, version: Version, tell: Callable[[str], None]) -> None:
-        """Verify, admit, read and prove a version. Raises ServeError and AdapterError; then the engine is as before."""
-        tell("loading")
-        began = time.monotonic()
-        folder = await asyncio.to_thread(self._store.verify, version.digest)
-        if version.proof is None:
-            header = await asyncio.to_thread(self._base.check, folder)
-            version.adapts_head = any(module.endswith("lm_head") for module in header.shapes)
-        handle = await self._engine.load(version.name, folder)
-        read = time.monotonic()
-        tell("probing")
-        try:
-            urgent = bool(version.requests)  # who waits for it does not wait for everybody else's requests
-            if version.proof and not (version.proof.of_an_effect or version.may_change_nothing):
-                version.proof = None  # it was said then that it may change nothing
-            proved = version.proof is None or version.coming > 0
-            if version.proof is None:
-                allowed = version.may_change_nothing
-                version.proof = await self._prover.prove(handle, folder, may_change_nothing=allowed, urgent=urgent)
-            elif version.coming:  # it is published again; what is only read again has the bytes that were proved
-                await self._prover.again(handle, version.proof, urgent=urgent)
+            await waiter.done
         except BaseException:
-            await self._forget(version, handle)
+            if waiter in place.waiters:
+                self._drop(place, [waiter])
+            elif not waiter.done.cancelled() and not waiter.done.exception():  # cancelled after it was granted
+                place.holds -= waiter.publication
+                self._release(place, waiter.lease)
             raise
-        version.handle, version.leaving, version.loaded_at = handle, False, time.monotonic()
-        seconds = {"loading": read - began, **({"probing": version.loaded_at - read} if proved else {})}
-        self._journal.tell(Event(version.alias, "loaded", version.name, seconds=seconds))
 
-    async def _make_room(self, version: Version) -> Version | None:
-        """Wait until there is a place for `version`; return who has to leave for it, if anybody has to.
+    def _release(self, place: Place, lease: Any) -> None:
+        place.leases.discard(lease)
+        self._notify()
 
-        Raises Unavailable when there is none for too long, or nobody waits for it any more.
-        """
-        began = time.monotonic()
-        asked: Version | None = None  # to make room
-        asked_at = 0.0
+    def _drop(self, place: Place, waiters: Collection[Waiter]) -> None:
+        place.waiters = [waiter for waiter in place.waiters if waiter not in waiters]
+        if place.state is State.WAITING and not place.waiters:
+            place.state, self._turn_since = State.ABSENT, self._clock.now()
+        self._notify()
+
+    @staticmethod
+    def _leave(place: Place) -> None:
+        place.leaving = place.state is not State.ABSENT  # the next load begins anew
+
+    def _notify(self) -> None:
+        self._settled.clear()
+        self._wake.set()
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def _execute(self, action: Action, moves: asyncio.TaskGroup) -> None:
+        place = action.place
+        match action.do:
+            case Do.LOAD:
+                place.state, self._turn_since = State.LOADING, self._clock.now()
+                moves.create_task(self._load(place))
+            case Do.EVICT:
+                place.state, place.leaving = State.UNLOADING, False
+                moves.create_task(self._unload(place))
+            case Do.MARK:
+                place.state, place.since = State.MARKED, self._clock.now()
+            case Do.UNMARK:
+                self._unmark(place)
+            case Do.REFUSE:
+                self._drop(place, action.waiters)
+                _reject(action.waiters, _no_place(place.version))
+            case Do.CANCEL:
+                for task in place.replaced & place.leases:
+                    task.cancel(PAST_DEADLINE)  # as if the client had disconnected: the engine aborts its work for it
+                place.replaced = set()
+        self._notify()
+
+    def _unmark(self, place: Place) -> None:
+        place.state, place.leaving, place.since = State.RESIDENT, False, self._clock.now()
+        self._grant(place)
+
+    def _grant(self, place: Place) -> None:
+        """Give the waiters their leases and holds."""
+        waiters, place.waiters = place.waiters, []
+        for waiter in waiters:
+            assert waiter.done is not None
+            if waiter.done.done():  # cancelled a moment ago
+                continue
+            if waiter.publication:
+                place.holds += 1
+            else:
+                place.leases.add(waiter.lease)
+            waiter.done.set_result(None)
+
+    async def _load(self, place: Place) -> None:
+        version = place.version
         try:
-            while len(self.taken) >= self.capacity:
-                self.released.clear()
-                there = [v for v in self.taken if v.handle is not None and not v.coming]
-                there = [v for v in there if not (v.pinned and self._wanted(v))]
-                idle = [v for v in there if not v.requests or (v.leaving and not v.served)]
-                if idle:
-                    return min(idle, key=lambda v: v.last_used)
-                now = time.monotonic()
-                if now - began > self._wait_s or not (version.requests or version.coming):
-                    raise _no_room(version)
-                if asked and (asked not in there or now - asked_at > LEAVE_S):
-                    asked.leaving, asked.loaded_at, asked = False, now, None  # a long stream: somebody else's turn
-                if asked is None and there and now - began >= self._patience_s:
-                    # All are in use without a pause. The one that had its place longest lets no more requests in.
-                    asked, asked_at = min(there, key=lambda v: v.loaded_at), now
-                    asked.leaving = True
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self.released.wait(), min(self._patience_s, self._wait_s))
-            return None
-        finally:
-            if asked:
-                asked.leaving = False
+            seconds = await self._loader.load(place)
+        except Exception as error:  # of the version's files, its weights or the engine: its own failure in any case
+            place.failed = str(error) or type(error).__name__
+            event = "probe_failed" if isinstance(error, ProbeFailed) else "load_failed"
+            self._events.emit(Event(version.alias, event, version.name, place.failed))
+            failure = Unavailable(f"{version.name} cannot be served: {place.failed}")
+            failure.__cause__ = error
+            if place.handle is not None:
+                await self._unload(place)
+            waiters, place.waiters, place.state = place.waiters, [], State.ABSENT
+            _reject(waiters, failure)
+        else:
+            place.state, place.since = State.RESIDENT, self._clock.now()
+            self._grant(place)
+            self._events.emit(Event(version.alias, "loaded", version.name, seconds=seconds))
+        self._notify()
 
-    def _give_up(self, version: Version) -> Any:
-        """Give a version's place to others, and return its handle for the engine to forget."""
-        handle, version.handle, version.leaving = version.handle, None, False  # from here on a request loads it again
-        self.taken.discard(version)
-        return handle
-
-    async def _forget(self, version: Version, handle: Any) -> None:
+    async def _unload(self, place: Place) -> None:
+        handle, place.handle = place.handle, None
         try:
-            await self._engine.unload(handle)
-        except ServeError as error:  # it is still there, and takes up room that nobody can use
-            version.failed = str(error)
-            self.capacity = max(1, self.capacity - 1)
-        self.released.set()
-        self._journal.tell(Event(version.alias, "unloaded", version.name))
+            await self._loader.unload(handle)
+        except ServeError as error:  # the engine still holds it: its room is lost
+            place.failed = str(error)
+            self.limits = replace(self.limits, capacity=max(1, self.limits.capacity - 1))
+        place.state = State.WAITING if place.waiters else State.ABSENT
+        self._events.emit(Event(place.version.alias, "unloaded", place.version.name))
+        self._notify()
 
 
-def _loaded(version: Version, task: asyncio.Task[None]) -> None:
-    version.loading = None
-    if not task.cancelled():
-        task.exception()  # who waits for it has it; perhaps nobody does any more
+def _reject(waiters: Collection[Waiter], error: Exception) -> None:
+    for waiter in waiters:
+        if waiter.done is not None and not waiter.done.done():
+            waiter.done.set_exception(error)
 
 
-def _no_room(version: Version) -> Unavailable:
-    reason = "is waiting for room in the engine, where all adapters are in use or pinned: try again"
+def _no_place(version: Version) -> Unavailable:
+    reason = "waits for a place in the engine, where all adapters are in use or pinned: try again"
     return Unavailable(f"{version.name} {reason}, or give the server more --resident", retry_after_s=5)

@@ -1,52 +1,40 @@
-"""An adapter's immutable version as this process knows it, and what a public name means."""
+"""An adapter's immutable version, and the alias: the public name that points at versions."""
 
-import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
-
-from astra_serve.adapters.probe import Proof
+from dataclasses import dataclass
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class Version:
-    """One immutable version of an adapter, under the name that it serves; `Fleet.version` makes them."""
+    """The content `digest` (sha256:HEX) of an adapter, under the name that it serves."""
 
     alias: str
     digest: str
-    pinned: bool = False
-    may_change_nothing: bool = False
-    handle: Any = None  # while the engine has it, and it was proved there
-    proof: Proof | None = None
-    failed: str | None = None
-    adapts_head: bool = False  # lm_head: the engine gives no prompt_logprobs with it
-    last_used: float = 0.0
-    loaded_at: float = 0.0
-    leaving: bool = False  # it is to make room: requests that come now wait, until it is gone or may stay
-    requests: set[asyncio.Task[Any]] = field(default_factory=set)  # that hold a lease, or wait for one
-    served: int = 0  # how many of them the engine may be computing for
-    coming: int = 0  # how many are about to let a name mean it
-    idle: asyncio.Event = field(default_factory=asyncio.Event)  # set while nobody holds it
-    loading: asyncio.Task[None] | None = None
 
     @property
     def name(self) -> str:
-        """Return what answers call it, and requests may."""
+        """Return the name that answers carry and that requests may ask for: NAME@ and 12 hexadecimal digits."""
         return f"{self.alias}@{self.digest.removeprefix('sha256:')[:12]}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Alias:
-    """A public name: what it means now, what it may go back to, and who else gets a share of its requests."""
+    """What a public name points at; replaced as a whole, in one assignment."""
 
     current: Version
-    previous: list[Version] = field(default_factory=list)
+    previous: tuple[Version, ...] = ()  # the versions that a rollback can reach, newest first
     canary: Version | None = None
-    weight: float = 0.0
+    weight: float = 0.0  # the canary's share of the callers
+    pinned: bool = False  # current and canary are never evicted
+    source: str | None = None  # of `current`; None where only the store has it
 
-    def versions(self) -> Iterator[Version]:
-        """Yield every version that a request may name."""
+    def served(self) -> Iterator[Version]:
+        """Yield the versions that requests for the bare name reach."""
         yield self.current
         if self.canary:
             yield self.canary
+
+    def versions(self) -> Iterator[Version]:
+        """Yield every version that a request may name."""
+        yield from self.served()
         yield from self.previous

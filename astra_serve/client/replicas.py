@@ -1,4 +1,4 @@
-"""Several servers over one document, each asked at its own admin port, and where they differ."""
+"""Several servers over one document, each at its own admin port, and the differences between them."""
 
 import asyncio
 import ipaddress
@@ -12,8 +12,8 @@ import httpx
 
 from astra_serve.errors import ServeError
 
-ANSWER_S = 30.0  # for whatever is not brought up for the answer
-NONE = {"name": "none", "digest": ""}  # the version where there is none
+ANSWER_S = 30.0  # for requests that change nothing
+NONE = {"name": "none", "digest": ""}  # stands for no version
 Result = TypeVar("Result")
 
 
@@ -26,22 +26,22 @@ class Replica:
     patience_s: float = ANSWER_S
 
     async def adapters(self) -> dict[str, Any]:
-        """Return what it says of all adapters, and of the document. Raises ServeError."""
+        """Return its description of all adapters, and of the document. Raises ServeError."""
         return self._content(await self._ask("GET", "/adapters"), "adapters", "document")
 
     async def adapter(self, name: str) -> dict[str, Any] | None:
-        """Return what it says of an adapter; None where it has none of this name. Raises ServeError."""
+        """Return its description of an adapter; None where it has none of this name. Raises ServeError."""
         answer = await self._ask("GET", f"/adapters/{name}")
         if answer.status_code == httpx.codes.NOT_FOUND:
             return None
         return self._content(answer, "state", "version")
 
     async def prepare(self, name: str, wanted: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """Let it prove the version that `wanted` means, and return what it says of that. Raises ServeError."""
+        """Let it prove the version that `wanted` describes, and return its description. Raises ServeError."""
         return self._content(await self._ask("PUT", f"/prepared/{name}", wanted, timeout_s), "name", "digest", "probe")
 
     async def refresh(self) -> dict[str, Any]:
-        """Let it read the document, and return what it says of that. Raises ServeError."""
+        """Let it read the document, and return its description of the document. Raises ServeError."""
         return self._content(await self._ask("POST", "/refresh"), "where", "digest", "fault")
 
     async def _ask(
@@ -53,7 +53,7 @@ class Replica:
             raise ServeError(f"{self.name} does not answer: {str(error) or type(error).__name__}") from error
 
     def _content(self, answer: httpx.Response, *expected: str) -> dict[str, Any]:
-        """Return what it answered, with `expected` keys. Raises ServeError with its name, where that is no success."""
+        """Return the content of an answer, which has the `expected` keys. Raises ServeError that names the replica."""
         if not answer.is_success:
             raise ServeError(f"{self.name}: {_reason(answer)}")
         try:
@@ -61,12 +61,12 @@ class Replica:
         except (ValueError, TypeError):
             content = {}
         if not content.keys() >= set(expected):
-            raise ServeError(f"{self.name} says what no admin port of this version of astra-serve says")
+            raise ServeError(f"{self.name} does not answer as an admin port of this version of astra-serve does")
         return content
 
 
 def _reason(answer: httpx.Response) -> str:
-    """Return why a server refused, in its own words where they are those of an admin port."""
+    """Return the reason of a refusal: the server's, if it is an admin port."""
     try:
         return str(answer.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
@@ -75,9 +75,9 @@ def _reason(answer: httpx.Response) -> str:
 
 @asynccontextmanager
 async def connect(urls: Iterable[str], token: str, timeout_s: float = ANSWER_S) -> AsyncIterator[list[Replica]]:
-    """Yield a replica for each of `urls`, and of a host that has several addresses for each of those.
+    """Yield a replica for each of `urls`; for a host with several addresses one for each address.
 
-    Each is waited for `timeout_s`, at most ANSWER_S. Raises ServeError where there is none, or a host has none.
+    An answer may take `timeout_s` seconds, at most ANSWER_S. Raises ServeError where there is no URL, or no address.
     """
     async with AsyncExitStack() as open_clients:
         found = []
@@ -91,15 +91,15 @@ async def connect(urls: Iterable[str], token: str, timeout_s: float = ANSWER_S) 
 
 
 async def of_all(
-    replicas: Sequence[Replica], work: Callable[[Replica], Coroutine[Any, Any, Result]], *, hurry: bool = False
+    replicas: Sequence[Replica], work: Callable[[Replica], Coroutine[Any, Any, Result]], *, fail_fast: bool = False
 ) -> list[Result]:
-    """Return what `work` makes of each, in their order, at the same time.
+    """Return the results of `work` with each replica, at the same time, in the order of the replicas.
 
-    Raises ServeError with all that is wrong; in a `hurry` with what is wrong first, and the others are left.
+    Raises ServeError with all failures; with `fail_fast` at the first failure, and the other works are cancelled.
     """
     tasks = [asyncio.create_task(work(replica)) for replica in replicas]
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION if hurry else asyncio.ALL_COMPLETED)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION if fail_fast else asyncio.ALL_COMPLETED)
     finally:
         for task in tasks:
             task.cancel()
@@ -113,9 +113,9 @@ async def of_all(
 
 
 async def status(replicas: Sequence[Replica], expected: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Let each replica look at the document, and return what it says of that and of its adapters.
+    """Let each replica read the document, and return the descriptions of the document and of the adapters.
 
-    `drift` are all ways in which they differ from the document, from each other and from the `expected` digests.
+    `drift` has a line for each difference from the document, from each other and from the `expected` digests.
     """
 
     async def one(replica: Replica) -> dict[str, Any]:
@@ -136,7 +136,7 @@ async def status(replicas: Sequence[Replica], expected: Mapping[str, str] | None
 
 
 def _drift(found: Sequence[dict[str, Any]], expected: Mapping[str, str]) -> Iterator[str]:
-    """Yield a line for everything that is not as the document says, not the same everywhere, or not as expected."""
+    """Yield a line for each difference from the document, between replicas, and from the expected digests."""
     yield from (one["fault"] for one in found if one["fault"])
     there = {one["replica"]: one for one in found if not one["fault"]}
     for replica, one in there.items():
@@ -160,7 +160,7 @@ def _drift(found: Sequence[dict[str, Any]], expected: Mapping[str, str]) -> Iter
 
 
 def _versions(adapters: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield what each name means, and its canary."""
+    """Yield the version of each name, and its canary."""
     for adapter in adapters:
         if adapter["version"]:
             yield adapter["name"], adapter["version"]

@@ -1,4 +1,4 @@
-"""`astra-serve adapters status, prepare, rollout`: what is asked of several servers over one document."""
+"""`astra-serve adapters status, prepare, rollout`: the commands for several servers over one document."""
 
 import argparse
 import asyncio
@@ -20,9 +20,9 @@ POLL_S = 1.0
 
 
 def run(args: argparse.Namespace, wanted: dict[str, Any], token: str) -> int:
-    """Run the command of `args`; `wanted` is what a new version is to be, as in the admin API.
+    """Run the command of `args`; `wanted` describes a new version, as in the admin API.
 
-    Return 0, 1 when replicas differ, after Ctrl-C, SIGTERM or SIGHUP 130. Raises ServeError for what went wrong.
+    Return 0, 1 when replicas differ, after Ctrl-C, SIGTERM or SIGHUP 130. Raises ServeError.
     """
     try:
         return asyncio.run(_run(args, wanted, token))
@@ -40,10 +40,10 @@ async def _run(args: argparse.Namespace, wanted: dict[str, Any], token: str) -> 
         return await _status(args, token)
     async with replicas.connect(args.url, token, args.timeout) as found:
         if args.command == "prepare":
-            digest = await prepare(args.name, wanted, found, _tell, args.timeout)
+            digest = (await prepare(args.name, wanted, found, _report, args.timeout))["digest"]
             print(json.dumps({"name": args.name, "digest": digest}) if args.json else digest)
             return 0
-        entry = await rollout(args.name, wanted, found, _tell, args.timeout, args.document)
+        entry = await rollout(args.name, wanted, found, _report, args.timeout, args.document)
         print(entry.model_dump_json() if args.json else f"{entry.name} is {entry.digest} at all {len(found)}")
         return 0
 
@@ -68,8 +68,8 @@ async def _status(args: argparse.Namespace, token: str) -> int:
     return 1 if state["drift"] else 0
 
 
-def _tell(step: str, text: str) -> None:
-    with suppress(OSError, ValueError):  # nobody may read it any more: the work goes on
+def _report(step: str, text: str) -> None:
+    with suppress(OSError, ValueError):  # its reader is gone: the work goes on
         print(f"{step:8} {text}", file=sys.stderr, flush=True)
 
 

@@ -1,91 +1,103 @@
 """A new version on every replica, or on none.
 
-    prepare   every replica fetches, checks and loads it, and proves it on its engine; no name means it yet
+    prepare   every replica fetches, verifies and loads it, and proves it on its engine; no alias points at it
     verify    it is the same version everywhere
-    flip      the document names it, by its digest
-    serve     every replica has read the document, and serves it
+    flip      the document names it, by its digest (compare-and-swap)
+    serve     every replica has read the document, and serves the version
 
-Whatever goes wrong, a signal included, the document's entry is put back, and names the version that was served. A
-rollout that is killed leaves one document or the other, whole, and the replicas follow it.
+If anything fails after the flip, a signal included, the document's entry is restored, and names the version that was
+served; the replicas that answer are waited for, at most 60 s. A rollout that is killed leaves one document or the
+other, complete, and the replicas follow it.
 """
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from astra_serve.client.replicas import Replica, of_all
 from astra_serve.document import desired, document_text
-from astra_serve.document.desired import Adapter, Document
+from astra_serve.document.desired import Adapter, Document, Step
+from astra_serve.document.entry_text import with_entry
+from astra_serve.document.history import known_source, steps_back
 from astra_serve.errors import BadDocument, Conflict, ServeError
 from converter.errors import first_line
 
 POLL_S = 0.2
-LOOKS = 3  # at a document that others change, until the replicas have read the same
-BACK_S = 60.0  # for a store that fails to take the document back, and for replicas to serve what they served before
-KEPT = {"required", "pin", "allow_no_effect"}  # of an entry whose version changes
+READS = 3  # of a document that others change, until the replicas have read the same text
+RESTORE_S = 60.0  # for a store that fails to take the document back, and for replicas to serve the version before
+KEPT = {"required", "pin", "allow_no_effect"}  # settings of an entry whose version changes
 
-Tell = Callable[[str, str], None]  # the step, and what happened
+Report = Callable[[str, str], None]  # called with a step, and what happened
 
 
-async def prepare(name: str, wanted: dict[str, Any], replicas: Sequence[Replica], tell: Tell, timeout_s: float) -> str:
-    """Have every replica prove the version that `wanted` means, and return its digest.
+async def prepare(
+    name: str, wanted: dict[str, Any], replicas: Sequence[Replica], report: Report, timeout_s: float
+) -> dict[str, Any]:
+    """Let every replica prove the version that `wanted` describes, and return it as a replica describes it.
 
-    `wanted` is the body of `PUT /prepared/NAME`. Raises ServeError where one of them cannot, or they differ.
+    `wanted` is the body of `PUT /prepared/NAME`. Raises ServeError where a replica cannot, or replicas differ.
     """
 
-    async def one(replica: Replica) -> str:
+    async def one(replica: Replica) -> dict[str, Any]:
         version = await replica.prepare(name, wanted, timeout_s)
-        tell("prepare", f"{replica.name} has {version['name']}, {version['probe']['effect']:.2f} nats from the base")
-        return str(version["digest"])
+        effect = f"{version['probe']['effect']:.2f} nats from the base"
+        report("prepare", f"{replica.name} has {version['name']}, {effect}")
+        return version
 
-    digests = await of_all(replicas, one)
+    versions = await of_all(replicas, one)
+    digests = [str(version["digest"]) for version in versions]
     if len(set(digests)) > 1:
         found = "; ".join(f"{digest} at {replica.name}" for digest, replica in zip(digests, replicas, strict=True))
         raise ServeError(f"{wanted['source']} is not the same everywhere: {found}")
-    tell("verify", f"{digests[0]} at all {len(replicas)}")
-    return digests[0]
+    report("verify", f"{digests[0]} at all {len(replicas)}")
+    return versions[0]
 
 
 async def rollout(
     name: str,
     wanted: dict[str, Any],
     replicas: Sequence[Replica],
-    tell: Tell,
+    report: Report,
     timeout_s: float,
     where: str | None = None,
 ) -> Adapter:
-    """Let `name` mean what `wanted` says at every replica, and return the document's entry.
+    """Serve the version that `wanted` describes as `name` at every replica, and return the document's entry.
 
-    `where` is the document, as seen from here; by default where the replicas say that it is. Raises ServeError, when
-    everything is as before, or with what is not.
+    `where` is the document, as seen from here; by default the place that the replicas report.
+    Raises ServeError; its text says what could not be restored, if anything.
     """
     where, document = await _document(replicas, where)
     old = document.get(name)
-    there = await of_all(replicas, lambda replica: _settled(replica, name, timeout_s))
-    served = [adapter for adapter in there if adapter and adapter["version"]]
+    adapters = await of_all(replicas, lambda replica: _settled(replica, name, timeout_s))
+    served = [adapter for adapter in adapters if adapter and adapter["version"]]
     kept = old.model_dump(include=KEPT, exclude_defaults=True) if old else {}
     try:
-        digest = await prepare(name, {**kept, **wanted}, replicas, tell, timeout_s)
+        version = await prepare(name, {**kept, **wanted}, replicas, report, timeout_s)
     except ServeError as error:
         raise ServeError(f"{error}; nothing was changed") from error
-    before = dict.fromkeys(adapter["version"]["digest"] for adapter in served)
-    previous = desired.previous([*before, *(old.previous if old else [])], digest)
-    new = desired.entry({"name": name, **kept, **wanted, "digest": digest, "previous": previous})
+    now = datetime.now(UTC).replace(microsecond=0)
+    steps = [Step(digest=a["version"]["digest"], source=a["version"].get("source"), replaced=now) for a in served]
+    digest, source = version["digest"], wanted["source"]
+    if source.startswith("sha256:"):
+        source = known_source(old, digest) or version.get("source") or source
+    previous = steps_back(old, steps, digest)
+    new = desired.entry({"name": name, **kept, **wanted, "source": source, "digest": digest, "previous": previous})
     proved = {adapter["version"]["digest"] for adapter in served if adapter["state"] == "serving"}
     flip = Flip(where, document, new, proved.pop() if len(proved) == 1 else None)
-    await _flip(flip, replicas, tell, timeout_s)
+    await _flip(flip, replicas, report, timeout_s)
     return new
 
 
 @dataclass
 class Flip:
-    """One change of an entry of the document at `where`, which was `seen`, to `new`; and back.
+    """One change of an entry of the document at `where`, from the entry in `seen` to `new`; and its restoration.
 
-    `served` is the version that was served before: an entry that named none gets it on the way back, because its source
-    may say something else by now.
+    `served` is the version that was served before: an entry without a digest gets it when the entry is restored,
+    because its source may have other bytes by now.
     """
 
     where: str
@@ -93,79 +105,105 @@ class Flip:
     new: Adapter
     served: str | None
     written: bool = False  # or perhaps written
-    _text: str = ""  # as it was
-    _changed: str = ""
+    _before: str = ""  # the text
+    _after: str = ""
 
     @property
     def old(self) -> Adapter | None:
-        """Return the entry as it was; None where there was none."""
+        """Return the entry as it was, or None."""
         return self.seen.get(self.new.name)
 
     def write(self) -> None:
-        """Let the document say `new`. Raises ServeError where it does not say what it said, or cannot be changed."""
+        """Replace the entry. Raises ServeError where the document has changed since, or cannot be written."""
 
         def change(text: str) -> str:
-            document = desired.parse(text, self.where)
             if not text.strip() and self.seen.adapters:
                 raise BadDocument(f"{self.where} is empty or gone meanwhile")
-            if document.get(self.new.name) == self.new:
-                return text  # another rollout's, and not this one's to take back
-            changed = desired.dump(document.replacing(self.new.name, self.old, self.new))
+            if self._agrees(text):
+                return text  # another rollout's change, and not this one's to undo
+            _, changed = with_entry(text, self.where, self.new.name, self.old, self.new)
             self.written = True
             return changed
 
-        self._text, self._changed = _edit(self.where, change)
+        self._before, self._after = _edit(self.where, change)
 
-    def back(self) -> str | None:
-        """Let the document say what it said, or return why there is nothing to do. Raises ServeError."""
+    def restore(self) -> str | None:
+        """Restore the entry; return the reason if there is nothing to restore, else None. Raises ServeError."""
         nothing: str | None = None
 
         def change(text: str) -> str:
             nonlocal nothing
-            document = desired.parse(text, self.where)
-            there = document.get(self.new.name)
+            there = desired.parse(text, self.where).get(self.new.name)
             if there != self.new:
                 nothing = "as before" if there == self.old else "as somebody else has left it"
                 return text
-            back = self.old
-            if back and not back.digest:
-                back = back.model_copy(update={"digest": self.served})
-            if back == self.old and text == self._changed and self._text.strip():
-                return self._text  # with its comments
-            return desired.dump(document.replacing(self.new.name, self.new, back))
+            entry = self.old
+            if entry and not entry.digest:
+                entry = entry.model_copy(update={"digest": self.served})
+            if entry == self.old and text == self._after and self._before.strip():
+                return self._before
+            return with_entry(text, self.where, self.new.name, self.new, entry)[1]
 
         _edit(self.where, change)
         return nothing and f"the document is {nothing}"
 
     def check(self) -> None:
-        """Raise ServeError unless the document still says `new`: where nothing keeps others away, they may undo it."""
-        if desired.parse(_read(self.where), self.where).get(self.new.name) != self.new:
+        """Raise Conflict unless the document still has `new`: stores without conditions let others overwrite it."""
+        if not self._agrees(_read(self.where)):
             raise Conflict(f"somebody else has changed {self.new.name!r} in the document meanwhile")
 
+    def _agrees(self, text: str) -> bool:
+        """Return whether the document has the new entry, whatever its history."""
+        there = desired.parse(text, self.where).get(self.new.name)
+        return there is not None and there.model_copy(update={"previous": self.new.previous}) == self.new
 
-async def _flip(flip: Flip, replicas: Sequence[Replica], tell: Tell, timeout_s: float) -> None:
-    """Let the document and all replicas say the new entry, or the old one again. Raises ServeError."""
+
+async def _flip(flip: Flip, replicas: Sequence[Replica], report: Report, timeout_s: float) -> None:
+    """Write the new entry and wait until every replica serves it, or restore the old one. Raises ServeError."""
     writing = asyncio.create_task(asyncio.to_thread(flip.write))
     name, digest = flip.new.name, flip.new.digest
     try:
         await asyncio.shield(writing)
-        tell("flip", flip.where)
-        await of_all(replicas, lambda replica: _serves(replica, name, digest, tell, timeout_s), hurry=True)
+        report("flip", flip.where)
+        await of_all(replicas, lambda replica: _serves(replica, name, digest, report, timeout_s), fail_fast=True)
         await asyncio.to_thread(flip.check)
     except BaseException as error:
-        await _whatever_comes(asyncio.wait([writing]))  # a thread is not cancelled
+        await _uncancelled(asyncio.wait([writing]))  # a thread cannot be cancelled
         if not flip.written:
             raise
-        tell("back", f"{str(error) or 'told to stop'}: the document is put back, which may take a moment")
-        how = await _whatever_comes(_go_back(flip, replicas, tell))
+        reason = str(error) or "interrupted"
+        report("restore", f"{reason}: the document's entry is restored, which may take a moment")
+        outcome = await _uncancelled(_restore(flip, replicas, report))
         if isinstance(error, ServeError):
-            raise ServeError(f"{error}; {how}") from error
-        tell("back", how)
+            raise ServeError(f"{error}; {outcome}") from error
+        report("restore", outcome)
         raise
 
 
+async def _restore(flip: Flip, replicas: Sequence[Replica], report: Report) -> str:
+    """Restore the document's entry, wait for the replicas that answer, and return the outcome."""
+    end = asyncio.get_running_loop().time() + RESTORE_S
+    while True:
+        try:
+            if nothing := await asyncio.to_thread(flip.restore):
+                return nothing
+            break
+        except ServeError as error:
+            if asyncio.get_running_loop().time() > end:
+                return f"the document's entry could not be restored: {error}"
+            await asyncio.sleep(1)
+    if flip.old is not None and flip.served is None:  # the version before is unknown
+        waits: list[Coroutine[Any, Any, Any]] = [_settled(replica, flip.new.name, RESTORE_S) for replica in replicas]
+    else:
+        waits = [_serves(replica, flip.new.name, flip.served, report, RESTORE_S) for replica in replicas]
+    ended = await asyncio.gather(*waits, return_exceptions=True)
+    missing = [replica.name for replica, one in zip(replicas, ended, strict=True) if isinstance(one, BaseException)]
+    late = f"; these replicas do not serve the version before yet: {', '.join(missing)}" if missing else ""
+    return f"the document's entry is restored{late}"
+
+
 async def _document(replicas: Sequence[Replica], where: str | None) -> tuple[str, Document]:
-    """Return where the document is, and what it says. Raises ServeError unless all follow what is there."""
+    """Return where the document is, and its entries. Raises ServeError unless all replicas follow its present text."""
     found = await of_all(replicas, _refreshed)
     places = {str(document["where"]) for document in found}
     if where is None and len(places) > 1:
@@ -180,19 +218,19 @@ async def _document(replicas: Sequence[Replica], where: str | None) -> tuple[str
         document_text.check_writable(where)
     except ServeError as error:
         raise ServeError(f"{error}; `prepare` first, and `status --wait` after that") from error
-    for _ in range(LOOKS):
+    for _ in range(READS):
         text = await asyncio.to_thread(_read, where)
-        others = [one["digest"] != document_text.digest(text) for one in found]
-        if not any(others):
+        differs = [one["digest"] != document_text.digest(text) for one in found]
+        if not any(differs):
             return where, desired.parse(text, where)
-        found = await of_all(replicas, _refreshed)  # somebody may have changed it between the two
+        found = await of_all(replicas, _refreshed)  # somebody may have changed it between the two reads
     raise ServeError(
-        f"{replicas[others.index(True)].name} does not follow the text at {where}: is it the same document?"
+        f"{replicas[differs.index(True)].name} does not follow the text at {where}: is it the same document?"
     )
 
 
 async def _refreshed(replica: Replica) -> dict[str, Any]:
-    """Let a replica read the document, and return what it says of that. Raises ServeError where it cannot follow it."""
+    """Let a replica read the document, and return its description. Raises ServeError where it cannot follow it."""
     document = await replica.refresh()
     if document["fault"]:
         raise ServeError(f"{replica.name} does not follow the document as it is now: {document['fault']}")
@@ -226,8 +264,8 @@ async def _settled(replica: Replica, name: str, timeout_s: float) -> dict[str, A
         raise ServeError(f"{replica.name} does not serve it within {timeout_s:.0f} s") from error
 
 
-async def _serves(replica: Replica, name: str, digest: str | None, tell: Tell, timeout_s: float) -> None:
-    """Let a replica look at the document, and wait until it serves `digest` under `name`, or for None nothing.
+async def _serves(replica: Replica, name: str, digest: str | None, report: Report, timeout_s: float) -> None:
+    """Let a replica read the document, and wait until it serves `digest` as `name`; None is no version.
 
     Raises ServeError where it does not.
     """
@@ -237,34 +275,13 @@ async def _serves(replica: Replica, name: str, digest: str | None, tell: Tell, t
     if found and found["state"] == "failed":
         raise ServeError(f"{replica.name} does not serve it: {found['reason']}")
     if (version and version["digest"]) != digest:
-        raise ServeError(f"{replica.name} serves {version['name'] if version else 'nothing'} all the same")
+        raise ServeError(f"{replica.name} still serves {version['name'] if version else 'nothing'}")
     if version:
-        tell("serve", f"{replica.name} serves {version['name']}")
+        report("serve", f"{replica.name} serves {version['name']}")
 
 
-async def _go_back(flip: Flip, replicas: Sequence[Replica], tell: Tell) -> str:
-    """Put the document back, wait for the replicas that answer, and say how that went."""
-    end = asyncio.get_running_loop().time() + BACK_S
-    while True:
-        try:
-            if nothing := await asyncio.to_thread(flip.back):
-                return nothing
-            break
-        except ServeError as error:
-            if asyncio.get_running_loop().time() > end:
-                return f"putting the document back failed, too: {error}"
-            await asyncio.sleep(1)
-    if flip.old is not None and flip.served is None:  # it is not known what they should serve
-        waits: list[Coroutine[Any, Any, Any]] = [_settled(replica, flip.new.name, BACK_S) for replica in replicas]
-    else:
-        waits = [_serves(replica, flip.new.name, flip.served, tell, BACK_S) for replica in replicas]
-    ended = await asyncio.gather(*waits, return_exceptions=True)
-    missing = [replica.name for replica, one in zip(replicas, ended, strict=True) if isinstance(one, BaseException)]
-    return "the document says again what it said before" + (f"; not there yet: {', '.join(missing)}" if missing else "")
-
-
-async def _whatever_comes(work: Coroutine[Any, Any, Any]) -> Any:
-    """Return what `work` returns when it has ended: cancellations change nothing."""
+async def _uncancelled(work: Coroutine[Any, Any, Any]) -> Any:
+    """Return the result of `work` when it has ended; cancellations do not interrupt it."""
     task = asyncio.create_task(work)
     while not task.done():
         with suppress(asyncio.CancelledError):

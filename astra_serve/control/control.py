@@ -1,230 +1,234 @@
-"""The desired state as a running server has it: where it is read from, how it is edited, and that it is followed."""
+"""Every change of an adapter has one order: prepare -> write -> follow.
+
+    prepare   the versions of the new entry are fetched, verified, admitted, loaded, proved and held in the engine;
+              a newer change of the same adapter may supersede this one (see `changes`)
+    write     the document's entry is replaced by compare-and-swap; a write that fails never reaches traffic
+    follow    the reconciler serves the entry; if that fails, the document's entry is put back, and followed
+
+Nothing serves what the document does not say. The document is also followed when others change it: within 5 s, or at
+once where the file system reports changes.
+"""
 
 import asyncio
-from collections import defaultdict
+import logging
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
 from watchfiles import awatch
 
+from astra_serve.adapters.clock import Clock
+from astra_serve.adapters.events import Event
 from astra_serve.adapters.fleet import Fleet
-from astra_serve.control.reconcile import Reconciler, Status
-from astra_serve.document import desired, document_text
-from astra_serve.document.desired import Adapter, Canary, Document
-from astra_serve.errors import BadDocument, ServeError
-from converter.errors import first_line, without_secrets
+from astra_serve.adapters.store import Store
+from astra_serve.adapters.version import Version
+from astra_serve.control.changes import Changes
+from astra_serve.control.desired_state import DesiredState
+from astra_serve.control.preparation import Preparation, Prepared
+from astra_serve.control.readiness import RequiredAdapters
+from astra_serve.control.reconcile import Reconciler
+from astra_serve.control.status import Phase, Status
+from astra_serve.document import desired
+from astra_serve.document.desired import Adapter, Canary, Document, Step
+from astra_serve.document.history import known_source, steps_back
+from astra_serve.errors import NotPublished, ServeError, Unavailable, UnknownAdapter
+from converter.errors import AstraError
 
-TIMER_S = 5.0  # a changed file or page is seen after this long at the latest
+logger = logging.getLogger("vllm.astra_serve")
+FOLLOW_S = 5.0  # a changed document is read after this time at the latest
+
+Edit = Callable[[Adapter | None], dict[str, Any]]  # from the entry as it is to the keys that change
 
 
 class Control:
-    """Follows the document at `where`, a file or a URL, and edits it if it is a file."""
+    """Follows the document of one server, and changes it."""
 
-    def __init__(self, where: str, fleet: Fleet, reconciler: Reconciler) -> None:
-        self.fleet, self.reconciler = fleet, reconciler
-        self.fault: str | None = None  # why the document as it is now is not followed
-        self._where = where
-        self._document = Document()
-        self._read_once = False
-        self._text = ""  # as the file was read or written last
-        self._etag = ""
-        self._editing = asyncio.Lock()  # of the document, for as long as it takes to write it
-        self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # of an adapter, until it serves
+    def __init__(
+        self,
+        state: DesiredState,
+        fleet: Fleet,
+        store: Store,
+        preparation: Preparation,
+        reconciler: Reconciler,
+        required: RequiredAdapters,
+        clock: Clock,
+    ) -> None:
+        self.state, self.fleet, self.reconciler, self.changes = state, fleet, reconciler, Changes()
+        self._store, self._preparation, self._required, self._clock = store, preparation, required, clock
+        self._followed = Document()
 
-    def document(self) -> dict[str, str | None]:
-        """Return where the document is, the digest of its text as it is followed, and why it is not as it is now."""
-        where = str(self.file.absolute()) if self.file else without_secrets(self._where)
-        return {
-            "where": where,
-            "digest": document_text.digest(self._text) if self._read_once else None,
-            "fault": self.fault,
-        }
-
-    @property
-    def file(self) -> Path | None:
-        """Return the document's file; None where it is a page somewhere, and only read."""
-        return None if "://" in self._where else Path(self._where)
-
-    async def follow(self) -> None:
-        """Read the document and follow it until cancelled; what cannot be read changes nothing."""
+    async def run(self) -> None:
+        """Read the document and follow it until cancelled."""
         due = asyncio.Event()
-        watching = asyncio.create_task(_watch(self.file, due)) if self.file else None
-        try:
+        async with asyncio.TaskGroup() as watching:
+            if self.state.file:
+                watching.create_task(_watch(self.state.file, due))
             while True:
                 due.clear()
                 await self.refresh()
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(due.wait(), TIMER_S)
-        finally:
-            if watching:
-                watching.cancel()
+                await self._clock.wait(due, self._clock.now() + FOLLOW_S)
 
     async def refresh(self) -> None:
-        """Read the document again and apply what changed in it; what is on its way by other means goes on."""
-        async with self._editing:
-            try:
-                document, text = await self._read()
-            except Exception as error:  # whatever is wrong with the file, the page or the way to it
-                fault = first_line(error)
-                if fault != self.fault:
-                    self.reconciler.tell_of_document(fault)
-                self.fault = fault
-                return
-            if self.fault:  # whatever kept the document away may have kept adapters away, too
+        """Read the document again and follow its changes; a document that cannot be read changes nothing."""
+        fault = self.state.fault
+        if await self.state.read():
+            if fault:  # the reason for that may have been the reason why adapters failed
                 self.reconciler.retry()
-            first, self.fault, self._read_once = not self._read_once, None, True
-            before, self._document, self._text = self._document, document, text
-        self._follow(before, document)
-        if first:
-            self.reconciler.await_required()
+            self._follow()
+        elif self.state.fault != fault:
+            self.fleet.events.emit(Event("", "document_failed", reason=self.state.fault))
 
     def not_ready(self) -> list[str]:
-        """Return why it is not known yet what is to be served, if it is not."""
-        return [] if self._read_once else [f"the document has not been read: {self.fault or 'not yet'}"]
+        """Return why it is not known yet what is to be served, and the required adapters that are not served yet."""
+        if not self.state.read_once:
+            return [f"the document has not been read: {self.state.fault or 'not yet'}"]
+        return self._required.not_ready()
 
-    async def publish(self, name: str, source: str, **settings: Any) -> Status:
-        """Let `name` mean what is at `source`, and return its status when it is served, or failed.
+    async def publish(self, name: str, source: str, digest: str | None = None, **settings: Any) -> None:
+        """Serve the adapter at `source` as `name`; the version that served becomes the first step back.
 
-        What it meant before becomes the first of its previous versions. The document is as before where it failed.
-        Raises ServeError.
+        Raises ServeError: NotPublished with the reason when the version is not served; then nothing has changed.
         """
-        changed = {"source": source, "digest": None, "canary": None, **settings}
-        return await self._try(name, lambda old: {**(old.model_dump() if old else {"name": name}), **changed})
 
-    async def rollback(self, name: str, digest: str | None = None) -> Status:
-        """Let `name` mean its previous version again, or the one with `digest`. Raises ServeError and KeyError."""
+        def edit(old: Adapter | None) -> dict[str, Any]:
+            if source.startswith("sha256:"):
+                return {"source": self._source(old, source), "digest": source, "canary": None, **settings}
+            return {"source": source, "digest": digest, "canary": None, **settings}
 
-        def back(old: Adapter | None) -> dict[str, Any]:
-            entry = _there(old, name)
-            target = digest or next(iter(entry.previous), None)
-            if target is None or target not in entry.previous:
-                known = ", ".join(entry.previous) or "none"
-                raise ServeError(f"{name!r} has no such previous version; there are: {known}")
-            return {**entry.model_dump(), "source": target, "digest": target, "canary": None}
+        await self._change(name, "publish", edit)
 
-        return await self._try(name, back)
+    async def rollback(self, name: str, digest: str | None = None) -> None:
+        """Serve the version before again, or the one with `digest` of the steps back. Raises ServeError."""
 
-    async def change(self, name: str, **settings: Any) -> Status:
-        """Change settings of `name`, as pin or canary. Raises ServeError and KeyError."""
-        return await self._try(name, lambda old: {**_there(old, name).model_dump(), **settings})
+        def edit(old: Adapter | None) -> dict[str, Any]:
+            steps = [step.digest for step in _there(old, name).steps]
+            target = digest or next(iter(steps), None)
+            if target is None or target not in steps:
+                raise ServeError(f"{name!r} has no such previous version; there are: {', '.join(steps) or 'none'}")
+            return {"source": self._source(old, target), "digest": target, "canary": None}
+
+        await self._change(name, "rollback", edit)
+
+    async def canary(self, name: str, canary: Canary | None) -> None:
+        """Give a share of the requests to another version, or end that. Raises ServeError."""
+
+        def edit(old: Adapter | None) -> dict[str, Any]:
+            found = canary
+            if found and found.version.startswith("sha256:"):
+                found = found.model_copy(update={"version": self._source(old, found.version), "digest": found.version})
+            return {**self._as_served(old, name), "canary": found}
+
+        await self._change(name, "canary", edit)
+
+    async def pin(self, name: str, *, pin: bool) -> None:
+        """Keep an adapter in the engine's memory, or let it be evicted. Raises ServeError."""
+        await self._change(name, "pin" if pin else "unpin", lambda old: {**self._as_served(old, name), "pin": pin})
 
     async def remove(self, name: str) -> None:
-        """Serve nothing under `name` any more. Raises ServeError and KeyError."""
-        async with self._changing[name]:
-            _there(self._document.get(name), name)
-            await self._edit(lambda document: document.without(name))
+        """Serve nothing under `name` any more. Raises ServeError."""
+        async with self.changes.turn(name, "remove") as change:
+            change.writing = True
+            await self.refresh()
+            await self.state.replace(name, _there(self.state.document.get(name), name), None)
+            self._follow()
 
-    async def _try(self, name: str, change: Callable[[Adapter | None], dict[str, Any]]) -> Status:
-        """Bring up what `change` makes of an entry, write it into the document once it serves, return its status."""
-        self._writable()
-        await self.refresh()
-        async with self._changing[name]:
-            old = self._document.get(name)
-            entry = Adapter.model_validate(change(old))
-            self.reconciler.bring(entry, again=True)
-            status = await self.reconciler.settled(name)
-            if status.entry != entry:
-                raise ServeError(f"the document changed {name!r} meanwhile: try again")
-            if status.state == "failed":
-                await self._restore(name)
-                return status
-            served = self._as_served(entry, old)
+    def source(self, digest: str) -> str | None:
+        """Return the source of a version in the store, if the store knows it."""
+        return self._store.source(digest)
+
+    async def prepare(self, entry: Adapter) -> Version:
+        """Return the version of `entry` once the engine has proved it; no alias points at it. Raises NotPublished."""
+        try:
+            return await self._preparation.prove(entry, Status(entry, self.fleet.events, self._clock))
+        except (AstraError, OSError) as error:
+            raise NotPublished(f"{entry.name!r} was not prepared: {_reason(error)}") from error
+
+    async def _change(self, name: str, kind: str, edit: Edit) -> None:
+        """Prepare, write and follow the entry with the keys of `edit`."""
+        async with self.changes.turn(name, kind) as change, AsyncExitStack() as held:
+            self.state.check_writable()
+            await self.refresh()
+            old = self.state.document.get(name)
+            entry = desired.entry({"name": name, **(dict(old) if old else {}), **edit(old)})
+            change.status = Status(entry, self.fleet.events, self._clock)
             try:
-                await self._edit(lambda document: document.replacing(name, old, served), served)
-            except (OSError, ServeError) as error:
-                await self._restore(name)
-                reason = getattr(error, "strerror", None) or error
-                raise ServeError(f"the document cannot be changed: {reason}") from error
-            return status
+                prepared = await held.enter_async_context(self._preparation.hold(entry, change.status))
+            except (AstraError, OSError) as error:
+                raise NotPublished(f"{name!r} was not published: {_reason(error)}") from error
+            change.writing, change.status = True, None
+            new = self._resolved(entry, old, prepared)
+            before = self._served(name)
+            await self.state.replace(name, old, new)
+            self._follow()
+            status = await self.reconciler.settled(name)
+            if status.entry == new and status.phase is Phase.FAILED:
+                await self._put_back(name, old, new, before)
+                raise NotPublished(f"{name!r} was not published: {status.reason}")
 
-    async def _restore(self, name: str) -> None:
-        """Serve what the document says of `name`, which may have changed meanwhile."""
-        old = self._document.get(name)
-        if old is None:
-            self.reconciler.remove(name)
-        else:
-            self.reconciler.bring(old)
-            await self.reconciler.settled(name)
+    async def _put_back(self, name: str, old: Adapter | None, new: Adapter, served: Step | None) -> None:
+        """Write the entry as it was, with the digest that served: the source alone may have other bytes by now."""
+        if old and not old.digest and served:
+            old = old.model_copy(update={"digest": served.digest})
+        await self.state.replace(name, new, old)
+        self._follow()
 
-    def _as_served(self, entry: Adapter, old: Adapter | None) -> Adapter:
-        """Return the entry with the digest that serves now, and that of the `old` one among its previous versions."""
-        alias = self.fleet.aliases[entry.name]
-        current = alias.current.digest
-        canary = alias.canary and Canary(version=alias.canary.digest, weight=alias.weight)
-        previous = desired.previous([old.digest if old else None, *entry.previous], current)
-        return entry.model_copy(update={"digest": current, "canary": canary, "previous": previous})
+    def _resolved(self, entry: Adapter, old: Adapter | None, prepared: Prepared) -> Adapter:
+        """Return an entry with the digests of its versions, and the steps back."""
+        digest, canary = prepared.current.digest, entry.canary
+        if canary and prepared.canary:
+            canary = canary.model_copy(update={"digest": prepared.canary.digest})
+        served = self._served(entry.name)
+        previous = steps_back(old, [served] if served else [], digest)
+        return entry.model_copy(update={"digest": digest, "canary": canary, "previous": previous})
 
-    def _writable(self) -> None:
-        if self.file is None:
-            raise ServeError(f"the desired state is at {without_secrets(self._where)}: change it there")
-        document_text.check_writable(self._where)
+    def _served(self, name: str) -> Step | None:
+        """Return the version that serves now as a step back."""
+        alias = self.fleet.aliases.get(name)
+        if alias is None:
+            return None
+        source = alias.source or self.source(alias.current.digest)
+        return Step(digest=alias.current.digest, source=source, replaced=datetime.now(UTC).replace(microsecond=0))
 
-    async def _edit(self, change: Callable[[Document], Document], served: Adapter | None = None) -> None:
-        """Write what `change` makes of the document as it is now; what others have changed in it is followed, too.
+    def _as_served(self, old: Adapter | None, name: str) -> dict[str, Any]:
+        """Return the digest of an entry that keeps its version: its source may have other bytes by now."""
+        served = self._served(name)
+        return {"digest": _there(old, name).digest or (served and served.digest)}
 
-        `served` is what the change says of an adapter that serves already. Raises ServeError and OSError.
-        """
+    def _source(self, old: Adapter | None, digest: str) -> str:
+        return known_source(old, digest) or self.source(digest) or digest
 
-        document = self._document
-
-        def changed(text: str) -> str:
-            nonlocal document
-            document = change(self._parsed(text))
-            return desired.dump(document)
-
-        self._writable()
-        async with self._editing:
-            # In a thread: it waits for others and for the disk, streams must not.
-            _, text = await asyncio.to_thread(document_text.edit, self._where, changed)
-            before, self._document, self._text = self._document, document, text
-            if served:
-                self.reconciler.adopt(served)
-        self._follow(before, document)
-
-    def _follow(self, before: Document, document: Document) -> None:
-        for gone in before.adapters:
-            if document.get(gone.name) is None:
-                self.reconciler.remove(gone.name)
+    def _follow(self) -> None:
+        before, document = self._followed, self.state.document
+        self._followed = document
+        for entry in before.adapters:
+            if document.get(entry.name) is None:
+                self.reconciler.remove(entry.name)
         for entry in document.adapters:
             if before.get(entry.name) != entry:
-                self.reconciler.bring(entry)
-
-    def _parsed(self, text: str) -> Document:
-        """Return the document that a file's text is. Raises BadDocument."""
-        if text and text == self._text:
-            return self._document
-        if not text.strip() and self._document.adapters:
-            raise BadDocument(f"{self._where} is empty or gone: write 'adapters: []' to serve none")
-        return desired.parse(text, self._where)
-
-    async def _read(self) -> tuple[Document, str]:
-        """Return the document as it is now, and its text. Raises ServeError, OSError, httpx.HTTPError and others."""
-        if not self._where.startswith(("http://", "https://")):
-            text = await asyncio.to_thread(document_text.read, self._where)
-            return self._parsed(text), text
-        async with httpx.AsyncClient(timeout=10, follow_redirects=True) as client:
-            answer = await client.get(self._where, headers={"If-None-Match": self._etag} if self._etag else {})
-        if answer.status_code == httpx.codes.NOT_MODIFIED:
-            return self._document, self._text
-        if not answer.is_success:
-            raise BadDocument(f"{self._where} answers with {answer.status_code}")
-        document = desired.parse(answer.text, self._where)
-        self._etag = answer.headers.get("etag", "")
-        return document, answer.text
+                self.reconciler.want(entry)
+        self._required.follow(document)
 
 
 def _there(entry: Adapter | None, name: str) -> Adapter:
     if entry is None:
-        raise KeyError(name)
+        raise UnknownAdapter(f"there is no adapter {name!r}")
     return entry
+
+
+def _reason(error: BaseException) -> str:
+    """Return the reason of a failure; what the engine's memory raises has it as its cause."""
+    cause = error.__cause__ if isinstance(error, Unavailable) else None
+    return str(cause or error)
 
 
 async def _watch(file: Path, due: asyncio.Event) -> None:
     """Set `due` at every change of `file`; its folder is watched: files are replaced, and a ConfigMap's are links."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    async for changes in awatch(file.parent, recursive=False):
-        if any(Path(path).name in (file.name, "..data") for _, path in changes):
-            due.set()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        async for changes in awatch(file.parent, recursive=False):
+            if any(Path(path).name in (file.name, "..data") for _, path in changes):
+                due.set()
+    except OSError as error:  # no more watches, or a file system without them
+        logger.warning("changes of %s are seen after %.0f s: %s", file, FOLLOW_S, error)

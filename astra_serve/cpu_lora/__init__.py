@@ -20,7 +20,7 @@ import os
 import shutil
 from typing import Any
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")  # under vLLM's logger: its handler, level and format
 
 _EXPECTED = {
     "add_shrink": ["y", "x", "lora_a_stacked", "scale"],
@@ -36,7 +36,10 @@ def register() -> None:
     """Entry point of `vllm.general_plugins`: put the wrapper in place of the engine's on CPU platforms."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu() or os.environ.get("ASTRA_CPU_LORA", "1") == "0":
+    if not current_platform.is_cpu():
+        return
+    _allow_amx()
+    if os.environ.get("ASTRA_CPU_LORA", "1") == "0":
         return
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
@@ -49,6 +52,18 @@ def register() -> None:
     platform.get_punica_wrapper = classmethod(lambda _: f"{__name__}.wrapper.GroupedPunicaWrapper")
     if not hasattr(platform.check_and_update_config, "keeps_compilation"):
         platform.check_and_update_config = classmethod(_keeping_compilation(platform.check_and_update_config))
+
+
+def _allow_amx() -> None:
+    """Ask Linux for the use of AMX, where the CPU has it.
+
+    vLLM 0.32's attention uses AMX and relies on other libraries to have asked: where they have not (a small model in
+    bfloat16), the worker dies with SIGILL at the first request.
+    """
+    import torch
+
+    if hasattr(torch.cpu, "_init_amx") and torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
 
 
 def _keeping_compilation(check: Any) -> Any:

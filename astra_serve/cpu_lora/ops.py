@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")
 
 SOURCE = Path(__file__).with_name("grouped_lora.cpp")
 FLAGS = "-O3 -std=c++20 -fPIC -shared -fopenmp -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma".split()

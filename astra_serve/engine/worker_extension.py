@@ -3,8 +3,8 @@
 from typing import Any
 
 
-class Slots:
-    """What `collective_rpc` can ask of a worker beside vLLM's own calls."""
+class WorkerExtension:
+    """The calls that `collective_rpc` can make of a worker beside vLLM's own."""
 
     model_runner: Any  # the worker's
 

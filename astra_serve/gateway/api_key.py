@@ -1,7 +1,7 @@
-"""API keys, asked for on every path but those that say how the server is.
+"""API keys: wanted on every path but those of the server's state.
 
-vLLM asks for its keys under /v1 and a few other prefixes alone; /tokenize, /pooling and others compute as well. Whether
-a key is one of them is vLLM's to say; which paths want one is said here, and what happens behind them nowhere in here.
+vLLM wants its keys under /v1 and a few other prefixes alone; /tokenize, /pooling and others compute as well. vLLM
+decides whether a key is one of its keys; this module decides which paths want one.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from astra_serve.gateway.middleware import OPEN, App, Receive, Scope, Send, refu
 
 
 class ApiKeys:
-    """ASGI middleware that lets nobody in whose headers are not `known`."""
+    """ASGI middleware that refuses requests whose headers have no key that is `known`."""
 
     def __init__(self, app: App, known: Callable[[Headers], bool]) -> None:
         self._app, self._known = app, known

@@ -1,7 +1,7 @@
-"""In front of vLLM's handlers: a request's `model` is resolved once, and its version held until the last byte.
+"""In front of vLLM's handlers: a request's `model` is resolved once, and its version leased until the last byte.
 
-The handlers look adapters up in a mapping (`Served`). It holds nothing but the lease of the request that asks: whatever
-happens to the alias meanwhile, a request finds the version that it was admitted with.
+The handlers look adapters up in a mapping (`Served`). It has the version of the running request and nothing else:
+whatever happens to the alias meanwhile, a request finds the version that it was admitted with.
 """
 
 import asyncio
@@ -10,10 +10,12 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, MutableMapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from astra_serve.adapters.fleet import PAST_DEADLINE, Fleet
+from astra_serve.adapters.fleet import Fleet
+from astra_serve.adapters.residency import PAST_DEADLINE
 from astra_serve.errors import Unavailable
 from astra_serve.gateway import request as requests
 from astra_serve.gateway.request import Request
@@ -25,17 +27,17 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
 
 REQUEST_ID = rb"[A-Za-z0-9._:-]{1,128}"
-OPEN = frozenset({"/health", "/livez", "/readyz", "/metrics", "/ping"})  # how the server is: no models, no API keys
+OPEN = frozenset({"/health", "/livez", "/readyz", "/metrics", "/ping"})  # the server's state: no models, no API keys
 
 
 class Served(Mapping[str, Any]):
-    """The adapter of the running request under the name that it asked for; empty for everybody else."""
+    """The adapter of the running request under the name that it asked for; empty for every other request."""
 
     def __getitem__(self, model: str) -> Any:
         request = requests.current.get()
         if request is None or request.version is None or request.model != model:
             raise KeyError(model)
-        return request.version.handle
+        return request.handle
 
     def __iter__(self) -> Iterator[str]:
         request = requests.current.get()
@@ -45,39 +47,48 @@ class Served(Mapping[str, Any]):
         return sum(1 for _ in self)
 
 
-class Gateway:
-    """ASGI middleware that admits requests, holds the version which each one's `model` means, and knows them all."""
+@dataclass(frozen=True)
+class Subscribers:
+    """The functions that are called with requests."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    first_token: list[Callable[[Request, float], None]] = field(default_factory=list)  # with the seconds until then
+    ended: list[Callable[[Request], None]] = field(default_factory=list)
+
+
+class Gateway:
+    """ASGI middleware that admits requests to models, leases the version of each one's `model`, and lists them all."""
+
+    def __init__(
+        self,
+        app: App,
+        fleet: Fleet,
+        subscribers: Subscribers,
+        *,
+        abort: Callable[[set[str]], Awaitable[None]],
+        serves: Callable[[Scope], bool],
+    ) -> None:
+        """`abort` ends the engine's work by its ids; `serves` says whether a request is one to a model."""
         self.running: set[Request] = set()
-        self.drained = False  # by an operator: not ready, but what comes all the same is served
-        self.closed: str | None = None  # why no request is let in any more
-        self.answering: list[Callable[[Request, float], None]] = []  # told of every first token, and after how long
-        self.ended: list[Callable[[Request], None]] = []  # told of every request that has ended
-        # What the engine adds: ending what it computes, by its ids, and which requests are to models at all.
-        self.abort: Callable[[set[str]], Awaitable[None]] | None = None
-        self.serves: Callable[[Scope], bool] = lambda _: True
-        self._fleet = fleet
+        self.drained = False  # by an operator: not ready, but requests that arrive all the same are served
+        self.closed: str | None = None  # why no request is admitted any more
+        self._app, self._fleet, self._subscribers = app, fleet, subscribers
+        self._abort, self._serves = abort, serves
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def around(self, app: App) -> App:
-        """Return `app` behind this gateway."""
-
-        async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] == "http" and scope["method"] == "POST" and self.serves(scope):
-                await self._admit(app, scope, receive, send)
-            else:
-                await app(scope, receive, send)
-
-        return guarded
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Admit a request to a model; hand any other one on."""
+        if scope["type"] == "http" and scope["method"] == "POST" and self._serves(scope):
+            await self._admit(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
     def not_ready(self) -> list[str]:
-        """Return why no more requests should be sent here."""
+        """Return the reasons why requests should be sent to another server."""
         return [reason for reason in (self.closed, "drained by an operator" if self.drained else None) if reason]
 
     async def close(self, reason: str, finish_s: float) -> None:
-        """Let no request in any more, and wait for those that run; after `finish_s` seconds cancel them."""
+        """Admit no request any more, and wait for those that run; after `finish_s` seconds cancel them."""
         self.closed = reason
         try:
             await asyncio.wait_for(self._idle.wait(), finish_s)
@@ -87,20 +98,27 @@ class Gateway:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), requests.CLOSING_S)
 
-    async def _admit(self, app: App, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         body, replay = await _read(receive)
         content = _content(body)
         model = content.get("model")
-        if not isinstance(model, str):  # the base, as vLLM reads it, or a mistake that the handler tells of
-            model = self._fleet.base.name
+        if not isinstance(model, str):  # the base, as vLLM reads it, or a mistake that the handler reports
+            model = self._fleet.base_name
         task = asyncio.current_task()
         assert task is not None
-        request = Request(_request_id(scope), scope["path"], model, task, self._fleet.known(model), told=self.answering)
+        request = Request(
+            id=_request_id(scope),
+            path=scope["path"],
+            model=model,
+            task=task,
+            adapter=self._fleet.known(model),
+            on_first_token=self._subscribers.first_token,
+        )
         send = _recorded(send, request)
         self.running.add(request)
         self._idle.clear()
         try:
-            await self._serve(app, request, content, scope, _watched(replay, request), send)
+            await self._serve(request, content, scope, _watched(replay, request), send)
         except asyncio.CancelledError as error:
             if error.args != (PAST_DEADLINE,):
                 raise
@@ -113,29 +131,30 @@ class Gateway:
             self.running.discard(request)
             if not self.running:
                 self._idle.set()
-            for told in self.ended:
-                told(request)
+            for subscriber in self._subscribers.ended:
+                subscriber(request)
 
     async def _serve(
-        self, app: App, request: Request, content: dict[str, Any], scope: Scope, receive: Receive, send: Send
+        self, request: Request, content: dict[str, Any], scope: Scope, receive: Receive, send: Send
     ) -> None:
         user = content.get("user")
         if self.closed:
             await refuse(send, 503, f"{self.closed}: ask again, of another server", None, 1)
             return
-        if content.get("priority"):  # the engine's priorities are for its probes: callers wait for each other's turn
+        if content.get("priority"):  # the engine's priorities are for its probes: all requests have the same
             await refuse(send, 400, "priority is not served: leave it out", "priority")
             return
         try:
-            async with self._fleet.lease(request.model, _caller(scope, user if isinstance(user, str) else "")) as held:
-                request.version = held
-                if held and held.adapts_head and content.get("prompt_logprobs") is not None:
+            async with self._fleet.lease(request.model, _caller(scope, user if isinstance(user, str) else "")) as place:
+                if place:
+                    request.version, request.handle = place.version, place.handle
+                if place and place.adapts_head and content.get("prompt_logprobs") is not None:
                     reason = "the engine gives no prompt_logprobs with an adapter of lm_head: leave it out"
                     await refuse(send, 400, reason, "prompt_logprobs")
                     return
                 token = requests.current.set(request)
                 try:
-                    await app(scope, receive, send)
+                    await self._app(scope, receive, send)
                 finally:
                     requests.current.reset(token)
                     await self._finish(request)
@@ -143,18 +162,18 @@ class Gateway:
             await refuse(send, 503, str(error), "model", error.retry_after_s)
 
     async def _finish(self, request: Request) -> None:
-        """End what the engine still computes for a request: its version is held until then.
+        """End the engine's work for a request: its version is leased until then.
 
         A handler that is cancelled leaves a task of its own behind, which goes on.
         """
         request.over = True
-        if request.computing and self.abort:
-            await self.abort(set(request.computing))
+        if request.computing:
+            await self._abort(set(request.computing))
             await request.computed()
 
 
 def _request_id(scope: Scope) -> str:
-    """Return the request's id: the client's, where it gives one; otherwise a new one, for the handlers, too."""
+    """Return the request's id: the client's, where the client gives one; otherwise a new one, for the handlers, too."""
     given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
     if re.fullmatch(REQUEST_ID, given):
         return str(given.decode())
@@ -168,7 +187,7 @@ def _watched(receive: Receive, request: Request) -> Receive:
     async def watched() -> Message:
         message = await receive()
         if message["type"] == "http.disconnect" and not request.complete:
-            request.left = True
+            request.disconnected = True
         return message
 
     return watched
@@ -188,7 +207,7 @@ def _recorded(send: Send, request: Request) -> Send:
 
 
 async def _read(receive: Receive) -> tuple[bytes, Receive]:
-    """Return the whole body, and a `receive` that gives it again before it goes on with what comes later."""
+    """Return the whole body, and a `receive` that repeats its messages before it receives later ones."""
     messages = [await receive()]
     while messages[-1]["type"] == "http.request" and messages[-1].get("more_body"):
         messages.append(await receive())
@@ -203,7 +222,7 @@ async def _read(receive: Receive) -> tuple[bytes, Receive]:
 
 
 def _content(body: bytes) -> dict[str, Any]:
-    """Return a JSON body; an empty one where it is none."""
+    """Return a JSON object; an empty one where the body is none."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
@@ -212,7 +231,7 @@ def _content(body: bytes) -> dict[str, Any]:
 
 
 def _caller(scope: Scope, user: str) -> str:
-    """Return who asks, for a canary: the user that the request names, otherwise its API key's hash or its address."""
+    """Return the caller, for a canary: the user in the request, otherwise the hash of its API key, or its address."""
     if user:
         return user
     key = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
@@ -222,7 +241,7 @@ def _caller(scope: Scope, user: str) -> str:
 
 
 async def _cut_off(send: Send, request: Request) -> None:
-    """End a request that took too long with an error that clients understand."""
+    """End a request past its deadline with an error that clients understand."""
     request.broke = True
     if request.status is None:
         await refuse(send, 503, PAST_DEADLINE, None, 1)

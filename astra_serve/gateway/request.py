@@ -1,4 +1,4 @@
-"""One request to a model, from its admission to its last byte: what is logged, counted and aborted."""
+"""One request to a model, from its admission to its last byte: the facts that are logged, counted and aborted by."""
 
 import asyncio
 import time
@@ -9,39 +9,40 @@ from dataclasses import dataclass, field
 
 from astra_serve.adapters.version import Version
 
-CLOSING_S = 10.0  # for the engine to let go of a request that was aborted
+CLOSING_S = 10.0  # for the engine to end the work of a request that was aborted
 
 current: ContextVar["Request | None"] = ContextVar("request", default=None)  # the one that is being handled
 
 
 @dataclass(eq=False)
 class Request:
-    """What is known of a request; `current` is the one that runs."""
+    """The facts of a request; `current` is the one that runs."""
 
     id: str
     path: str
-    model: str  # as it was asked for
+    model: str  # as the client wrote it
     task: "asyncio.Task[object]"
-    adapter: str | None = None  # the name that `model` is a version of; None for the base, and what nobody knows
-    version: Version | None = None  # that serves it; None for the base, and until there is one
+    adapter: str | None = None  # the adapter's name in `model`; None for the base, and for an unknown name
+    version: Version | None = None  # that serves it; None for the base, and before the lease
+    handle: object = None  # the engine's, of that version
     status: int | None = None
     streams: bool = False
     complete: bool = False  # the last byte was sent
-    left: bool = False  # the client has gone before that
-    broke: bool = False  # the engine failed it, or its time was up
+    disconnected: bool = False  # the client closed the connection before that
+    broke: bool = False  # the engine failed it, or it was past its deadline
     over: bool = False  # nothing may be computed for it any more
     prompt_tokens: int = 0
     output_tokens: int = 0
-    first_token_s: list[float] = field(default_factory=list)  # per prompt, since the request came
+    first_token_s: list[float] = field(default_factory=list)  # per prompt, since the request arrived
     between_tokens_s: list[float] = field(default_factory=list)  # per answer, the mean
     began: float = field(default_factory=time.monotonic)
-    computing: set[str] = field(default_factory=set)  # ids of what the engine computes for it
-    told: "list[Callable[[Request, float], None]]" = field(default_factory=list)  # of each first token, as it comes
+    computing: set[str] = field(default_factory=set)  # the engine's ids of the work for it
+    on_first_token: "list[Callable[[Request, float], None]]" = field(default_factory=list)
     _computed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def seconds(self) -> float:
-        """Return how long ago it came."""
+        """Return the seconds since it arrived."""
         return time.monotonic() - self.began
 
     @property
@@ -51,17 +52,17 @@ class Request:
             return "client_error"
         if self.broke or (self.status is not None and self.status >= 500):
             return "server_error"
-        return "ok" if self.complete and not self.left else "cancelled"
+        return "ok" if self.complete and not self.disconnected else "cancelled"
 
     def first_token(self, seconds: float) -> None:
-        """Note that an answer's first token has come, `seconds` after the request."""
+        """Note that the first token of an answer was computed, `seconds` after the request arrived."""
         self.first_token_s.append(seconds)
-        for tell in self.told:
-            tell(self, seconds)
+        for subscriber in self.on_first_token:
+            subscriber(self, seconds)
 
     @contextmanager
     def computes(self, engine_id: str) -> Iterator[None]:
-        """Know that the engine computes for this request while the block runs."""
+        """Note that the engine computes for this request while the block runs."""
         self.computing.add(engine_id)
         self._computed.clear()
         try:
@@ -72,7 +73,7 @@ class Request:
                 self._computed.set()
 
     async def computed(self) -> bool:
-        """Wait until the engine computes nothing for it any more; return whether that came to be."""
+        """Wait until the engine computes nothing for it any more, at most CLOSING_S; return whether that is so."""
         try:
             if self.computing:
                 await asyncio.wait_for(self._computed.wait(), CLOSING_S)

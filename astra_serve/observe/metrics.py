@@ -5,7 +5,7 @@ when it is removed. Requests for names that nobody serves are counted under `_un
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
@@ -16,6 +16,7 @@ from astra_serve.adapters.events import Event
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.control.control import Control
 from astra_serve.control.reconcile import Reconciler
+from astra_serve.control.status import Phase
 from astra_serve.gateway.middleware import Gateway
 from astra_serve.gateway.request import Request
 
@@ -104,16 +105,20 @@ class Metrics:
         adapter = self._label(event.adapter)
         if event.event == "loaded":
             self._loads.labels(adapter).observe(sum(event.seconds.values()))
+            self._observe_phases(event.seconds)
             if "probing" in event.seconds:
                 self._probes.labels(adapter, "passed").inc()
         elif event.event == "probe_failed":
             self._probes.labels(adapter, "failed").inc()
         elif event.event == "serving":
             self._swaps.labels(adapter).observe(sum(event.seconds.values()))
-            for phase, seconds in event.seconds.items():
-                self._phases.labels(phase).observe(seconds)
+            self._observe_phases({phase: s for phase, s in event.seconds.items() if phase != Phase.LOADING})
         elif event.event == "failed":
             self._failures.labels(adapter).inc()
+
+    def _observe_phases(self, seconds: Mapping[str, float]) -> None:
+        for phase, duration in seconds.items():
+            self._phases.labels(str(phase)).observe(duration)
 
     def collect(self) -> Iterator[Metric]:
         """Yield what is so at this moment."""
@@ -127,13 +132,13 @@ class Metrics:
         yield running
         yield from self._of_adapters()
         resident = GaugeMetricFamily("astra_engine_adapters", "Adapters in the engine's memory")
-        resident.add_metric([], len(self._fleet.places.taken))
+        resident.add_metric([], len(self._fleet.residency.loaded()))
         room = GaugeMetricFamily("astra_engine_adapters_max", "Adapters that the engine's memory has room for")
-        room.add_metric([], self._fleet.places.capacity)
+        room.add_metric([], self._fleet.residency.limits.capacity)
         ready = GaugeMetricFamily("astra_ready", "1 when /readyz says yes")
         ready.add_metric([], float(not self._not_ready()))
         fault = GaugeMetricFamily("astra_document_fault", "1 while the document as it is now is not followed")
-        fault.add_metric([], float(bool(self._control and self._control.fault)))
+        fault.add_metric([], float(bool(self._control and self._control.state.fault)))
         yield from (resident, room, ready, fault, self._for_routers())
 
     def describe(self) -> list[Metric]:
@@ -155,12 +160,12 @@ class Metrics:
             if self._label(name) == OTHER:
                 continue
             alias = self._fleet.aliases.get(name)
-            info.add_metric([name, alias.current.name if alias else "", status.state], 1)
+            info.add_metric([name, alias.current.name if alias else "", str(status.phase)], 1)
             if alias is None:
                 continue
-            where.add_metric([name, self._fleet.places.residency(alias.current)], 1)
-            if alias.current.proof:
-                verdict = alias.current.proof.verdict
+            where.add_metric([name, self._fleet.residency.where(alias.current)], 1)
+            if proof := self._fleet.residency.place(alias.current).proof:
+                verdict = proof.verdict
                 effect.add_metric([name], verdict.effect)
                 if verdict.deviation is not None:
                     deviation.add_metric([name], verdict.deviation)
@@ -176,18 +181,16 @@ class Metrics:
         found = GaugeMetricFamily(
             "astra_lora_requests_info", "The base and adapters in the engine's memory; since 1970", labels=labels
         )
-        places = self._fleet.places
-        loaded = [
-            name for name, alias in self._fleet.aliases.items() if places.residency(alias.current) in ("slot", "memory")
-        ]
-        names = [self._fleet.base.name, *loaded]
-        found.add_metric([str(places.capacity + 1), ",".join(names), ""], time.time())
+        residency = self._fleet.residency
+        loaded = [name for name, alias in self._fleet.aliases.items() if residency.place(alias.current).loaded]
+        names = [self._fleet.base_name, *loaded]
+        found.add_metric([str(residency.limits.capacity + 1), ",".join(names), ""], time.time())
         return found
 
     def _of(self, request: Request) -> str:
         if request.adapter is not None:
             return self._label(request.adapter)
-        return request.model if request.model == self._fleet.base.name else UNKNOWN
+        return request.model if request.model == self._fleet.base_name else UNKNOWN
 
     def _label(self, adapter: str) -> str:
         if adapter not in self._own and adapter in self._reconciler.status and len(self._own) < MOST_ADAPTERS:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from astra_serve.adapters.admission import ENGINE_RANKS, engine_rank, open_base, parse_adapter
-from astra_serve.adapters.residency import HEADROOM
+from astra_serve.adapters.schedule import HEADROOM
 from astra_serve.cli import main
 from astra_serve.errors import ServeError
 from converter import adapter_dir
@@ -96,7 +96,7 @@ def test_no_option_for_vllm_serves_what_was_not_admitted(tiny_base: Path, tmp_pa
 
 
 def test_the_engine_gets_the_slots_and_the_memory_that_the_flags_say(tiny_base: Path) -> None:
-    from astra_serve.engine import vllm as engine
+    from astra_serve.engine import options as engine
 
     args = engine.parse(str(tiny_base), 32, 2, 3, ["--max-model-len", "64"])
     assert (args.max_loras, args.max_cpu_loras, args.max_lora_rank, args.max_model_len) == (2, 3 + HEADROOM, 32, 64)

@@ -3,25 +3,22 @@
 import asyncio
 import json
 import os
+import socket
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import ClassVar
 
+import psutil
 import pytest
 import s3fs
 
 from astra_serve.adapters.fetch import fetch
-from astra_serve.adapters.fleet import Fleet
-from astra_serve.adapters.store import version_digest
-from astra_serve.control.control import Control
-from astra_serve.control.reconcile import Reconciler
-from astra_serve.document import desired
-from astra_serve.document.desired import Adapter, Document
-from astra_serve.errors import CannotFetch, ServeError
+from astra_serve.adapters.store import Store, version_digest
+from astra_serve.errors import CannotFetch
 from benchmarks import restart
-from tests.astra_serve.adapters.test_fleet import in_a_loop
+from tests.astra_serve.world import in_a_loop
 
 COMMIT = 40 * "a"
 
@@ -72,23 +69,23 @@ def hub(monkeypatch, tmp_path: Path) -> Iterator[type[StubHub]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), StubHub)
     thread = Thread(target=server.serve_forever)
     thread.start()
-    # huggingface_hub reads its environment when it is imported
-    address = f"http://127.0.0.1:{server.server_port}"
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     yield StubHub
     server.shutdown()
     thread.join()
     server.server_close()
 
 
+def fetched(source: str, store: Store) -> Path:
+    return asyncio.run(fetch(source, store))
+
+
 def test_an_adapter_comes_from_a_hub_at_its_revision(hub, store, write_lora) -> None:
     source = write_lora("one", 1.0)
     hub.files |= {path.name: path.read_bytes() for path in source.iterdir()}
     hub.files["extra.py"] = b"import os"
-    folder = fetch("hf://org/adapter@v1", store)
+    folder = fetched("hf://org/adapter@v1", store)
     assert version_digest(folder) == version_digest(source)
     assert not (folder / "extra.py").exists()
     assert not any("extra.py" in path for path in hub.asked)
@@ -96,7 +93,7 @@ def test_an_adapter_comes_from_a_hub_at_its_revision(hub, store, write_lora) -> 
 
 def test_a_revision_that_the_hub_does_not_have_is_said_so_and_leaves_nothing(hub, store, tmp_path) -> None:
     with pytest.raises(CannotFetch, match="hf://org/adapter@v2 cannot be fetched"):
-        fetch("hf://org/adapter@v2", store)
+        fetched("hf://org/adapter@v2", store)
     assert hub.asked
     assert not list((tmp_path / "store" / "staging").iterdir())
 
@@ -104,38 +101,45 @@ def test_a_revision_that_the_hub_does_not_have_is_said_so_and_leaves_nothing(hub
 def test_an_adapter_comes_from_a_web_server_with_or_without_its_record(store, write_lora, tmp_path) -> None:
     source = write_lora("one", 1.0)
     with restart.slow_files(tmp_path / "web", [source]) as (url,):
-        assert version_digest(fetch(url, store)) == version_digest(source)
+        assert version_digest(fetched(url, store)) == version_digest(source)
         (source / "astra.json").unlink()
-        folder = fetch(f"{url}/", store)
+        folder = fetched(f"{url}/", store)
         assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
         with pytest.raises(CannotFetch, match="cannot be fetched"):
-            fetch(f"{url}1", store)
+            fetched(f"{url}1", store)
 
 
 def test_an_adapter_comes_from_an_object_store(bucket, store, write_lora) -> None:
     source = write_lora("one", 1.0)
     s3fs.S3FileSystem().put(str(source), "adapters/one", recursive=True)
-    assert version_digest(fetch(f"{bucket}/one", store)) == version_digest(source)
+    assert version_digest(fetched(f"{bucket}/one", store)) == version_digest(source)
 
 
 def test_an_object_that_is_not_there_is_said_so_without_the_credentials(bucket, store, tmp_path) -> None:
     with pytest.raises(CannotFetch, match="s3://adapters/none cannot be fetched") as caught:
-        fetch(f"{bucket}/none", store)
+        fetched(f"{bucket}/none", store)
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in str(caught.value)
     assert not list((tmp_path / "store" / "staging").iterdir())
 
 
 @in_a_loop
-async def test_the_document_comes_from_an_object_store_and_is_followed(bucket, engine, store, base, write_lora) -> None:
-    fleet = Fleet(engine, store, base, 2)
-    control = Control(f"{bucket}/adapters.yaml", fleet, Reconciler(fleet, store, drain_s=1))
-    for name, value in (("a", 1.0), ("b", 2.0)):
-        text = desired.dump(Document(adapters=[Adapter(name=name, source=str(write_lora(name, value)))]))
-        await asyncio.to_thread(s3fs.S3FileSystem().pipe, "adapters/adapters.yaml", text.encode())
-        await control.refresh()
-        assert control.fault is None
-        assert (await control.reconciler.settled(name)).state == "serving"
-    assert set(fleet.aliases) == {"b"}
-    with pytest.raises(ServeError, match="change it there"):
-        await control.publish("a", "x")
-    await control.reconciler.close()
+async def test_a_download_that_is_cancelled_ends_and_leaves_nothing(store, tmp_path) -> None:
+    """From a server that accepts the connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        fetching = asyncio.create_task(fetch(f"http://127.0.0.1:{port}/adapter", store))
+        connection, _ = await asyncio.get_running_loop().run_in_executor(None, silent.accept)
+        (download,) = psutil.Process().children()
+        fetching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await fetching
+        assert not psutil.pid_exists(download.pid)
+        connection.close()
+    assert not list((tmp_path / "store" / "staging").iterdir())
+
+
+def test_a_password_in_a_source_is_in_no_argument_and_in_no_message(store) -> None:
+    with pytest.raises(CannotFetch) as caught:
+        fetched("http://user:hunter2@127.0.0.1:9/adapter?token=hunter3", store)
+    assert "hunter" not in str(caught.value)
+    assert "http://127.0.0.1:9/adapter cannot be fetched" in str(caught.value)

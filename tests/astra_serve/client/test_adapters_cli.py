@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import subprocess
 import threading
@@ -12,16 +13,10 @@ from pathlib import Path
 import pytest
 import uvicorn
 
-from astra_serve.adapters.fleet import Fleet
 from astra_serve.cli import main
-from astra_serve.control import admin
-from astra_serve.control.control import Control
-from astra_serve.control.reconcile import Reconciler
 from astra_serve.document import desired
-from astra_serve.gateway.middleware import Gateway
 from benchmarks.server import BIN, free_port
-
-TOKEN = "secret"  # noqa: S105
+from tests.astra_serve.world import TOKEN, server
 
 
 @pytest.fixture
@@ -31,13 +26,10 @@ def port(engine, store, base, tmp_path: Path, monkeypatch) -> Iterator[int]:
     number, started, servers = free_port(), threading.Event(), []
 
     async def serve() -> None:
-        fleet = Fleet(engine, store, base, 2)
-        control = Control(str(tmp_path / "adapters.yaml"), fleet, Reconciler(fleet, store))
-        app = admin.build(control, Gateway(fleet), TOKEN)
-        servers.append(uvicorn.Server(uvicorn.Config(app, port=number, log_level="warning")))
-        started.set()
-        await servers[0].serve()
-        await control.reconciler.close()
+        async with server(engine, store, base, tmp_path / "adapters.yaml") as w:
+            servers.append(uvicorn.Server(uvicorn.Config(w.admin_app, port=number, log_level="warning")))
+            started.set()
+            await servers[0].serve()
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
@@ -71,13 +63,16 @@ def test_publish_list_roll_back_and_remove(port: int, write_lora, capsys) -> Non
     assert found["version"]["digest"] == second["previous"][0]["digest"]
     assert found["pin"] is True
     assert adapters(port, "canary", "a", second["version"]["digest"], 0.2) == 0
+    capsys.readouterr()
+    assert adapters(port, "list") == 0
+    assert re.search(r"canary 20% .* no request yet .* memory|slot", capsys.readouterr().out)
     assert adapters(port, "canary", "a", "--end") == 0
     assert adapters(port, "events") == 0
     assert "probing" in capsys.readouterr().out
-    assert adapters(port, "alias", "b", second["version"]["name"]) == 0
+    assert adapters(port, "publish", "b", second["version"]["digest"]) == 0
     assert adapters(port, "unload", "b") == 0
     assert adapters(port, "drain") == 0
-    assert "/readyz says no" in capsys.readouterr().out
+    assert "drained: not ready" in capsys.readouterr().out
     assert adapters(port, "drain", "--end") == 0
     assert adapters(port, "remove", "a") == 0
 
@@ -154,7 +149,7 @@ def test_ctrl_c_in_a_rollout_puts_the_document_back_however_often_it_comes(
 ) -> None:
     assert adapters(port, "publish", "a", write_lora("one", 1.0)) == 0
     before = desired.parse((tmp_path / "adapters.yaml").read_text(), "").get("a")
-    engine.delay = 0.5
+    engine.pause = lambda: asyncio.sleep(0.5)
     command = [str(BIN / "astra-serve"), "adapters", "rollout", "a", str(write_lora("two", 2.0))]
     with subprocess.Popen(
         [*command, "--url", f"http://127.0.0.1:{port}"], stderr=subprocess.PIPE, text=True
@@ -166,9 +161,9 @@ def test_ctrl_c_in_a_rollout_puts_the_document_back_however_often_it_comes(
             rolling.stderr.close()  # as when `| tee` ends at the same Ctrl-C
         rolling.send_signal(signal.SIGINT)
         if read:
-            assert rolling.stderr.readline().startswith("back")
+            assert rolling.stderr.readline().startswith("restore")
             rolling.send_signal(signal.SIGINT)
-            assert "the document says again what it said before" in rolling.stderr.read()
+            assert "the document's entry is restored" in rolling.stderr.read()
         assert rolling.wait(20) == 130
     assert desired.parse((tmp_path / "adapters.yaml").read_text(), "").get("a") == before
 
@@ -181,6 +176,11 @@ def test_ctrl_c_in_a_rollout_puts_the_document_back_however_often_it_comes(
         (("publish", "a b", "source"), "'a b': name: String should match pattern"),
         (("status", "a=sha256:12"), "is not NAME=sha256:..., with the digest that `prepare` prints"),
         (("status", "--url", "ftp://x"), "ftp://x is no URL of an admin port"),
+        (("canary", "a"), "a canary needs SOURCE and WEIGHT; --end ends it"),
+        (("canary", "a", "source"), "a canary needs SOURCE and WEIGHT; --end ends it"),
+        (("canary", "a", "source", "0.1", "--end"), "a canary needs SOURCE and WEIGHT; --end ends it"),
+        (("canary", "a", "", "0.1"), "canary.version: String should have at least 1 character"),
+        (("canary", "a", "source", "1.5"), "canary.weight: Input should be less than 1"),
         (("list", "--url", "http://h:1"), "list asks one server: give one --url"),
         (("drain", "--url", "http://a:hunter2@h:1"), "the token comes from the environment"),
     ],

@@ -14,23 +14,17 @@ from typing import Any
 import httpx
 import pytest
 
-from astra_serve.adapters.fleet import Fleet
 from astra_serve.adapters.store import Store
 from astra_serve.client import replicas
 from astra_serve.client.replicas import Replica
 from astra_serve.client.rollout import prepare, rollout
-from astra_serve.control import admin, reconcile
-from astra_serve.control.control import Control
-from astra_serve.control.reconcile import Reconciler
+from astra_serve.control.status import Status
 from astra_serve.document import desired, document_text
 from astra_serve.document.desired import Adapter, Document
 from astra_serve.errors import ServeError
-from astra_serve.gateway.middleware import Gateway
-from tests.astra_serve.adapters.test_fleet import in_a_loop
-from tests.astra_serve.conftest import StandInEngine, write_document
 from tests.astra_serve.gateway.test_gateway import say
-
-TOKEN = "secret"  # noqa: S105
+from tests.astra_serve.stand_in import StandInEngine
+from tests.astra_serve.world import TOKEN, World, in_a_loop, server
 
 
 class Wire(httpx.AsyncBaseTransport):
@@ -56,33 +50,50 @@ class Wire(httpx.AsyncBaseTransport):
 
 
 class Three:
-    """Three replicas over one document, what they said on the way, and how to ask for a rollout."""
+    """Three replicas over one document, the steps that they reported, and how to ask for a rollout."""
 
     def __init__(self, document: Path) -> None:
         self.document = document
-        self.engines: list[StandInEngine] = []
-        self.controls: list[Control] = []
+        self.worlds: list[World] = []
         self.wires: list[Wire] = []
         self.replicas: list[Replica] = []
-        self.told: list[str] = []
-        self.stack = AsyncExitStack()
+        self.steps: list[str] = []
 
     async def roll(self, name: str, source: Path | str, **more: Any) -> Adapter:
         wanted = {"source": str(source), **more.pop("wanted", {})}
         more = {"timeout_s": 600.0, **more}
-        return await rollout(name, wanted, self.replicas, lambda step, _: self.told.append(step), **more)
+        return await rollout(name, wanted, self.replicas, lambda step, _: self.steps.append(step), **more)
+
+    async def prepare(self, name: str, source: Path | str, **wanted: Any) -> str:
+        """Return the digest of a version that all replicas have proved."""
+        version = await prepare(name, {"source": str(source), **wanted}, self.replicas, lambda *_: None, 600.0)
+        return version["digest"]
 
     def served(self, name: str) -> list[str | None]:
-        aliases = [control.fleet.aliases.get(name) for control in self.controls]
-        return [alias.current.digest if alias else None for alias in aliases]
+        return [world.current(name) for world in self.worlds]
 
     def entry(self, name: str) -> Adapter | None:
         return desired.parse(self.document.read_text(), "").get(name)
 
+    def write(self, *entries: Adapter) -> None:
+        """Replace the document by hand, in one step."""
+        document_text.edit(str(self.document), lambda _: desired.dump(Document(adapters=entries)))
+
+    def stall(self, number: int) -> Callable[[], None]:
+        """Let a replica never serve what it follows from now on, until the result is called."""
+        reconciler = self.worlds[number].reconciler
+        want = reconciler.want
+
+        def stalled(entry: Adapter, **_: Any) -> None:
+            reconciler.status[entry.name] = Status(entry, self.worlds[number].events, self.worlds[number].clock)
+
+        reconciler.want = stalled
+        return lambda: setattr(reconciler, "want", want)
+
     async def nothing_held(self) -> None:
-        for control, engine in zip(self.controls, self.engines, strict=True):
-            await control.fleet.drained()
-            assert len(engine.loaded) == len(control.fleet.aliases)
+        for world in self.worlds:
+            await world.residency.settled()
+            assert len(world.engine.loaded) == len(world.fleet.aliases)
 
 
 @pytest.fixture
@@ -93,23 +104,20 @@ def three(base, tmp_path: Path, write_lora) -> Callable[..., Any]:
     async def make() -> AsyncIterator[Three]:
         found = Three(tmp_path / "desired" / "adapters.yaml")
         found.document.parent.mkdir()
-        write_document(found.document, Document(adapters=[Adapter(name="a", source=str(write_lora("one", 1.0)))]))
-        async with found.stack as stack:
+        found.write(Adapter(name="a", source=str(write_lora("one", 1.0))))
+        async with AsyncExitStack() as stack:
             for number in range(3):
-                engine, store = StandInEngine(4), Store(tmp_path / f"store{number}")
+                store = Store(tmp_path / f"store{number}")
                 stack.callback(store.close)
-                fleet = Fleet(engine, store, base, 4, wait_s=2)
-                control = Control(str(found.document), fleet, Reconciler(fleet, store, drain_s=1))
-                stack.push_async_callback(control.reconciler.close)
-                wire = Wire(admin.build(control, Gateway(fleet), TOKEN))
+                world = await stack.enter_async_context(server(StandInEngine(4), store, base, found.document, 4))
+                wire = Wire(world.admin_app)
                 headers = {"Authorization": f"Bearer {TOKEN}"}
                 client = httpx.AsyncClient(transport=wire, base_url=f"http://r{number}", headers=headers)
-                found.engines.append(engine)
-                found.controls.append(control)
+                found.worlds.append(world)
                 found.wires.append(wire)
                 found.replicas.append(Replica(f"r{number}", await stack.enter_async_context(client)))
-                await control.refresh()
-                await control.reconciler.settled("a")
+                await world.control.refresh()
+                await world.settled("a")
             yield found
 
     return make
@@ -132,10 +140,11 @@ async def test_a_version_is_proved_everywhere_before_any_replica_serves_it(three
     async with three() as t:
         (old,) = set(t.served("a"))
         entry = await t.roll("a", write_lora("two", 2.0), wanted={"required": True})
-        assert t.told == ["prepare", "prepare", "prepare", "verify", "flip", "serve", "serve", "serve"]
+        assert t.steps == ["prepare", "prepare", "prepare", "verify", "flip", "serve", "serve", "serve"]
         assert t.served("a") == [entry.digest] * 3
         assert entry == t.entry("a")
-        assert entry.previous == [old]
+        (step,) = entry.steps
+        assert (step.digest, Path(step.source).name) == (old, "one")
         assert entry.required
         assert (await replicas.status(t.replicas))["drift"] == []
         await t.nothing_held()
@@ -153,12 +162,12 @@ async def test_a_name_that_is_new_is_served_everywhere(three, write_lora) -> Non
 async def test_what_one_replica_cannot_prove_is_served_by_none(three, write_lora) -> None:
     async with three() as t:
         before, text = t.served("a"), t.document.read_text()
-        t.engines[1].refuse.add("a@")
+        t.worlds[1].engine.refuse.add("a@")
         with pytest.raises(ServeError, match=r"r1: 'a' was not prepared: .*it said no.*; nothing was changed$"):
             await t.roll("a", write_lora("two", 2.0))
         assert t.served("a") == before
         assert t.document.read_text() == text
-        assert "flip" not in t.told
+        assert "flip" not in t.steps
         await t.nothing_held()
 
 
@@ -178,9 +187,12 @@ async def test_when_a_replica_is_gone_after_it_prepared_the_others_go_back(three
     async with three() as t:
         old = t.served("a")[0]
         t.wires[1].cut_after = "PUT /prepared"
-        with pytest.raises(ServeError, match=r"r1 does not answer.*what it said before; not there yet: r1$"):
+        with pytest.raises(
+            ServeError,
+            match=r"r1 does not answer.*do not serve the version before yet: r1$",
+        ):
             await t.roll("a", write_lora("two", 2.0))
-        assert t.told.count("flip") == t.told.count("back") == 1
+        assert t.steps.count("flip") == t.steps.count("restore") == 1
         assert t.served("a") == [old] * 3
         assert t.entry("a").digest == old  # and not whatever the source holds by now
 
@@ -195,7 +207,7 @@ async def test_what_it_goes_back_to_is_what_was_served_even_if_the_source_has_ch
         with pytest.raises(ServeError):
             await t.roll("a", write_lora("two", 2.0))
         assert t.served("a") == [old] * 3
-        assert [control.reconciler.status["a"].state for control in t.controls] == ["serving"] * 3
+        assert [world.reconciler.status["a"].phase for world in t.worlds] == ["serving"] * 3
 
 
 @in_a_loop
@@ -210,16 +222,12 @@ async def test_a_new_name_that_is_taken_back_is_gone(three, write_lora) -> None:
 
 @in_a_loop
 async def test_a_replica_that_does_not_come_to_serve_it_in_time_takes_all_back(three, write_lora, monkeypatch) -> None:
-    monkeypatch.setattr("astra_serve.client.rollout.BACK_S", 1.0)
+    monkeypatch.setattr("astra_serve.client.rollout.RESTORE_S", 1.0)
     async with three() as t:
         old = t.served("a")[0]
-        slow = t.controls[2].reconciler
-
-        def stuck(entry: Adapter, **_: Any) -> None:
-            slow.status[entry.name] = reconcile.Status(entry)
-
-        slow.bring = stuck
-        reason = "^r2 does not serve it within 1 s; the document says again what it said before; not there yet: r2$"
+        t.stall(2)
+        late = "these replicas do not serve the version before yet: r2"
+        reason = f"^r2 does not serve it within 1 s; the document's entry is restored; {late}$"
         with pytest.raises(ServeError, match=reason):
             await t.roll("a", write_lora("two", 2.0), timeout_s=1.0)
         assert t.served("a") == [old] * 3
@@ -230,17 +238,11 @@ async def test_a_replica_that_does_not_come_to_serve_it_in_time_takes_all_back(t
 async def test_an_interrupted_rollout_goes_back(three, write_lora) -> None:
     async with three() as t:
         old = t.served("a")[0]
-        slow = t.controls[2].reconciler
-        bring = slow.bring
-
-        def stuck(entry: Adapter, **_: Any) -> None:  # the third never comes to serve it
-            slow.status[entry.name] = reconcile.Status(entry)
-
-        slow.bring = stuck
+        resume = t.stall(2)
         rolling = asyncio.create_task(t.roll("a", write_lora("two", 2.0)))
         while t.served("a")[0] == old:
             await asyncio.sleep(0.01)
-        slow.bring = bring
+        resume()
         rolling.cancel()
         with pytest.raises(asyncio.CancelledError):
             await rolling
@@ -258,7 +260,7 @@ async def test_a_document_that_is_emptied_meanwhile_is_not_written_over(three, w
             return await super().load(name, folder)
 
     async with three() as t:
-        t.engines[0].__class__ = Meddler
+        t.worlds[0].engine.__class__ = Meddler
         with pytest.raises(ServeError, match="is empty or gone meanwhile"):
             await t.roll("b", write_lora("two", 2.0))
         assert t.document.read_text() == ""
@@ -273,12 +275,12 @@ async def test_the_first_adapter_of_an_empty_document_is_taken_back_so_that_all_
             await replica.refresh()
         t.document.write_text("")
         t.wires[1].cut_after = "PUT /prepared"
-        with pytest.raises(ServeError, match=r"says again what it said before; not there yet: r1$"):
+        with pytest.raises(ServeError, match=r"is restored; these replicas do not serve the version before yet: r1$"):
             await t.roll("b", write_lora("two", 2.0))
         assert desired.parse(t.document.read_text(), "") == Document()
         assert t.document.read_text().strip()
         assert [t.served("b")[0], t.served("b")[2]] == [None, None]
-        assert not t.controls[0].fault
+        assert not t.worlds[0].control.state.fault
 
 
 @in_a_loop
@@ -286,9 +288,9 @@ async def test_a_replica_that_served_it_badly_does_not_change_what_the_others_go
     """The document names a folder, with other bytes by now; one replica never had the ones before."""
     async with three() as t:
         old = t.served("a")[0]
-        t.controls[1].reconciler.remove("a")
-        t.controls[1].reconciler.bring(Adapter(name="a", source="/not/there"))
-        await t.controls[1].reconciler.settled("a")
+        t.worlds[1].reconciler.remove("a")
+        t.worlds[1].reconciler.want(Adapter(name="a", source="/not/there"))
+        await t.worlds[1].settled("a")
         (Path(t.entry("a").source) / "adapter_model.safetensors").write_bytes(b"something else")
         t.wires[2].cut_after = "PUT /prepared"
         with pytest.raises(ServeError, match="r2 does not answer"):
@@ -302,14 +304,13 @@ async def test_a_replica_that_is_gone_after_the_flip_is_not_waited_for_until_the
     three, write_lora
 ) -> None:
     async with three() as t:
-        slow = t.controls[2].reconciler
-        slow.bring, bring = lambda *_, **__: None, slow.bring  # it would never come to serve it
+        resume = t.stall(2)
         t.wires[1].cut_after = "PUT /prepared"
         rolling = asyncio.create_task(t.roll("b", write_lora("two", 2.0)))
         async with asyncio.timeout(20):
-            while "back" not in t.told:
+            while "restore" not in t.steps:
                 await asyncio.sleep(0.01)
-            slow.bring = bring
+            resume()
             with pytest.raises(ServeError, match="r1 does not answer"):
                 await rolling
 
@@ -321,17 +322,15 @@ async def test_a_rollout_takes_back_only_what_it_changed_itself(three, write_lor
         source = write_lora("two", 2.0)
         entry = desired.entry({
             "name": "a", "source": str(source), "previous": [t.served("a")[0]],
-            "digest": await prepare("a", {"source": str(source)}, t.replicas, lambda *_: None, 600.0),
+            "digest": await t.prepare("a", source),
         })  # fmt: skip
 
         class Other(StandInEngine):
             async def load(self, name: str, folder: Path) -> str:
-                document_text.edit(
-                    str(t.document), lambda text: desired.dump(desired.parse(text, "").with_adapter(entry))
-                )
+                t.write(entry)
                 return await super().load(name, folder)
 
-        t.engines[0].__class__ = Other
+        t.worlds[0].engine.__class__ = Other
         t.wires[1].cut_after = "PUT /prepared"
         with pytest.raises(ServeError, match=r"^r1 does not answer: All connection attempts failed$"):
             await t.roll("a", source)
@@ -339,19 +338,19 @@ async def test_a_rollout_takes_back_only_what_it_changed_itself(three, write_lor
 
 
 @in_a_loop
-async def test_a_document_that_changes_right_before_a_rollout_is_looked_at_again(three, write_lora) -> None:
+async def test_a_document_that_changes_right_before_a_rollout_is_read_again(three, write_lora) -> None:
     async with three() as t:
-        refresh, source = t.controls[2].refresh, write_lora("three", 3.0)
+        control, source = t.worlds[2].control, write_lora("three", 3.0)
+        refresh = control.refresh
 
         async def change() -> None:
             await refresh()
-            if len(looks) < 1:
-                document = desired.parse(t.document.read_text(), "")
-                write_document(t.document, document.with_adapter(Adapter(name="c", source=str(source))))
-            looks.append(1)
+            if not reads:
+                t.write(t.entry("a"), Adapter(name="c", source=str(source)))
+            reads.append(1)
 
-        looks: list[int] = []
-        t.controls[2].refresh = change
+        reads: list[int] = []
+        control.refresh = change
         entry = await t.roll("b", write_lora("two", 2.0))
         assert t.served("b") == [entry.digest] * 3
         assert t.entry("c") is not None
@@ -373,17 +372,17 @@ async def test_who_is_no_admin_port_or_silent_is_told_so_in_one_line_and_in_time
     async def answer(_scope: Any, _receive: Any, send: Any) -> None:
         await say(send, {})
 
-    async with three() as t:
+    async with three():
         client = httpx.AsyncClient(transport=httpx.ASGITransport(answer), base_url="http://other")
-        other = Replica("other", await t.stack.enter_async_context(client))
+        other = Replica("other", client)
         for work in (
             rollout("a", {"source": "x"}, [other], lambda *_: None, 600.0),
             prepare("a", {"source": "x"}, [other], lambda *_: None, 600.0),
         ):
-            with pytest.raises(ServeError, match="other says what no admin port of this version of astra-serve says"):
+            with pytest.raises(ServeError, match="other does not answer as an admin port of this version"):
                 await work
         (line,) = (await replicas.status([other]))["drift"]
-        assert line.startswith("other says what")
+        assert line.startswith("other does not answer as an admin port")
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         began = time.monotonic()
@@ -393,14 +392,14 @@ async def test_who_is_no_admin_port_or_silent_is_told_so_in_one_line_and_in_time
 
 
 @in_a_loop
-async def test_what_is_prepared_under_several_names_at_once_is_published_once(three, write_lora) -> None:
+async def test_a_version_that_is_prepared_under_several_names_at_once_is_stored_once(three, write_lora) -> None:
     async with three() as t:
-        reconciler, source = t.controls[0].reconciler, str(write_lora("two", 2.0))
+        world, source = t.worlds[0], str(write_lora("two", 2.0))
         for _ in range(10):
-            found = await asyncio.gather(*(reconciler.prepare(Adapter(name=name, source=source)) for name in "wxyz"))
+            entries = [Adapter(name=name, source=source) for name in "wxyz"]
+            found = await asyncio.gather(*(world.control.prepare(entry) for entry in entries))
             assert len({version.digest for version in found}) == 1
-            reconciler._prepared.clear()
-            reconciler._store.discard(found[0].digest)
+            world.store.discard(found[0].digest)
 
 
 @pytest.mark.parametrize("source", ["~nosuchuser/x", "a\0b", "a" * 5000, "::", "s3::x://y", "/"])
@@ -416,13 +415,13 @@ async def test_a_source_that_cannot_be_one_is_a_reason_and_no_fault_of_the_serve
 async def test_canaries_that_differ_are_drift(three, write_lora) -> None:
     async with three() as t:
         base, canary = t.entry("a"), write_lora("canary", 2.0)
-        for control, value in zip(t.controls, (2.0, 3.0, 2.0), strict=True):
+        for world, value in zip(t.worlds, (2.0, 3.0, 2.0), strict=True):
             shutil.rmtree(canary)
             write_lora("canary", value)
             entry = base.model_copy(update={"canary": desired.Canary(version=str(canary), weight=0.5)})
-            write_document(t.document, Document(adapters=[entry]))
-            await control.refresh()
-            await control.reconciler.settled("a")
+            t.write(entry)
+            await world.control.refresh()
+            await world.settled("a")
         (line,) = (await replicas.status(t.replicas))["drift"]
         assert line.startswith("the canary of a differs: a@")
         assert "at r0, r2; a@" in line
@@ -435,10 +434,10 @@ async def test_what_somebody_else_wrote_meanwhile_stays(three, write_lora) -> No
 
         class Meddler(StandInEngine):
             async def load(self, name: str, folder: Path) -> str:
-                write_document(t.document, Document(adapters=[theirs]))
+                t.write(theirs)
                 return await super().load(name, folder)
 
-        t.engines[0].__class__ = Meddler
+        t.worlds[0].engine.__class__ = Meddler
         with pytest.raises(ServeError, match="somebody else has changed 'a'"):
             await t.roll("a", write_lora("two", 2.0))
         assert t.entry("a") == theirs
@@ -463,27 +462,20 @@ async def test_nothing_begins_while_a_replica_is_gone_or_follows_something_else(
             await t.roll("a", source)
         t.wires[0].cut = False
         t.document.write_text("adapters: [{name: a}]")
-        await t.controls[2].refresh()
+        await t.worlds[2].control.refresh()
         with pytest.raises(ServeError, match="r2 does not follow the document as it is now"):
             await t.roll("a", source)
-        assert t.told == []
+        assert t.steps == []
 
 
 @in_a_loop
-async def test_what_is_prepared_takes_no_room_and_no_request_reaches_it(three, write_lora, monkeypatch) -> None:
+async def test_a_prepared_version_has_no_place_and_no_request_reaches_it(three, write_lora) -> None:
     async with three() as t:
-        digest = await prepare("b", {"source": str(write_lora("two", 2.0))}, t.replicas, lambda *_: None, 600.0)
+        digest = await t.prepare("b", write_lora("two", 2.0))
         assert t.served("b") == [None] * 3
         assert await t.replicas[0].adapter("b") is None
-        assert t.controls[0].fleet.resolve(f"b@{digest[7:19]}") is None
+        assert t.worlds[0].fleet.resolve(f"b@{digest[7:19]}") is None
         await t.nothing_held()
-        store, reconciler = t.controls[0].reconciler._store, t.controls[0].reconciler
-        reconciler._keep = 0
-        reconciler.tend()
-        assert digest in store
-        monkeypatch.setattr(reconcile, "PREPARED_S", 0.0)
-        reconciler.tend()
-        assert digest not in store
 
 
 @in_a_loop
@@ -491,29 +483,10 @@ async def test_what_is_prepared_again_while_it_serves_stays_as_it_is(three, writ
     async with three() as t:
         source = write_lora("two", 2.0)
         await t.roll("a", source, wanted={"pin": True})
-        await prepare("a", {"source": str(source)}, t.replicas, lambda *_: None, 600.0)
-        assert [control.fleet.aliases["a"].current.pinned for control in t.controls] == [True] * 3
+        await t.prepare("a", source)
+        assert [world.fleet.aliases["a"].pinned for world in t.worlds] == [True] * 3
         entry = await t.roll("a", write_lora("three", 3.0))
         assert entry.pin  # as before: it was not said otherwise
-
-
-@in_a_loop
-async def test_a_download_that_nobody_waits_for_any_more_leaves_nothing(three, monkeypatch) -> None:
-    def slow(_source: str, store: Store, _roots: tuple[Path, ...]) -> Path:
-        folder = store.staging()
-        time.sleep(0.2)
-        return folder
-
-    monkeypatch.setattr(reconcile, "fetch", slow)
-    async with three() as t:
-        reconciler = t.controls[0].reconciler
-        staging = reconciler._store._staging
-        reconciler.bring(Adapter(name="b", source="s3://somewhere"))
-        while not list(staging.iterdir()):
-            await asyncio.sleep(0.01)
-        reconciler.remove("b")
-        await asyncio.sleep(0.4)
-        assert not list(staging.iterdir())
 
 
 @in_a_loop
@@ -525,7 +498,7 @@ async def test_a_document_that_is_put_back_is_as_it_was_to_the_byte(three, write
         t.wires[1].cut_after = "PUT /prepared"
         with pytest.raises(ServeError, match="r1 does not answer"):
             await t.roll("a", write_lora("two", 2.0))
-        assert "back" in t.told
+        assert "restore" in t.steps
         assert t.document.read_text() == text
         t.wires[1].cut_after, t.wires[1].cut = None, False
         await t.replicas[1].refresh()
@@ -540,10 +513,10 @@ async def test_a_version_that_could_not_be_served_yet_is_still_wanted_after_a_ro
     """What is served then is not what the document says, and must not take its place."""
     async with three() as t:
         later = Adapter(name="a", source=str(tmp_path / "later"), digest="sha256:" + 64 * "d")
-        write_document(t.document, Document(adapters=[later]))
-        for control in t.controls:
-            await control.refresh()
-            assert (await control.reconciler.settled("a")).state == "failed"
+        t.write(later)
+        for world in t.worlds:
+            await world.control.refresh()
+            assert (await world.settled("a")).phase == "failed"
         t.wires[1].cut_after = "PUT /prepared"
         with pytest.raises(ServeError, match="r1 does not answer"):
             await t.roll("a", write_lora("two", 2.0))
@@ -575,7 +548,7 @@ async def test_a_store_that_fails_for_a_moment_does_not_keep_the_document_from_b
         monkeypatch.setattr(document_text, step, failing)
         (old,) = set(t.served("a"))
         t.wires[1].cut_after = "PUT /prepared"
-        with pytest.raises(ServeError, match="what it said before"):
+        with pytest.raises(ServeError, match="entry is restored"):
             await t.roll("a", write_lora("two", 2.0))
         assert len(tries) == 3
         assert t.entry("a").digest == old
@@ -587,7 +560,7 @@ async def test_a_second_signal_does_not_keep_the_document_from_being_put_back(th
     async with three() as t:
         text = t.document.read_text()
         rolling = asyncio.create_task(t.roll("a", write_lora("two", 2.0)))
-        while "verify" not in t.told:
+        while "verify" not in t.steps:
             await asyncio.sleep(0.01)
         for _ in range(10):  # while it writes, and while it puts back
             await asyncio.sleep(0.1)
@@ -604,47 +577,26 @@ async def test_status_says_every_way_in_which_replicas_differ(three, write_lora)
         assert (await replicas.status(t.replicas))["drift"] == []
         (old,) = set(t.served("a"))
         assert (await replicas.status(t.replicas, {"a": old}))["drift"] == []
-        unread = t.controls[1].refresh, t.controls[2].refresh
-        t.controls[1].refresh = t.controls[2].refresh = lambda: asyncio.sleep(0)  # they do not look
-        write_document(t.document, Document(adapters=[Adapter(name="a", source=str(write_lora("two", 2.0)))]))
+        first, second, third = (world.control for world in t.worlds)
+        unread = second.refresh, third.refresh
+        second.refresh = third.refresh = lambda: asyncio.sleep(0)  # they do not read it
+        t.write(Adapter(name="a", source=str(write_lora("two", 2.0))))
         assert "r0: a is " in "".join((await replicas.status(t.replicas))["drift"])  # it has looked, and is on its way
-        await t.controls[0].reconciler.settled("a")
+        await first.reconciler.settled("a")
         state = await replicas.status(t.replicas, {"a": old})
         assert [line.partition(" ")[0] for line in state["drift"]] == ["the", "a", "r0:"]
         assert "r1, r2" in state["drift"][1]
         assert state["drift"][2] == f"r0: a is not {old} yet"
-        t.controls[1].refresh, t.controls[2].refresh = unread
-        t.engines[1].refuse.add("a@")
-        await t.controls[1].refresh()
-        await t.controls[1].reconciler.settled("a")
+        second.refresh, third.refresh = unread
+        t.worlds[1].engine.refuse.add("a@")
+        await second.refresh()
+        await second.reconciler.settled("a")
         t.wires[2].cut = True
         drift = "\n".join((await replicas.status(t.replicas))["drift"])
         assert "r1: a is failed, serves a@" in drift
         assert "it said no" in drift
         assert "r2 does not answer" in drift
         json.dumps(state)
-
-
-@in_a_loop
-async def test_adapters_that_wait_for_their_source_are_tried_again_when_the_document_comes_back(
-    three, tmp_path, write_lora, monkeypatch
-) -> None:
-    monkeypatch.setattr(reconcile, "RETRIES_S", (1000.0,))
-    monkeypatch.setattr(reconcile, "LOOK_S", 1000.0)
-    async with three() as t:
-        control = t.controls[0]
-        later = Document(adapters=[Adapter(name="late", source=str(tmp_path / "late"))])
-        write_document(t.document, later)
-        await control.refresh()
-        assert (await control.reconciler.settled("late")).state == "failed"
-        t.document.unlink()  # as when an object store is gone, with all that is in it
-        await control.refresh()
-        assert control.fault
-        write_lora("late", 3.0)
-        write_document(t.document, later)
-        await control.refresh()
-        while control.reconciler.status["late"].state != "serving":
-            await control.fleet.journal.change()
 
 
 def test_a_name_with_several_addresses_is_several_replicas(monkeypatch) -> None:

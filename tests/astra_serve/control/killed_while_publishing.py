@@ -1,4 +1,4 @@
-"""Publishes an adapter and kills its own process at a state of its way: `python -m ... ROOT BASE SOURCE STATE`."""
+"""Publishes an adapter and kills its own process at an event: `python -m ... ROOT BASE SOURCE EVENT`."""
 
 import asyncio
 import os
@@ -8,28 +8,24 @@ from pathlib import Path
 
 from astra_serve.adapters.admission import open_base
 from astra_serve.adapters.events import Event
-from astra_serve.adapters.fleet import Fleet
 from astra_serve.adapters.store import Store
-from astra_serve.control.control import Control
-from astra_serve.control.reconcile import Reconciler
-from tests.astra_serve.conftest import StandInEngine
+from tests.astra_serve.stand_in import StandInEngine
+from tests.astra_serve.world import server
 
 
-async def main(root: Path, base: str, source: str, state: str) -> None:
-    engine, store = StandInEngine(2), Store(root / "store")
-    fleet = Fleet(engine, store, open_base(base), 2)
-    reconciler = Reconciler(fleet, store)
-    control = Control(str(root / "adapters.yaml"), fleet, reconciler)
-    await control.refresh()
-    if "a" in reconciler.status:
-        await reconciler.settled("a")
+async def main(root: Path, base: str, source: str, last: str) -> None:
+    store = Store(root / "store")
+    async with server(StandInEngine(2), store, open_base(base), root / "adapters.yaml") as w:
+        await w.control.refresh()
+        if "a" in w.reconciler.status:
+            await w.settled("a")
 
-    def kill(event: Event) -> None:
-        if event.event == state:
-            os.kill(os.getpid(), signal.SIGKILL)
+        def kill(event: Event) -> None:
+            if event.event == last:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    fleet.journal.readers.append(kill)
-    print((await control.publish("a", source)).state)
+        w.events.subscribers.append(kill)
+        await w.control.publish("a", source)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,45 @@
-"""What handlers see of a request's adapter, with a stand-in for handlers and engine."""
+"""Requests, and the versions that handlers see for them, with a stand-in for handlers and engine."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
 
-from astra_serve.adapters.fleet import Fleet
-from astra_serve.adapters.version import Alias
+from astra_serve.adapters.version import Alias, Version
 from astra_serve.gateway import request as requests
-from astra_serve.gateway.middleware import Gateway, Served
+from astra_serve.gateway.middleware import Gateway, Served, Subscribers
 from astra_serve.gateway.request import Request
-from tests.astra_serve.adapters.test_fleet import in_a_loop
+from tests.astra_serve.world import Memory, in_a_loop, memory
+
+SCOPE = {"type": "http", "method": "POST", "path": "/v1", "headers": []}
+Front = Callable[..., AbstractAsyncContextManager[tuple[httpx.AsyncClient, Memory, Gateway, list[Request]]]]
 
 
 @pytest.fixture
-def fleet(engine, store, base, write_lora) -> Fleet:
-    found = Fleet(engine, store, base, 2, wait_s=0.1)
-    found.point("a", Alias(found.version("a", store.add(write_lora("one", 1.0)))), 1)
-    return found
+def front(engine, store, base, write_lora) -> Front:
+    """Return a gateway before a handler, over a memory whose `a` is an adapter.
 
+    It yields a client, the memory, the gateway and the requests that have ended.
+    """
 
-def client(fleet: Fleet, handler: Any) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(Gateway(fleet).around(handler)), base_url="http://x")
+    async def abort(_: set[str]) -> None:
+        raise AssertionError("the engine computes nothing for these requests")
+
+    @asynccontextmanager
+    async def make(handler: Any, abort: Any = abort, serves: Any = lambda _: True) -> AsyncIterator[Any]:
+        async with memory(engine, store, base) as m:
+            m.fleet.point("a", Alias(Version("a", store.add(write_lora("one", 1.0)))), 1)
+            ended: list[Request] = []
+            gateway = Gateway(handler, m.fleet, Subscribers(ended=[ended.append]), abort=abort, serves=serves)
+            transport = httpx.ASGITransport(gateway, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
+                yield http, m, gateway, ended
+
+    return make
 
 
 async def say(send: Any, content: Any, status: int = 200) -> None:
@@ -42,8 +56,14 @@ async def body_of(receive: Any) -> bytes:
     return b"".join(parts)
 
 
+async def echo(_scope: Any, receive: Any, send: Any) -> None:
+    """A handler that answers with the adapter of the request."""
+    await body_of(receive)
+    await say(send, list(Served()))
+
+
 @in_a_loop
-async def test_a_handler_finds_the_version_under_the_name_that_was_asked_for_and_no_other(fleet) -> None:
+async def test_a_handler_finds_the_version_under_the_name_of_the_request_and_no_other(front) -> None:
     served = Served()
 
     async def handler(_scope, receive, send) -> None:
@@ -52,61 +72,65 @@ async def test_a_handler_finds_the_version_under_the_name_that_was_asked_for_and
         assert "other" not in served
         await say(send, served.get(asked))
 
-    async with client(fleet, handler) as http:
-        version = fleet.aliases["a"].current.name
+    async with front(handler) as (http, m, _, _):
+        version = m.fleet.aliases["a"].current.name
         for model, expected in (("a", version), (version, version), ("none", None)):
             assert (await http.post("/v1/completions", json={"model": model})).json() == expected
     assert list(served) == []
 
 
 @in_a_loop
-async def test_the_lease_lasts_until_the_response_has_ended_whatever_the_end(fleet) -> None:
-    version = fleet.aliases["a"].current
+async def test_the_lease_lasts_until_the_response_has_ended_in_any_way(front) -> None:
+    leases: list[int] = []
 
     async def handler(scope, receive, send) -> None:
         await body_of(receive)
-        assert len(version.requests) == 1
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"x", "more_body": True})
-        await asyncio.sleep(0.01)
-        assert len(version.requests) == 1
+        leases.append(len(place.leases))
+        started.set()
         if scope["path"] == "/breaks":
             raise RuntimeError("broken")
+        if scope["path"] == "/hangs":
+            await asyncio.Event().wait()
         await send({"type": "http.response.body", "body": b"y"})
 
-    async with client(fleet, handler) as http:
+    started = asyncio.Event()
+    async with front(handler) as (http, m, _, _):
+        place = m.place(m.fleet.aliases["a"].current)
         assert (await http.post("/v1", json={"model": "a"})).text == "xy"
-        assert not version.requests
-        with pytest.raises(RuntimeError):
-            await http.post("/breaks", json={"model": "a"})
-        assert not version.requests
-        gone = asyncio.create_task(http.post("/v1", json={"model": "a"}))
-        await asyncio.sleep(0.005)
-        gone.cancel()
+        assert not place.leases
+        await http.post("/breaks", json={"model": "a"})
+        assert not place.leases
+        started.clear()
+        cancelled = asyncio.create_task(http.post("/hangs", json={"model": "a"}))
+        await started.wait()
+        cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await gone
-    assert not version.requests
+            await cancelled
+        assert not place.leases
+    assert leases == [1, 1, 1]
 
 
 @in_a_loop
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"a"', b'{"model": 3}', b"[" * 100_000, b"\xff"])
-async def test_a_body_without_a_model_reaches_the_handler_as_it_is(fleet, body: bytes) -> None:
+async def test_a_body_without_a_model_reaches_the_handler_unchanged(front, body: bytes) -> None:
     async def handler(_scope, receive, send) -> None:
         assert await body_of(receive) == body
         assert list(Served()) == []
         await say(send, "seen")
 
-    async with client(fleet, handler) as http:
+    async with front(handler) as (http, _, _, _):
         assert (await http.post("/v1/completions", content=body)).json() == "seen"
 
 
 @in_a_loop
-async def test_an_adapter_that_cannot_be_served_now_gets_openais_error_and_when_to_try_again(fleet, engine) -> None:
+async def test_an_adapter_that_cannot_be_served_now_gets_openais_error_and_when_to_try_again(front, engine) -> None:
     async def handler(*_: Any) -> None:
         raise AssertionError("it must not get this far")
 
-    async with client(fleet, handler) as http:
-        fleet.expected.add("later")
+    async with front(handler) as (http, m, _, _):
+        m.fleet.expected.add("later")
         answer = await http.post("/v1/completions", json={"model": "later"})
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
         assert answer.json()["error"]["message"] == "later is not served yet"
@@ -118,37 +142,23 @@ async def test_an_adapter_that_cannot_be_served_now_gets_openais_error_and_when_
 
 
 @in_a_loop
-async def test_nobody_gets_ahead_of_others_by_asking_for_it(fleet) -> None:
-    async def handler(_scope, receive, send) -> None:
-        await body_of(receive)
-        await say(send, "seen")
-
-    async with client(fleet, handler) as http:
+async def test_a_request_cannot_set_its_priority(front) -> None:
+    async with front(echo) as (http, _, _, _):
         assert (await http.post("/v1/completions", json={"model": "a", "priority": 0})).status_code == 200
         answer = await http.post("/v1/completions", json={"model": "a", "priority": -9})
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == "priority"
 
 
-@asynccontextmanager
-async def ended(fleet: Fleet, handler: Any) -> AsyncIterator[tuple[Gateway, httpx.AsyncClient, list[Request]]]:
-    """Yield a gateway, a client in front of it, and the requests that have ended."""
-    gateway, found = Gateway(fleet), []
-    gateway.ended.append(found.append)
-    transport = httpx.ASGITransport(gateway.around(handler), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
-        yield gateway, http, found
-
-
 @in_a_loop
-async def test_every_request_ends_with_its_id_its_version_and_its_outcome(fleet) -> None:
+async def test_every_request_ends_with_its_id_its_version_and_its_outcome(front) -> None:
     async def handler(scope, receive, send) -> None:
         await body_of(receive)
         if scope["path"] == "/breaks":
             raise RuntimeError("broken")
         await say(send, {}, status=int(scope["path"][1:]))
 
-    async with ended(fleet, handler) as (_, http, found):
+    async with front(handler) as (http, _, _, ended):
         for path, model, outcome in (
             ("/200", "a", "ok"),
             ("/200", "base", "ok"),
@@ -157,14 +167,14 @@ async def test_every_request_ends_with_its_id_its_version_and_its_outcome(fleet)
             ("/breaks", "a", "server_error"),
         ):
             await http.post(path, json={"model": model})
-            assert (found[-1].outcome, found[-1].model) == (outcome, model)
-            assert (found[-1].version is not None) == (model == "a")
-            assert found[-1].adapter == ("a" if model == "a" else None)
-        assert len({request.id for request in found}) == len(found)
+            assert (ended[-1].outcome, ended[-1].model) == (outcome, model)
+            assert (ended[-1].version is not None) == (model == "a")
+            assert ended[-1].adapter == ("a" if model == "a" else None)
+        assert len({request.id for request in ended}) == len(ended)
 
 
 @in_a_loop
-async def test_a_request_keeps_the_id_that_its_client_gives_and_the_handlers_know_it(fleet) -> None:
+async def test_a_request_keeps_the_id_of_its_client_and_handlers_know_it(front) -> None:
     seen = []
 
     async def handler(scope, receive, send) -> None:
@@ -172,20 +182,20 @@ async def test_a_request_keeps_the_id_that_its_client_gives_and_the_handlers_kno
         seen.append(dict(scope["headers"])[b"x-request-id"].decode())
         await say(send, {})
 
-    async with ended(fleet, handler) as (_, http, found):
+    async with front(handler) as (http, _, _, ended):
         for given, kept in (("mine-1", True), ("with space", False), ("x" * 200, False), (None, False)):
             headers = {} if given is None else {"X-Request-Id": given}
             answer = await http.post("/v1", json={"model": "a"}, headers=headers)
-            assert answer.headers["x-request-id"] == seen[-1] == found[-1].id
-            assert (found[-1].id == given) is kept
+            assert answer.headers["x-request-id"] == seen[-1] == ended[-1].id
+            assert (ended[-1].id == given) is kept
 
 
 @in_a_loop
-async def test_who_leaves_before_the_end_counts_as_cancelled(fleet) -> None:
+async def test_a_request_whose_client_disconnects_counts_as_cancelled(front) -> None:
     async def handler(_scope, receive, send) -> None:
         await body_of(receive)
         assert (await receive())["type"] == "http.disconnect"
-        await say(send, None)  # as vLLM's handlers, to nobody
+        await say(send, None)  # as vLLM's handlers do, to a closed connection
 
     messages = iter([{"type": "http.request", "body": b'{"model": "a"}'}, {"type": "http.disconnect"}])
 
@@ -194,39 +204,40 @@ async def test_who_leaves_before_the_end_counts_as_cancelled(fleet) -> None:
 
     async def send(_: Any) -> None: ...
 
-    gateway, found = Gateway(fleet), []
-    gateway.ended.append(found.append)
-    await gateway.around(handler)({"type": "http", "method": "POST", "path": "/v1", "headers": []}, receive, send)
-    assert found[0].outcome == "cancelled"
+    async with front(handler) as (_, _, gateway, ended):
+        await gateway(dict(SCOPE), receive, send)
+        assert ended[0].outcome == "cancelled"
 
 
 @in_a_loop
-async def test_a_closed_gateway_lets_nobody_in_and_waits_for_those_who_are(fleet) -> None:
-    go_on = asyncio.Event()
+async def test_a_closed_gateway_admits_no_request_and_waits_for_those_that_run(front) -> None:
+    started, go_on = asyncio.Event(), asyncio.Event()
 
     async def handler(_scope, receive, send) -> None:
         await body_of(receive)
+        started.set()
         await go_on.wait()
-        await say(send, "whole")
+        await say(send, "complete")
 
-    async with ended(fleet, handler) as (gateway, http, _):
+    async with front(handler) as (http, _, gateway, _):
         running = asyncio.create_task(http.post("/v1", json={"model": "a"}))
-        await asyncio.sleep(0.01)
-        closing = asyncio.create_task(gateway.close("the server is shutting down", finish_s=5))
-        await asyncio.sleep(0.01)
+        await started.wait()
+        closing = asyncio.create_task(gateway.close("the server is shutting down", finish_s=60))
+        while not gateway.closed:
+            await asyncio.sleep(0)
         refused = await http.post("/v1", json={"model": "a"})
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         assert refused.json()["error"]["message"].startswith("the server is shutting down")
         assert gateway.not_ready() == ["the server is shutting down"]
         assert not closing.done()
         go_on.set()
-        assert (await running).json() == "whole"
+        assert (await running).json() == "complete"
         await closing
 
 
 @in_a_loop
-async def test_who_has_not_finished_at_the_deadline_gets_an_error_that_clients_understand(fleet) -> None:
-    begun = []
+async def test_a_request_past_the_deadline_gets_an_error_that_clients_understand(front) -> None:
+    started = []
 
     async def handler(scope, receive, send) -> None:
         await body_of(receive)
@@ -234,29 +245,28 @@ async def test_who_has_not_finished_at_the_deadline_gets_an_error_that_clients_u
             headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
-        begun.append(scope["path"])
-        await asyncio.sleep(60)
+        started.append(scope["path"])
+        await asyncio.Event().wait()
 
-    async with ended(fleet, handler) as (gateway, http, found):
+    async with front(handler) as (http, _, gateway, ended):
         running = [asyncio.create_task(http.post(path, json={"model": "a"})) for path in ("/whole", "/stream")]
-        while len(begun) < len(running):
-            await asyncio.sleep(0.01)
-        await gateway.close("the server is shutting down", finish_s=0.05)
+        while len(started) < len(running):
+            await asyncio.sleep(0)
+        await gateway.close("the server is shutting down", finish_s=0)
         whole, stream = await asyncio.gather(*running)
         assert whole.status_code == 503
         assert "was not finished before the deadline" in whole.json()["error"]["message"]
         *_, last = stream.text.strip().split("\n\n")
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503
         assert not gateway.running
-        assert [(request.outcome, request.complete) for request in found] == [("server_error", True)] * 2
-        await gateway.close("again", finish_s=0)  # nobody is left
+        assert [(request.outcome, request.complete) for request in ended] == [("server_error", True)] * 2
+        await gateway.close("again", finish_s=0)
 
 
 @in_a_loop
-async def test_what_the_engine_computes_for_a_request_ends_before_its_version_may_leave(fleet) -> None:
+async def test_the_engines_work_for_a_request_ends_before_its_lease(front) -> None:
     """A cancelled handler of vLLM's leaves a task behind that goes on computing."""
-    version, aborted = fleet.aliases["a"].current, []
-    stop = asyncio.Event()
+    aborted, left_behind, stop = [], [], asyncio.Event()
 
     async def compute(request: Request) -> None:
         with request.computes("engine-1"):
@@ -269,56 +279,40 @@ async def test_what_the_engine_computes_for_a_request_ends_before_its_version_ma
         await say(send, "x")
 
     async def abort(ids: set[str]) -> None:
-        aborted.append(ids)
-        assert version.requests
+        aborted.append((ids, len(place.leases)))
         stop.set()
 
-    left_behind: list[asyncio.Task] = []
-    async with ended(fleet, handler) as (gateway, http, _):
-        gateway.abort = abort
+    async with front(handler, abort) as (http, m, _, _):
+        place = m.place(m.fleet.aliases["a"].current)
         await http.post("/v1", json={"model": "a"})
-        assert aborted == [{"engine-1"}]
+        assert aborted == [({"engine-1"}, 1)]
         assert left_behind[0].done()
-        assert not version.requests
+        assert not place.leases
 
 
 @in_a_loop
-async def test_prompt_logprobs_are_refused_where_the_engine_would_give_wrong_ones(fleet) -> None:
-    async def handler(_scope, receive, send) -> None:
-        await body_of(receive)
-        await say(send, "seen")
-
-    async with ended(fleet, handler) as (_, http, _):
+async def test_prompt_logprobs_are_refused_where_the_engine_would_give_wrong_ones(front) -> None:
+    async with front(echo) as (http, m, _, _):
         body = {"model": "a", "prompt_logprobs": 1}
         assert (await http.post("/v1", json=body)).status_code == 200
-        fleet.aliases["a"].current.adapts_head = True
+        m.place(m.fleet.aliases["a"].current).adapts_head = True
         assert (await http.post("/v1", json=body)).status_code == 400
         assert (await http.post("/v1", json={"model": "a"})).status_code == 200
 
 
 @in_a_loop
-async def test_what_is_no_request_to_a_model_loads_nothing(fleet, engine) -> None:
-    """vLLM guards certain paths with its API keys: on others nobody has shown one."""
-
-    async def handler(_scope, receive, send) -> None:
-        await body_of(receive)
-        await say(send, list(Served()))
-
-    async with ended(fleet, handler) as (gateway, http, found):
-        gateway.serves = lambda scope: scope["path"].startswith("/v1")
+async def test_a_request_that_is_none_to_a_model_loads_nothing(front, engine) -> None:
+    """vLLM guards certain paths with its API keys: on others a client has shown none."""
+    async with front(echo, serves=lambda scope: scope["path"].startswith("/v1")) as (http, _, _, ended):
         assert (await http.post("/nonsense", json={"model": "a"})).json() == []
         assert not engine.loaded
-        assert not found
+        assert not ended
         assert (await http.post("/v1/completions", json={"model": "a"})).json() == ["a"]
 
 
 @in_a_loop
-async def test_a_request_without_a_model_is_the_bases_and_no_less_a_request(fleet, base) -> None:
-    async def handler(_scope, receive, send) -> None:
-        await body_of(receive)
-        await say(send, {})
-
-    async with ended(fleet, handler) as (_, http, found):
+async def test_a_request_without_a_model_is_the_bases(front, base) -> None:
+    async with front(echo) as (http, _, _, ended):
         await http.post("/v1/completions", json={"prompt": "x"})
-        assert (found[-1].model, found[-1].adapter, found[-1].outcome) == (base.name, None, "ok")
+        assert (ended[-1].model, ended[-1].adapter, ended[-1].outcome) == (base.name, None, "ok")
         assert (await http.post("/v1/completions", json={"prompt": "x", "priority": -1})).status_code == 400

@@ -1,39 +1,38 @@
-"""What Prometheus is told, with a stand-in for the engine; tests/e2e reads the real server's page."""
+"""The metrics, with a stand-in for the engine; tests/e2e reads the real server's page."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from astra_serve.adapters.fleet import Fleet
-from astra_serve.control.reconcile import Reconciler
-from astra_serve.document.desired import Adapter, Document
-from astra_serve.gateway.middleware import Gateway
+from astra_serve.document.desired import Adapter
 from astra_serve.gateway.request import Request
 from astra_serve.observe import metrics
 from astra_serve.observe.metrics import Metrics
-from tests.astra_serve.adapters.test_fleet import in_a_loop
+from tests.astra_serve.world import World, in_a_loop, server
 
 
 class Page:
-    """A fleet with its metrics, and what they say."""
+    """The metrics of a server."""
 
-    def __init__(self, engine, store, base) -> None:
-        self.fleet = Fleet(engine, store, base, 2)
-        self.reconciler, self.gateway = Reconciler(self.fleet, store, drain_s=1), Gateway(self.fleet)
+    def __init__(self, world: World) -> None:
+        self.world = world
         self._registry = CollectorRegistry()
-        self.metrics = Metrics(self.fleet, self.reconciler, self.gateway, self._registry, self.gateway.not_ready)
-        self.fleet.journal.readers.append(self.metrics.note)
+        gateway = world.gateway
+        self.metrics = Metrics(world.fleet, world.reconciler, gateway, self._registry, gateway.not_ready)
+        world.events.subscribers.append(self.metrics.note)
 
     async def serve(self, **sources: Path) -> None:
-        entries = [Adapter(name=name, source=str(source)) for name, source in sources.items()]
-        self.reconciler.apply(Document(adapters=entries))
+        for name, source in sources.items():
+            self.world.reconciler.want(Adapter(name=name, source=str(source)))
         for name in sources:
-            await self.reconciler.settled(name)
+            await self.world.settled(name)
 
-    def says(self, name: str, **labels: str) -> float | None:
+    def shows(self, name: str, **labels: str) -> float | None:
         return self._registry.get_sample_value(f"astra_{name}", labels)
 
     def adapters(self, name: str) -> set[str]:
@@ -42,97 +41,102 @@ class Page:
 
 
 @pytest.fixture
-def page(engine, store, base) -> Callable[[], Page]:
-    return lambda: Page(engine, store, base)
+def page(engine, store, base, tmp_path) -> Callable[[], Any]:
+    @asynccontextmanager
+    async def make() -> AsyncIterator[Page]:
+        async with server(engine, store, base, tmp_path / "adapters.yaml") as world:
+            yield Page(world)
+
+    return make
 
 
-def request(model: str, version=None, **what) -> Request:
+def request(model: str, version=None, **facts) -> Request:
     task = asyncio.current_task()
     assert task is not None
-    adapter = version.alias if version else what.pop("adapter", None)
-    return Request("1", "/v1/completions", model, task, adapter, version, **{"status": 200, "complete": True, **what})
+    adapter = version.alias if version else facts.pop("adapter", None)
+    return Request("1", "/v1/completions", model, task, adapter, version, **{"status": 200, "complete": True, **facts})
 
 
 @in_a_loop
 async def test_requests_are_counted_under_the_adapter_that_served_them(page, base, write_lora) -> None:
-    p = page()
-    await p.serve(a=write_lora("one", 1.0))
-    current = p.fleet.aliases["a"].current
-    tokens = {"prompt_tokens": 5, "output_tokens": 7, "between_tokens_s": [0.003]}
-    p.metrics.first_token(request("a", current), 0.02)
-    p.metrics.count(request("a", current, **tokens))
-    p.metrics.count(request(current.name, current, status=500))
-    p.metrics.count(request(base.name))
-    p.metrics.count(request("a", adapter="a", status=503))  # known, and could not be served
-    assert p.says("requests_total", adapter="a", outcome="server_error") == 2
-    for name in ("../etc", "x" * 10_000, "b"):
-        p.metrics.count(request(name, status=404))
-    assert p.says("requests_total", adapter="a", outcome="ok") == 1
-    assert p.says("request_errors_total", adapter="a") == 2
-    assert p.says("prompt_tokens_total", adapter="a") == 5
-    assert p.says("output_tokens_total", adapter="a") == 7
-    assert p.says("time_to_first_token_seconds_sum", adapter="a") == pytest.approx(0.02)
-    assert p.says("inter_token_latency_seconds_sum", adapter="a") == pytest.approx(0.003)
-    assert p.says("requests_total", adapter=base.name, outcome="ok") == 1
-    assert p.says("requests_total", adapter="_unknown", outcome="client_error") == 3
-    assert p.adapters("requests_total") == {"a", base.name, "_unknown"}
+    async with page() as p:
+        await p.serve(a=write_lora("one", 1.0))
+        current = p.world.fleet.aliases["a"].current
+        tokens = {"prompt_tokens": 5, "output_tokens": 7, "between_tokens_s": [0.003]}
+        p.metrics.first_token(request("a", current), 0.02)
+        p.metrics.count(request("a", current, **tokens))
+        p.metrics.count(request(current.name, current, status=500))
+        p.metrics.count(request(base.name))
+        p.metrics.count(request("a", adapter="a", status=503))  # known, and could not be served
+        assert p.shows("requests_total", adapter="a", outcome="server_error") == 2
+        for name in ("../etc", "x" * 10_000, "b"):
+            p.metrics.count(request(name, status=404))
+        assert p.shows("requests_total", adapter="a", outcome="ok") == 1
+        assert p.shows("request_errors_total", adapter="a") == 2
+        assert p.shows("prompt_tokens_total", adapter="a") == 5
+        assert p.shows("output_tokens_total", adapter="a") == 7
+        assert p.shows("time_to_first_token_seconds_sum", adapter="a") == pytest.approx(0.02)
+        assert p.shows("inter_token_latency_seconds_sum", adapter="a") == pytest.approx(0.003)
+        assert p.shows("requests_total", adapter=base.name, outcome="ok") == 1
+        assert p.shows("requests_total", adapter="_unknown", outcome="client_error") == 3
+        assert p.adapters("requests_total") == {"a", base.name, "_unknown"}
 
 
 @in_a_loop
-async def test_what_an_adapter_is_and_how_it_came_to_be_is_told(page, write_lora) -> None:
-    p = page()
-    await p.serve(a=write_lora("one", 1.0), zero=write_lora("zero", 0.0))
-    await p.fleet.places.look()
-    current = p.fleet.aliases["a"].current
-    assert p.says("adapter_info", adapter="a", version=current.name, state="serving") == 1
-    assert p.says("adapter_info", adapter="zero", version="", state="failed") == 1
-    assert p.says("adapter_residency", adapter="a", where="slot") == 1
-    assert p.says("adapter_swap_seconds_count", adapter="a") == 1
-    assert p.says("adapter_load_seconds_count", adapter="a") == 1
-    assert p.says("adapter_probes_total", adapter="a", result="passed") == 1
-    assert p.says("adapter_probes_total", adapter="zero", result="failed") == 1
-    assert p.says("adapter_failures_total", adapter="zero") == 1
-    assert p.says("adapter_probe_effect_nats", adapter="a") == pytest.approx(1.0)
-    assert p.says("adapter_phase_seconds_count", phase="probing") >= 1
-    assert p.says("engine_adapters") == 1
-    assert p.says("ready") == 1
-    p.gateway.drained = True
-    assert p.says("ready") == 0
+async def test_an_adapters_state_residency_and_proof_are_shown(page, write_lora) -> None:
+    async with page() as p:
+        await p.serve(a=write_lora("one", 1.0), zero=write_lora("zero", 0.0))
+        await p.world.residency.look()
+        current = p.world.fleet.aliases["a"].current
+        assert p.shows("adapter_info", adapter="a", version=current.name, state="serving") == 1
+        assert p.shows("adapter_info", adapter="zero", version="", state="failed") == 1
+        assert p.shows("adapter_residency", adapter="a", where="slot") == 1
+        assert p.shows("adapter_swap_seconds_count", adapter="a") == 1
+        assert p.shows("adapter_load_seconds_count", adapter="a") == 1
+        assert p.shows("adapter_probes_total", adapter="a", result="passed") == 1
+        assert p.shows("adapter_probes_total", adapter="zero", result="failed") == 1
+        assert p.shows("adapter_failures_total", adapter="zero") == 1
+        assert p.shows("adapter_probe_effect_nats", adapter="a") == pytest.approx(1.0)
+        assert p.shows("adapter_phase_seconds_count", phase="probing") >= 1
+        assert p.shows("engine_adapters") == 1
+        assert p.shows("ready") == 1
+        p.world.gateway.drained = True
+        assert p.shows("ready") == 0
 
 
 @in_a_loop
-async def test_routers_are_told_what_is_loaded_and_never_an_empty_list(page, base, write_lora) -> None:
-    p = page()
-    room = str(p.fleet.places.capacity + 1)
-    assert p.says("lora_requests_info", max_lora=room, running_lora_adapters=base.name, waiting_lora_adapters="")
-    await p.serve(a=write_lora("one", 1.0))
-    await p.fleet.places.look()
-    loaded = f"{base.name},a"
-    assert p.says("lora_requests_info", max_lora=room, running_lora_adapters=loaded, waiting_lora_adapters="")
+async def test_routers_read_the_loaded_adapters_and_never_an_empty_list(page, base, write_lora) -> None:
+    async with page() as p:
+        room = str(p.world.residency.limits.capacity + 1)
+        assert p.shows("lora_requests_info", max_lora=room, running_lora_adapters=base.name, waiting_lora_adapters="")
+        await p.serve(a=write_lora("one", 1.0))
+        await p.world.residency.look()
+        loaded = f"{base.name},a"
+        assert p.shows("lora_requests_info", max_lora=room, running_lora_adapters=loaded, waiting_lora_adapters="")
 
 
 @in_a_loop
 async def test_there_are_never_more_series_than_for_a_thousand_adapters(page, write_lora, monkeypatch) -> None:
     monkeypatch.setattr(metrics, "MOST_ADAPTERS", 2)
-    p = page()
-    await p.serve(**{name: write_lora(name, value) for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0))})
-    for name in "abc":
-        p.metrics.count(request(name, p.fleet.aliases[name].current))
-    assert len(p.adapters("requests_total") - {"_other"}) == 2
-    (shared,) = {"a", "b", "c"} - p.adapters("requests_total")
-    assert p.says("requests_total", adapter="_other", outcome="ok") == 1
-    assert shared not in p.adapters("adapter_info")
+    async with page() as p:
+        await p.serve(**{name: write_lora(name, value) for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0))})
+        for name in "abc":
+            p.metrics.count(request(name, p.world.fleet.aliases[name].current))
+        assert len(p.adapters("requests_total") - {"_other"}) == 2
+        (shared,) = {"a", "b", "c"} - p.adapters("requests_total")
+        assert p.shows("requests_total", adapter="_other", outcome="ok") == 1
+        assert shared not in p.adapters("adapter_info")
 
 
 @in_a_loop
 async def test_the_series_of_an_adapter_end_with_it(page, write_lora) -> None:
-    p = page()
-    await p.serve(a=write_lora("one", 1.0))
-    version = p.fleet.aliases["a"].current
-    p.metrics.count(request("a", version))
-    p.reconciler.remove("a")
-    await p.fleet.drained()
-    for name in ("requests_total", "adapter_swap_seconds_count", "adapter_info"):
-        assert "a" not in p.adapters(name)
-    p.metrics.count(request("a", version))  # one that ended after it
-    assert "a" not in p.adapters("requests_total")
+    async with page() as p:
+        await p.serve(a=write_lora("one", 1.0))
+        version = p.world.fleet.aliases["a"].current
+        p.metrics.count(request("a", version))
+        p.world.reconciler.remove("a")
+        await p.world.residency.settled()
+        for name in ("requests_total", "adapter_swap_seconds_count", "adapter_info"):
+            assert "a" not in p.adapters(name)
+        p.metrics.count(request("a", version))  # one that ended after it
+        assert "a" not in p.adapters("requests_total")

@@ -1,0 +1,62 @@
+"""How the engine reads one version: verified in the store, admitted, loaded and proved, in this order."""
+
+import asyncio
+from typing import Any
+
+from astra_serve.adapters.admission import Base
+from astra_serve.adapters.clock import Clock
+from astra_serve.adapters.events import Event, Events
+from astra_serve.adapters.probe import Prover
+from astra_serve.adapters.protocol import Engine
+from astra_serve.adapters.schedule import Place, State
+from astra_serve.adapters.store import Store
+from astra_serve.adapters.version import Version
+
+
+class Loader:
+    """Loads versions of one store into one engine."""
+
+    def __init__(self, engine: Engine, store: Store, base: Base, events: Events, clock: Clock) -> None:
+        self._engine, self._store, self._base, self._events, self._clock = engine, store, base, events, clock
+        self._prover = Prover(engine)
+
+    async def load(self, place: Place) -> dict[str, float]:
+        """Read and prove a version; return the seconds of its parts. `place` gets the engine's handle and the proof.
+
+        A version that was proved before is admitted already: only a publication proves it again, with one prompt.
+        Raises ServeError, AdapterError and OSError; `place.handle` is set then if the engine has it.
+        """
+        version = place.version
+        self._events.emit(Event(version.alias, "loading", version.name))
+        began = self._clock.now()
+        folder = await asyncio.to_thread(self._store.verify, version.digest)
+        if place.proof is None:
+            header = await asyncio.to_thread(self._base.check, folder)
+            place.adapts_head = any(module.endswith("lm_head") for module in header.shapes)
+        place.handle = await self._engine.load(version.name, folder)
+        loaded = self._clock.now()
+        place.state = State.PROBING
+        self._events.emit(Event(version.alias, "probing", version.name))
+        urgent = not place.for_publication  # a request waits: its probe is not computed behind all other requests
+        if place.proof and not (place.proof.of_an_effect or place.allow_no_effect):
+            place.proof = None  # proved earlier with `allow_no_effect`; that permission is gone now
+        if place.proof is None:
+            allowed = place.allow_no_effect
+            place.proof = await self._prover.prove(place.handle, folder, may_change_nothing=allowed, urgent=urgent)
+        elif any(waiter.publication for waiter in place.waiters):
+            await self._prover.again(place.handle, place.proof, urgent=urgent)
+        else:
+            return {"loading": loaded - began}
+        return {"loading": loaded - began, "probing": self._clock.now() - loaded}
+
+    async def unload(self, handle: Any) -> None:
+        """Let the engine forget an adapter. Raises ServeError."""
+        await self._engine.unload(handle)
+
+    async def in_slots(self) -> set[str]:
+        """Return the names of the versions that have a slot of the engine's batches. Raises ServeError."""
+        return await self._engine.in_slots()
+
+    def stored(self, version: Version) -> bool:
+        """Return whether the store has a version."""
+        return version.digest in self._store

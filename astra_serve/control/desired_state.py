@@ -1,0 +1,94 @@
+"""The document that one server follows: where it is, its text and its entries as they were read or written last."""
+
+import asyncio
+from pathlib import Path
+
+import httpx
+
+from astra_serve.document import desired, document_text
+from astra_serve.document.desired import Adapter, Document
+from astra_serve.document.entry_text import with_entry
+from astra_serve.errors import BadDocument, ServeError
+from converter.errors import first_line, without_secrets
+
+
+class DesiredState:
+    """The document at `where`, a file or a URL; only a file is edited."""
+
+    def __init__(self, where: str) -> None:
+        self.document = Document()
+        self.fault: str | None = None  # why the text as it is now is not followed
+        self.read_once = False
+        self._where, self._text, self._etag = where, "", ""
+        self._busy = asyncio.Lock()  # one read or write at a time
+
+    @property
+    def file(self) -> Path | None:
+        """Return the document's file; None where it is at a URL, and only read."""
+        return None if "://" in self._where else Path(self._where)
+
+    def describe(self) -> dict[str, str | None]:
+        """Return where the document is, the digest of the text that is followed, and the fault of the present text."""
+        where = str(self.file.absolute()) if self.file else without_secrets(self._where)
+        followed = document_text.digest(self._text) if self.read_once else None
+        return {"where": where, "digest": followed, "fault": self.fault}
+
+    async def read(self) -> bool:
+        """Read the document again; return whether it can be followed. Otherwise `fault` says why not."""
+        async with self._busy:
+            try:
+                self.document, self._text = await self._now()
+            except Exception as error:  # whatever is wrong with the file, the page or the way to it
+                self.fault = first_line(error)
+                return False
+            self.fault, self.read_once = None, True
+            return True
+
+    def check_writable(self) -> None:
+        """Raise ServeError where the document can only be read."""
+        if self.file is None:
+            raise ServeError(f"the desired state is at {without_secrets(self._where)}: change it there")
+        document_text.check_writable(self._where)
+
+    async def replace(self, name: str, old: Adapter | None, new: Adapter | None) -> None:
+        """Write the entry `new` in place of `old`, and read the changes of others meanwhile; None is no entry.
+
+        Raises ServeError, Conflict where the document has another entry of this name; then nothing is written.
+        """
+        found = self.document
+
+        def change(text: str) -> str:
+            nonlocal found
+            self._check_not_gone(text)
+            found, text = with_entry(text, self._where, name, old, new)
+            return text
+
+        self.check_writable()
+        async with self._busy:
+            try:  # in a thread: it waits for other writers and for the disk
+                _, self._text = await asyncio.to_thread(document_text.edit, self._where, change)
+            except OSError as error:
+                raise ServeError(f"the document cannot be changed: {error.strerror or error}") from error
+            self.document = found
+
+    def _check_not_gone(self, text: str) -> None:
+        if not text.strip() and self.document.adapters:
+            raise BadDocument(f"{self._where} is empty or gone: write 'adapters: []' to serve none")
+
+    async def _now(self) -> tuple[Document, str]:
+        """Return the document as it is now, and its text. Raises ServeError, OSError, httpx.HTTPError and others."""
+        if not self._where.startswith(("http://", "https://")):
+            text = await asyncio.to_thread(document_text.read, self._where)
+            if text == self._text and text:
+                return self.document, text
+            self._check_not_gone(text)
+            return desired.parse(text, self._where), text
+        async with httpx.AsyncClient(timeout=10, follow_redirects=True) as client:
+            answer = await client.get(self._where, headers={"If-None-Match": self._etag} if self._etag else {})
+        if answer.status_code == httpx.codes.NOT_MODIFIED:
+            return self.document, self._text
+        if not answer.is_success:
+            raise BadDocument(f"{self._where} answers with {answer.status_code}")
+        document = desired.parse(answer.text, self._where)
+        self._etag = answer.headers.get("etag", "")
+        return document, answer.text

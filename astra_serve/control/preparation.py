@@ -1,0 +1,108 @@
+"""From an entry to its versions: fetched, verified, admitted, loaded, proved, and held in the engine.
+
+This is the first step of every change (prepare, write the document, follow it), and all that following has to do. The
+source is read only if the store does not have the digest that the entry names.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from astra_serve.adapters.clock import Clock
+from astra_serve.adapters.events import Event
+from astra_serve.adapters.fetch import fetch
+from astra_serve.adapters.fleet import Fleet
+from astra_serve.adapters.store import Store
+from astra_serve.adapters.version import Version
+from astra_serve.control.status import Phase, Status
+from astra_serve.document.desired import DIGEST, Adapter
+from astra_serve.errors import Damaged, ServeError
+from converter.errors import without_secrets
+
+KEPT_S = 3600.0  # the time for which a version that was proved for later stays in the store
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The versions of an entry."""
+
+    current: Version
+    canary: Version | None
+
+
+class Preparation:
+    """Prepares versions for one fleet."""
+
+    def __init__(self, fleet: Fleet, store: Store, clock: Clock, roots: tuple[Path, ...] = ()) -> None:
+        """`roots` are the folders that local adapters must be in; none: they may be anywhere."""
+        self.active = 0  # preparations in progress: nothing refers yet to the versions that they add to the store
+        self.may_begin = asyncio.Lock()  # held while old versions are removed from the store
+        self._fleet, self._store, self._clock, self._roots = fleet, store, clock, roots
+        self._for_later: dict[str, tuple[Version, float]] = {}
+
+    @asynccontextmanager
+    async def hold(self, entry: Adapter, status: Status, *, again: bool = True) -> AsyncIterator[Prepared]:
+        """Yield the versions of `entry`, proved, and keep them in the engine until the block ends.
+
+        Without `again` a version that the name serves already, proved, need not be loaded for that.
+        Raises ServeError, AdapterError and OSError.
+        """
+        if entry.name == self._fleet.base_name:
+            raise ServeError("it has the base's name: requests for the base would get the adapter")
+        async with self.may_begin:
+            self.active += 1
+        try:
+            async with AsyncExitStack() as holds:
+                current = await self._version(entry.name, entry.source, entry.digest, status)
+                canary = None
+                if entry.canary:
+                    canary = await self._version(entry.name, entry.canary.version, entry.canary.digest, status)
+                status.enter(Phase.LOADING)
+                for version in (current, canary) if canary else (current,):
+                    if again or entry.pin or not self._served(version):
+                        hold = self._fleet.residency.hold(version, allow_no_effect=entry.allow_no_effect)
+                        await holds.enter_async_context(hold)
+                yield Prepared(current, canary)
+        finally:
+            self.active -= 1
+
+    async def prove(self, entry: Adapter, status: Status) -> Version:
+        """Return the version of `entry`, proved; its proof and the store's copy of it stay for later.
+
+        Raises ServeError, AdapterError and OSError.
+        """
+        async with self.hold(entry, status) as prepared:
+            self._for_later[entry.name] = prepared.current, self._clock.now()
+        self._fleet.events.emit(Event(entry.name, "prepared", prepared.current.name))
+        return prepared.current
+
+    def for_later(self) -> set[Version]:
+        """Return the versions that were proved for later in the last hour."""
+        recent = self._clock.now() - KEPT_S
+        self._for_later = {name: (v, when) for name, (v, when) in self._for_later.items() if when > recent}
+        return {version for version, _ in self._for_later.values()}
+
+    def _served(self, version: Version) -> bool:
+        alias, place = self._fleet.aliases.get(version.alias), self._fleet.residency.place(version)
+        return bool(alias and version in alias.served() and place.proof and place.failed is None)
+
+    async def _version(self, name: str, source: str, expected: str | None, status: Status) -> Version:
+        """Return the version of a source, which the store has then."""
+        stored = source.startswith("sha256:")
+        if stored and not re.fullmatch(DIGEST, source):
+            raise ServeError(f"{source[:80]!r} is no digest: sha256: and 64 hexadecimal digits")
+        digest = source if stored else expected
+        if digest is None or not await asyncio.to_thread(self._store.intact, digest):
+            if stored:
+                raise ServeError(f"the store has no version {source[:19]}, or not all of it: give its source")
+            status.enter(Phase.FETCHING)
+            folder = await fetch(source, self._store, self._roots)
+            status.enter(Phase.VERIFYING)
+            try:
+                digest = await asyncio.to_thread(self._store.add, folder, expected, source)
+            except Damaged as error:
+                raise Damaged(f"{without_secrets(source)}: {error}") from error
+        return Version(name, digest)

@@ -1,0 +1,50 @@
+"""How far an adapter's entry is on its way to being served, and how long each phase took."""
+
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from astra_serve.adapters.clock import Clock
+from astra_serve.adapters.events import Event, Events
+from astra_serve.document.desired import Adapter
+
+
+class Phase(StrEnum):
+    """A phase of an entry. LOADING covers the wait for a place, the load and the probe of its versions."""
+
+    PENDING = "pending"
+    FETCHING = "fetching"
+    VERIFYING = "verifying"
+    LOADING = "loading"
+    SERVING = "serving"
+    FAILED = "failed"
+
+    @property
+    def settled(self) -> bool:
+        """Return whether nothing more happens to the entry, unless it is tried again."""
+        return self in (Phase.SERVING, Phase.FAILED)
+
+
+@dataclass
+class Status:
+    """One entry, its phase and the reason of a failure."""
+
+    entry: Adapter
+    events: Events
+    clock: Clock
+    phase: Phase = Phase.PENDING
+    reason: str | None = None
+    since: float = field(default_factory=time.time)  # seconds since 1970
+    seconds: dict[str, float] = field(default_factory=dict)  # the duration of each phase before this one
+
+    def __post_init__(self) -> None:
+        self._entered = self.clock.now()
+
+    def enter(self, phase: Phase, reason: str | None = None, version: str | None = None) -> None:
+        """Begin a phase and emit its event."""
+        now = self.clock.now()
+        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._entered
+        self.phase, self.reason, self.since, self._entered = phase, reason, time.time(), now
+        if phase is not Phase.LOADING:  # `residency` emits the parts of that phase
+            seconds = dict(self.seconds) if phase.settled else {}
+            self.events.emit(Event(self.entry.name, phase, version, reason, seconds))

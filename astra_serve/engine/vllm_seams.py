@@ -1,0 +1,210 @@
+"""The one place that touches vLLM's objects: the names that `engine` imports from vLLM, and the changes of its server.
+
+    names        imported from where vLLM 0.32 or 0.33 has them
+    MeteredClient  a client of the engine for vLLM's handlers: counts what is computed for each request
+    application    vLLM's HTTP application with the gateway behind vLLM's middleware, in front of its handlers;
+                   /v1/models lists the adapters; the routes of NOT_SERVED are removed
+    check          verifies that each touched object still looks as expected
+
+`cpu_lora` and `worker_extension` run inside the engine's processes and check what they touch themselves.
+"""
+
+import inspect
+import time
+from argparse import Namespace
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+from uuid import uuid4
+
+from fastapi import FastAPI
+from starlette.datastructures import Headers
+from starlette.routing import Match
+from vllm import SamplingParams, TokensPrompt, envs
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.launcher import NoSignalServer, setup_server
+from vllm.entrypoints.launchers.utils.constants import (
+    H11_MAX_HEADER_COUNT_DEFAULT,
+    H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT,
+)
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.metrics.stats import RequestStateStats
+from vllm.version import __version__ as version
+
+try:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+except ImportError:  # from 0.33 on
+    from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
+
+from astra_serve.adapters.fleet import Fleet
+from astra_serve.errors import ServeError
+from astra_serve.gateway import request as requests
+from astra_serve.gateway.middleware import OPEN, Gateway, Served, Subscribers
+
+__all__ = [
+    "H11_MAX_HEADER_COUNT_DEFAULT",
+    "H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT",
+    "EngineClient",
+    "FlexibleArgumentParser",
+    "LoRARequest",
+    "MeteredClient",
+    "NoSignalServer",
+    "SSLCertRefresher",
+    "SamplingParams",
+    "ServeSubcommand",
+    "TokensPrompt",
+    "application",
+    "build_async_engine_client",
+    "check",
+    "current_platform",
+    "envs",
+    "get_uvicorn_log_config",
+    "known_keys",
+    "make_arg_parser",
+    "setup_server",
+    "validate_parsed_serve_args",
+]
+
+# /invocations answers with the base whatever `model` says; and clients of a model may not scale its engine.
+NOT_SERVED = ("/invocations", "/scale_elastic_ep", "/is_scaling_elastic_ep")
+MODELS = "/v1/models"
+CLIENT = ("generate", "abort", "add_lora", "remove_lora", "list_loras", "collective_rpc", "errored")
+
+
+def check(client: EngineClient) -> None:
+    """Raise ServeError with the name of the first vLLM object that does not look as expected."""
+    parameters = list(inspect.signature(type(client).generate).parameters)[:4]
+    for name, holds in {
+        **{f"EngineClient.{name}": hasattr(client, name) for name in CLIENT},
+        "EngineClient.generate": parameters == ["self", "prompt", "sampling_params", "request_id"],
+        "AuthenticationMiddleware.verify_token": hasattr(AuthenticationMiddleware, "verify_token"),
+        "OpenAIServingModels.lora_requests": "self.lora_requests" in inspect.getsource(OpenAIServingModels.__init__),
+        "RequestStateStats": hasattr(RequestStateStats, "__dataclass_fields__")
+        and {"first_token_ts", "last_token_ts", "num_generation_tokens"}
+        <= RequestStateStats.__dataclass_fields__.keys(),
+    }.items():
+        _expect(holds, name)
+
+
+def _expect(holds: bool, name: str) -> None:
+    if not holds:
+        raise ServeError(f"vLLM {version} has another {name} than astra-serve expects: install vllm 0.32 or 0.33")
+
+
+async def application(
+    client: EngineClient, args: Namespace, fleet: Fleet, subscribers: Subscribers
+) -> tuple[FastAPI, Gateway]:
+    """Return vLLM's application around the gateway, and the gateway. Raises ServeError.
+
+    A request passes vLLM's middleware and the operator's `--middleware`, then the gateway, then vLLM's handlers: a
+    request that middleware refuses, as one without an API key, loads nothing.
+    """
+    tasks = await client.get_supported_tasks()
+    app = build_app(args, tasks, client.model_config)
+    await init_app_state(MeteredClient(client), app.state, args, tasks)
+    models = app.state.openai_serving_models
+    _expect(models.lora_requests == {}, "OpenAIServingModels.lora_requests")
+    models.lora_requests = Served()
+    paths = {getattr(route, "path", "") for route in app.router.routes}
+    _expect(MODELS in paths, f"route {MODELS}")
+    app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", "") not in (*NOT_SERVED, MODELS)]
+    app.add_api_route(MODELS, _models(models, fleet), methods=["GET"])
+    _expect(callable(getattr(app.router, "middleware_stack", None)), "Router.middleware_stack")
+    gateway = Gateway(
+        app.router.middleware_stack, fleet, subscribers, abort=client.abort, serves=lambda scope: _serves(app, scope)
+    )
+    app.router.middleware_stack = gateway
+    return app, gateway
+
+
+def known_keys(app: FastAPI, args: Namespace) -> Callable[[Headers], bool] | None:
+    """Return whether headers carry one of vLLM's API keys; None where there is no key."""
+    keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+    return AuthenticationMiddleware(app, keys).verify_token if keys else None
+
+
+def _models(models: OpenAIServingModels, fleet: Fleet) -> Callable[[], Any]:
+    async def show_available_models() -> dict[str, Any]:
+        """List the base and the adapters that are served."""
+        found = await models.registry.show_available_models()
+        parent = found.data[0].id
+        found.data += [
+            ModelCard(id=name, root=alias.current.name, parent=parent, permission=[ModelPermission()])
+            for name, alias in fleet.aliases.items()
+        ]
+        listed: dict[str, Any] = found.model_dump()
+        return listed
+
+    return show_available_models
+
+
+def _serves(app: FastAPI, scope: Any) -> bool:
+    """Return whether a path is one that handles requests to models."""
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path not in OPEN and any(route.matches(scope)[0] == Match.FULL for route in app.routes)
+
+
+class MeteredClient:
+    """The engine's client for vLLM's handlers: notes on the running request what is computed for it, and how fast."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    async def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **settings: Any
+    ) -> AsyncGenerator[Any, None]:
+        """Yield the engine's answers. Raises what the engine raises, RuntimeError for a request that has ended."""
+        request = requests.current.get()
+        if request is None:
+            async for answer in self._client.generate(prompt, sampling_params, request_id, **settings):
+                yield answer
+            return
+        if request.over:  # a handler that was left behind: no client waits for it, and its adapter may be evicted
+            raise RuntimeError("the request has ended")
+        # The id may be the client's, and another request's, too: to abort this one it needs an id of its own.
+        request_id = f"{request_id}-{uuid4().hex[:12]}"
+        answers = self._client.generate(prompt, sampling_params, request_id, **settings)
+        began = time.monotonic() - request.began
+        tokens: dict[int, int] = {}  # by the answer's number
+        answer = None
+        try:
+            with request.computes(request_id):
+                async with aclosing(answers):
+                    async for answer in answers:
+                        if not tokens and answer.metrics and answer.metrics.num_generation_tokens:
+                            request.first_token(began + answer.metrics.first_token_latency)
+                        for output in answer.outputs:
+                            new = len(output.token_ids)
+                            only_new = sampling_params.output_kind == RequestOutputKind.DELTA
+                            tokens[output.index] = tokens.get(output.index, 0) + new if only_new else new
+                        yield answer
+        except Exception:
+            request.broke = True
+            raise
+        finally:
+            if answer is not None:
+                request.prompt_tokens += len(answer.prompt_token_ids or ())
+                request.output_tokens += sum(tokens.values())
+                _note_latency(request, answer.metrics)
+
+
+def _note_latency(request: requests.Request, stats: RequestStateStats | None) -> None:
+    """Note the engine's own mean time between an answer's tokens; there is none with --disable-log-stats."""
+    if stats and stats.num_generation_tokens > 1:
+        seconds = stats.last_token_ts - stats.first_token_ts
+        request.between_tokens_s.append(seconds / (stats.num_generation_tokens - 1))
