@@ -11,10 +11,10 @@ from torch import nn
 from converter import adapter_dir
 from trainer.adapter import target_layers
 from trainer.base import base_without_weights, load_tokenizer
-from trainer.calibration import layer_groups
 from trainer.config import TrainConfig
-from trainer.initialise import calibration_batches
-from trainer.ranks import fixed_ranks
+from trainer.start.calibration import layer_groups
+from trainer.start.initialise import calibration_batches
+from trainer.start.ranks import fixed_ranks
 from trainer.train import read_data
 
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}

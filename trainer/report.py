@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from converter.adapter_dir import PROVENANCE, Json, base_digest, write_json
 from trainer.config import TrainConfig
-from trainer.eigenspace import Spectrum
 from trainer.evaluate import Forgetting
-from trainer.initialise import Initialisation
 from trainer.loop import Point, Result
+from trainer.start.eigenspace import Spectrum
+from trainer.start.initialise import Initialisation
 
 SPECTRA = "spectra.safetensors"
 CARD = """---

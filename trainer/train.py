@@ -22,9 +22,9 @@ from trainer.config import TrainConfig
 from trainer.data import Batch, Example, classification_examples, digest, label_names, language_examples, read_rows
 from trainer.errors import ConfigError, DataError, TrainerError, TrainingError
 from trainer.evaluate import Forgetting, forgetting_batches, language_loss
-from trainer.initialise import Initialisation, calibration_batches, initialise, spectra_of
 from trainer.loop import check_trackers, optimise
 from trainer.report import Run
+from trainer.start.initialise import Initialisation, calibration_batches, initialise, spectra_of
 
 
 @dataclass(frozen=True)

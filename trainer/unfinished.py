@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from converter import atomic
 from converter.adapter_dir import CannotWrite, Json
 from trainer.adapter import Start
-from trainer.eigenspace import Spectrum
 from trainer.errors import ResumeError
-from trainer.initialise import Estimate, Initialisation
+from trainer.start.eigenspace import Spectrum
+from trainer.start.initialise import Estimate, Initialisation
 
 COMPLETE = "complete"
 

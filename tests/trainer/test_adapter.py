@@ -12,7 +12,7 @@ from converter.delta import delta_weight
 from trainer.adapter import Start, _Change, adapter_layers, attach, peft_config, target_layers, whole_weight
 from trainer.config import TrainConfig
 from trainer.errors import TargetError
-from trainer.methods import astra_start
+from trainer.start.methods import astra_start
 
 IDS = torch.arange(5, 45).view(2, 20)
 

@@ -18,11 +18,11 @@ from trainer.analysis.figures import Curve, chosen_range, groups, over_blocks, s
 from trainer.analysis.measures import delta_norm, kinds_of, measure
 from trainer.analysis.page import analyze
 from trainer.analysis.read_run import read_run
-from trainer.calibration import Gram
 from trainer.cli import main
 from trainer.config import Subspace
-from trainer.eigenspace import effective_rank, eigenvalues, spectrum, subspace
-from trainer.initialise import Estimate
+from trainer.start.calibration import Gram
+from trainer.start.eigenspace import effective_rank, eigenvalues, spectrum, subspace
+from trainer.start.initialise import Estimate
 
 HOSTILE = "<img src=x onerror=alert(1)>&'\".jsonl"
 FAST = (

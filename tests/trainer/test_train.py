@@ -319,7 +319,7 @@ def test_a_cached_calibration_costs_no_forward_pass_for_another_rank_and_subspac
         astra_train(tiny_base, data, tmp_path / "plain", "rank=3", "subspace=principal", "calibration_overlap=1") == 0
     )
     assert astra_train(tiny_base, data, tmp_path / "first", cache, "spectra=false") == 0
-    monkeypatch.setattr("trainer.initialise.gram_matrices", None)  # a call would fail
+    monkeypatch.setattr("trainer.start.initialise.gram_matrices", None)  # a call would fail
     settings = ("rank=3", "subspace=principal", "spectra=false")
     assert astra_train(tiny_base, data, tmp_path / "second", cache, *settings) == 0
     plain, cached = (load_astra(tmp_path / name).layers for name in ("plain", "second"))

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from trainer.config import Subspace
-from trainer.initialise import Estimate
 from trainer.loop import Point
+from trainer.start.initialise import Estimate
 
 _STYLE = {
     "svg.hashsalt": "astra",

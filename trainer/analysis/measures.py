@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from converter.adapter_dir import AstraAdapter, AstraLayer
-from trainer.eigenspace import Spectrum, effective_rank
 from trainer.report import Run
+from trainer.start.eigenspace import Spectrum, effective_rank
 
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # as data passes through
 _NOTHING = 1e-5  # A0 or B0 this small beside its own change is round-off of zero: no change relative to it

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from converter.adapter_dir import ASTRA_WEIGHTS, PROVENANCE, AstraAdapter, Json, MalformedAdapter, load_astra, read_json
 from trainer.config import TrainConfig
-from trainer.eigenspace import Spectrum
 from trainer.evaluate import Forgetting
-from trainer.initialise import Estimate, Initialisation
 from trainer.loop import Point, Result
 from trainer.report import SPECTRA, Run
+from trainer.start.eigenspace import Spectrum
+from trainer.start.initialise import Estimate, Initialisation
 
 _FULL_FORMAT = "astra-full/1"
 

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from trainer.calibration import Gram
 from trainer.config import Subspace
+from trainer.start.calibration import Gram
 
 _DENSE = 512  # up to this width a full decomposition costs less than it takes to avoid one
 _SPARE = 16  # vectors that the Krylov block is wider than the rank

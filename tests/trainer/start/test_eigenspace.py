@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer import eigenspace
-from trainer.calibration import Gram
 from trainer.config import Subspace
-from trainer.eigenspace import effective_rank, eigenvalues, overlap, spectrum, subspace
+from trainer.start import eigenspace
+from trainer.start.calibration import Gram
+from trainer.start.eigenspace import effective_rank, eigenvalues, overlap, spectrum, subspace
 
 
 def random_gram(d: int, n: int, seed: int) -> Gram:

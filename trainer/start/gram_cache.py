@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from converter import atomic
-from trainer.calibration import Gram
+from trainer.start.calibration import Gram
 
 
 def cache_folder(root: str, *identity: str) -> Path:

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from torch import distributed, nn
 
 from trainer.data import IGNORED
-from trainer.passes import Passes
+from trainer.start.passes import Passes
 
 
 @dataclass(frozen=True)

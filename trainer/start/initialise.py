@@ -19,15 +19,15 @@ from rich.progress import Progress
 from torch import distributed, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer import gram_cache
 from trainer.adapter import Start, whole_weight
-from trainer.calibration import Gram, gram_matrices, layer_groups
 from trainer.config import TrainConfig
 from trainer.data import Batch, Example, batches, digest
-from trainer.eigenspace import Spectrum, eigenvalues, overlap, spectrum, subspace
-from trainer.methods import astra_start, other_starts
-from trainer.passes import Passes
-from trainer.ranks import allocated_ranks, fixed_ranks
+from trainer.start import gram_cache
+from trainer.start.calibration import Gram, gram_matrices, layer_groups
+from trainer.start.eigenspace import Spectrum, eigenvalues, overlap, spectrum, subspace
+from trainer.start.methods import astra_start, other_starts
+from trainer.start.passes import Passes
+from trainer.start.ranks import allocated_ranks, fixed_ranks
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from trainer.adapter import target_layers
-from trainer.calibration import gram_matrices, layer_groups
 from trainer.config import TrainConfig
 from trainer.data import Batch
-from trainer.passes import Passes
+from trainer.start.calibration import gram_matrices, layer_groups
+from trainer.start.passes import Passes
 
 BLOCKS = 4
 

@@ -14,7 +14,7 @@ from tests.trainer.test_train import astra_train
 from trainer.adapter import adapter_layers, attach, target_layers
 from trainer.config import Method, TrainConfig
 from trainer.data import Batch, batches
-from trainer.methods import other_starts
+from trainer.start.methods import other_starts
 
 OTHERS = [method for method in get_args(Method) if method not in ("astra", "full")]
 IDS = torch.arange(5, 45).view(2, 20)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from trainer.calibration import Gram, gram_matrices, layer_groups
 from trainer.data import IGNORED, Batch, Example, batches
-from trainer.passes import Passes
+from trainer.start.calibration import Gram, gram_matrices, layer_groups
+from trainer.start.passes import Passes
 
 LAYER = "model.layers.1.mlp.down_proj"  # 32 outputs of 48 inputs
 TALL = "model.layers.1.mlp.up_proj"  # 48 outputs of 32 inputs

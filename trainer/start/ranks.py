@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 
 from trainer.config import TrainConfig
-from trainer.eigenspace import effective_rank
 from trainer.errors import ConfigError, TargetError
+from trainer.start.eigenspace import effective_rank
 
 _MOST = 4  # times the mean rank: no layer gets more of a shared budget
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, TargetError
-from trainer.ranks import allocated_ranks, fixed_ranks
+from trainer.start.ranks import allocated_ranks, fixed_ranks
 
 SHAPES = {"a.q_proj": (32, 32), "a.up_proj": (48, 32), "b.q_proj": (32, 32)}
 
