@@ -1,8 +1,8 @@
-"""The r eigenvectors of a layer's output Gram matrix that the adapter starts from (paper section 3.2).
+"""The subspace Q of a layer: r eigenvectors of its output Gram matrix C (paper section 3.2).
 
-Only the vectors that are needed are computed. A layer with more outputs than inputs (gate, up) has C = W Cx W^T of rank
-d_in at most: its Gram matrix is taken on the input side, and its tail is the left null space of W, where any
-orthonormal basis is as good as another.
+Only the needed vectors are computed. A layer with more outputs than inputs (gate, up) has C = W Cx W^T of rank d_in at
+most, and its Gram matrix Cx is that of the inputs. Its tail is the left null space of W; every orthonormal basis of the
+null space is equally good.
 """
 
 from collections.abc import Callable
@@ -13,40 +13,41 @@ import torch
 from trainer.config import Subspace
 from trainer.start.calibration import Gram
 
-_DENSE = 512  # up to this width a full decomposition costs less than it takes to avoid one
-_SPARE = 16  # vectors that the Krylov block is wider than the rank
-_TOLERANCE = 1e-3  # stop when a round improves the captured energy by less than this share
+_DENSE_LIMIT = 512  # widths up to this limit use a full decomposition, which is faster there
+_OVERSAMPLING = 16  # width of the Krylov block minus the rank
+_TOLERANCE = 1e-3  # the iteration stops when a round improves the captured energy by less than this share
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What a layer's eigenvalues looked like, and what the chosen subspace holds of them; for the provenance."""
+    """A summary of a layer's eigenvalues and of its subspace, recorded in `astra.json`."""
 
     dimension: int  # d_out
     rank: int
     n_tokens: int
     energy: float  # trace of C: the mean squared norm of an output
-    subspace_energy_share: float  # the part of the trace inside the chosen subspace
-    null_directions: int  # at least so many eigenvalues are zero: there the tail is an arbitrary basis
-    start_norm: float  # |A0| / |W|: 0 where the tail is a null space of W
+    subspace_energy_share: float  # trace(Q^T C Q) / trace(C)
+    null_directions: int  # lower bound of the number of zero eigenvalues; among them the tail is an arbitrary basis
+    start_norm: float  # |A0| / |W| (Frobenius): 0 where the tail is a null space of W
 
     def as_json(self) -> dict[str, float]:
+        """Return the fields as a dictionary."""
         return asdict(self)
 
 
 def subspace(gram: Gram, weight: torch.Tensor, rank: int, kind: Subspace, generator: torch.Generator) -> torch.Tensor:
-    """Return Q (d_out, rank), orthonormal, float32; `weight` is (d_out, d_in).
+    """Return Q (d_out, rank), orthonormal, float32, for a layer's Gram matrix and `weight` (d_out, d_in).
 
-    tail: the smallest eigenvalues (the paper's text). principal: the largest (the authors' code). middle: those
-    around the median. random: a uniformly random subspace, drawn from `generator`. The largest entry of each vector
-    is positive.
+    tail: eigenvectors of the smallest eigenvalues (the paper's text). principal: of the largest (the authors' code).
+    middle: of the eigenvalues around the median. random: a uniformly random subspace from `generator`. The sign of each
+    vector is such that its largest entry is positive.
     """
     d_out = len(weight)
     first = {"tail": 0, "principal": d_out - rank, "middle": (d_out - rank) // 2, "random": 0}[kind]
     if kind == "random":
         q = torch.linalg.qr(_gaussian(d_out, rank, gram.matrix, generator)).Q
     elif gram.of_inputs:
-        q = _of_a_tall_layer(gram.matrix, weight.to(gram.matrix), first, rank, generator)
+        q = _eigenvectors_of_tall_layer(gram.matrix, weight.to(gram.matrix), first, rank, generator)
     else:
         q = _eigenvectors(gram.matrix, first, rank, generator)
     signed: torch.Tensor = q * q.gather(0, q.abs().argmax(0, keepdim=True)).sign()
@@ -54,26 +55,26 @@ def subspace(gram: Gram, weight: torch.Tensor, rank: int, kind: Subspace, genera
 
 
 def spectrum(gram: Gram, weight: torch.Tensor, q: torch.Tensor) -> Spectrum:
-    """Return what the subspace Q (d_out, rank) holds of a layer's outputs and of its `weight` (d_out, d_in)."""
-    wide = q.to(gram.matrix)
-    start = wide.T @ weight.to(wide)
-    held = (start @ gram.matrix * start).sum() if gram.of_inputs else (wide * (gram.matrix @ wide)).sum()
+    """Return the summary of a layer with `weight` (d_out, d_in) and subspace `q` (d_out, rank)."""
+    q64 = q.to(gram.matrix)
+    a0 = q64.T @ weight.to(q64)
+    inside = (a0 @ gram.matrix * a0).sum() if gram.of_inputs else (q64 * (gram.matrix @ q64)).sum()  # trace(Q^T C Q)
     d_out, d_in = weight.shape
     return Spectrum(
         dimension=d_out,
         rank=q.shape[1],
         n_tokens=gram.n_tokens,
         energy=gram.energy,
-        subspace_energy_share=float(held) / gram.energy if gram.energy > 0 else 0.0,
+        subspace_energy_share=float(inside) / gram.energy if gram.energy > 0 else 0.0,
         null_directions=max(0, d_out - min(d_in, gram.n_tokens)),
-        start_norm=float(start.norm() / weight.double().norm().clamp(min=1e-30)),
+        start_norm=float(a0.norm() / weight.double().norm().clamp(min=1e-30)),
     )
 
 
 def eigenvalues(gram: Gram, weight: torch.Tensor) -> torch.Tensor:
-    """Return the min(d_out, d_in) eigenvalues of C that can differ from zero, ascending, float64."""
+    """Return the min(d_out, d_in) eigenvalues of C that can be nonzero, ascending, float64, on the CPU."""
     matrix = gram.matrix
-    if gram.of_inputs:  # W Cx W^T and R Cx R^T have the same ones, for W = (orthonormal columns) R
+    if gram.of_inputs:  # with W = (orthonormal columns) R, R Cx R^T has the nonzero eigenvalues of W Cx W^T
         r = torch.linalg.qr(weight.to(matrix), mode="r").R
         matrix = r @ matrix @ r.T
     values: torch.Tensor = torch.linalg.eigvalsh(matrix)
@@ -81,74 +82,74 @@ def eigenvalues(gram: Gram, weight: torch.Tensor) -> torch.Tensor:
 
 
 def effective_rank(values: torch.Tensor) -> float:
-    """Return exp of the entropy of the normalised eigenvalues (Roy & Vetterli 2007); 0 when all are zero."""
+    """Return exp(entropy of the normalised eigenvalues) (Roy & Vetterli 2007); 0 when all are zero."""
     share = values[values > 0] / values.sum()
     return float(torch.exp(-(share * share.log()).sum())) if len(share) else 0.0
 
 
 def overlap(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Return the mean squared cosine of the principal angles between two bases (d, r): 1 for one and the same space."""
+    """Return the mean squared cosine of the principal angles between two bases (d, r): 1 for equal spaces."""
     return float((first.T @ second).square().sum() / first.shape[1])
 
 
 def _eigenvectors(c: torch.Tensor, first: int, rank: int, generator: torch.Generator) -> torch.Tensor:
-    """Return the eigenvectors first .. first + rank of c (d, d), in ascending order of their eigenvalues."""
+    """Return the eigenvectors first .. first + rank of c (d, d), counted in ascending order of the eigenvalues."""
     d = len(c)
-    if d <= _DENSE or 0 < first < d - rank or 4 * rank > d:
+    if d <= _DENSE_LIMIT or 0 < first < d - rank or 4 * rank > d:
         values, vectors = torch.linalg.eigh(c)
     elif first == 0:
-        factor = _shifted_cholesky(c, _zero(c))
+        factor = _shifted_cholesky(c, _round_off(c))
         values, vectors = _block_krylov(c, lambda x: torch.cholesky_solve(x, factor), rank, generator)
     else:
         values, vectors = _block_krylov(-c, lambda x: c @ x, rank, generator)
         values, vectors, first = -values.flip(0), vectors.flip(1), len(values) - rank
-    return _with_settled_null_space(c, values, vectors, generator)[:, first : first + rank]
+    return _with_reproducible_null_space(c, values, vectors, generator)[:, first : first + rank]
 
 
-def _with_settled_null_space(
+def _with_reproducible_null_space(
     c: torch.Tensor, values: torch.Tensor, vectors: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """Return `vectors` with those of zero eigenvalue replaced by a basis that round-off does not choose.
+    """Return `vectors` with another basis of the null space, one that does not depend on round-off.
 
-    Any basis of the null space would do; the projections of random vectors from `generator` are the same whatever
-    device, or number of processes, added the Gram matrix up.
+    Every basis of the null space is equally good. The basis is made from projections of random vectors, so it is the
+    same for each device and number of processes that sums up the Gram matrix.
     """
-    null = int((values <= _zero(c)).sum())
+    null = int((values <= _round_off(c)).sum())
     basis = vectors[:, :null]
-    settled = torch.linalg.qr(basis @ (basis.T @ _gaussian(len(c), null, c, generator))).Q
-    return torch.cat([settled, vectors[:, null:]], dim=1)
+    reproducible = torch.linalg.qr(basis @ (basis.T @ _gaussian(len(c), null, c, generator))).Q
+    return torch.cat([reproducible, vectors[:, null:]], dim=1)
 
 
 def _block_krylov(
     c: torch.Tensor, step: Callable[[torch.Tensor], torch.Tensor], rank: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the lowest Ritz values, ascending, and vectors of c in the span of x, step(x), step(step(x)), ...
+    """Return the lowest Ritz values of c, ascending, and their vectors, from the span of x, step(x), step(step(x)), ...
 
-    The span grows until the energy in the `rank` lowest vectors no longer falls.
+    x is random. The span grows until the sum of the `rank` lowest values no longer falls.
     """
-    x = torch.linalg.qr(_gaussian(len(c), rank + _SPARE, c, generator)).Q
+    x = torch.linalg.qr(_gaussian(len(c), rank + _OVERSAMPLING, c, generator)).Q
     basis, image = x, c @ x
-    energy, zero = float("inf"), _zero(c)
+    energy, zero = float("inf"), _round_off(c)
     while True:
         values, ritz = torch.linalg.eigh(basis.T @ image)
-        before, energy = energy, float(values[:rank].sum())
-        if before - energy <= _TOLERANCE * abs(energy) or abs(energy) <= zero or basis.shape[1] + x.shape[1] > len(c):
+        previous, energy = energy, float(values[:rank].sum())
+        if previous - energy <= _TOLERANCE * abs(energy) or abs(energy) <= zero or basis.shape[1] + x.shape[1] > len(c):
             return values[: x.shape[1]], basis @ ritz[:, : x.shape[1]]
         x = step(x)
-        for _ in range(2):  # once leaves round-off that the next rounds would amplify
+        for _ in range(2):  # a single projection leaves round-off, which later rounds would amplify
             x = torch.linalg.qr(x).Q
             x = x - basis @ (basis.T @ x)
         x = torch.linalg.qr(x).Q
         basis, image = torch.cat([basis, x], dim=1), torch.cat([image, c @ x], dim=1)
 
 
-def _zero(c: torch.Tensor) -> float:
-    """Return up to where an eigenvalue of c (d, d) is round-off."""
+def _round_off(c: torch.Tensor) -> float:
+    """Return the value up to which an eigenvalue of c (d, d) is round-off."""
     return max(float(c.diagonal().sum().abs()), 1e-30) * len(c) * torch.finfo(c.dtype).eps
 
 
 def _shifted_cholesky(c: torch.Tensor, shift: float) -> torch.Tensor:
-    """Return the lower factor of c + shift; c may be singular, and the shift grows until round-off allows a factor."""
+    """Return the lower Cholesky factor of c + shift I; the shift grows until the factorisation succeeds."""
     while True:
         factor, failed = torch.linalg.cholesky_ex(c + shift * torch.eye(len(c), dtype=c.dtype, device=c.device))
         if not failed:
@@ -156,12 +157,12 @@ def _shifted_cholesky(c: torch.Tensor, shift: float) -> torch.Tensor:
         shift *= 10
 
 
-def _of_a_tall_layer(
+def _eigenvectors_of_tall_layer(
     cx: torch.Tensor, w: torch.Tensor, first: int, rank: int, generator: torch.Generator
 ) -> torch.Tensor:
     """Return the eigenvectors first .. first + rank of W Cx W^T for W (d_out, d_in) with d_out > d_in."""
     d_out, d_in = w.shape
-    null = max(0, min(rank, d_out - d_in - first))  # so many of them lie in the left null space of W
+    null = max(0, min(rank, d_out - d_in - first))  # number of these vectors in the left null space of W
     parts = []
     if null:
         parts.append(_left_null_vectors(w, null, generator))
@@ -173,19 +174,19 @@ def _of_a_tall_layer(
 
 
 def _left_null_vectors(w: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
-    """Return n orthonormal vectors z (d_out, n) with z^T W = 0, from random ones by projecting out W's columns.
+    """Return n orthonormal vectors z (d_out, n) with z^T W = 0.
 
-    The projection z - W (W^T W)^-1 W^T z is repeated, so that a factor of round-off quality is enough.
+    Random vectors are projected repeatedly, z - W (W^T W)^-1 W^T z, so that a float32 factor of W^T W is enough.
     """
     z = torch.linalg.qr(_gaussian(len(w), n, w, generator)).Q
     w32 = w.float()
     inner = w32.T @ w32
     factor = _shifted_cholesky(inner, max(float(inner.diagonal().sum()), 1e-30) * torch.finfo(inner.dtype).eps)
     for _ in range(10):
-        seen = w.T @ z
-        if seen.norm() <= 1e-9 * w.norm():
+        residual = w.T @ z
+        if residual.norm() <= 1e-9 * w.norm():
             break
-        z = torch.linalg.qr(z - w @ torch.cholesky_solve(seen.float(), factor).double()).Q
+        z = torch.linalg.qr(z - w @ torch.cholesky_solve(residual.float(), factor).double()).Q
     return z
 
 

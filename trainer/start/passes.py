@@ -1,7 +1,8 @@
-"""Forward passes over the calibration batches, each from where the last one over its batch ended.
+"""Forward passes over the calibration batches; each pass continues where the last pass over its batch ended.
 
-The layers are calibrated group after group, from a model's first block to its last. Without this every group would cost
-a pass of its own; as in GPTQ, only the block in which a group ends is computed twice.
+Layers are calibrated in groups, from the first block of the model to the last. Whole passes would cost one forward pass
+per group. Here all groups together cost one forward pass, plus one block per group, because the block in which a group
+ends is computed twice (as in GPTQ).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,8 +21,9 @@ from trainer.data import Batch
 class Passes:
     """A model and its calibration batches.
 
-    Between two passes over a batch the output of one block stays in main memory: n_tokens x hidden values in the
-    model's dtype. A model whose blocks hand on more than their output is found out, and runs from its beginning.
+    Between two passes over a batch, the output of one block is kept in main memory: n_tokens x hidden_size values in
+    the model's dtype. If a block of the model depends on more than the output of the block before it, which is checked
+    at the start, every pass runs from the first block.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
@@ -29,38 +31,39 @@ class Passes:
         self._model = model
         self._blocks = _independent_blocks(model, batches[0])
         self._block_of = {layer: i for i, block in enumerate(self._blocks) for layer in block.modules()}
-        # FSDP2 gathers and frees weights around whole forward passes, which must not be cut short
+        # FSDP2 gathers and frees weights around whole forward passes, which must not end early.
         self._may_end_early = not any(isinstance(parameter, DTensor) for parameter in model.parameters())
-        self._kept: dict[int, tuple[int, Any]] = {}  # by batch: a block and what it returned
+        self._saved: dict[int, tuple[int, Any]] = {}  # batch number to (block number, output of the block)
 
     @torch.no_grad()
     def run(self, number: int, layers: Iterable[nn.Module]) -> None:
-        """Run batch `number` at least from before the first of `layers` to behind the last."""
-        places = [self._block_of.get(layer) for layer in layers]
-        inside = [place for place in places if place is not None]
-        first, last = (min(inside), max(inside)) if len(inside) == len(places) else (0, len(self._blocks))
-        done, output = self._kept.get(number, (-1, None))
-        if done >= first:
-            done = -1
+        """Run batch `number` through at least the blocks from the first of `layers` to the last."""
+        blocks = [self._block_of.get(layer) for layer in layers]
+        known = [block for block in blocks if block is not None]
+        # A layer outside the blocks, such as the head, needs the whole pass.
+        first, last = (min(known), max(known)) if len(known) == len(blocks) else (0, len(self._blocks))
+        saved, output = self._saved.get(number, (-1, None))
+        if saved >= first:  # the saved output comes after the first layer
+            saved = -1
 
-        def keep(_block: nn.Module, _inputs: Any, output: Any) -> None:
-            self._kept[number] = last - 1, send_to_device(output, "cpu")
+        def save_output(_block: nn.Module, _inputs: Any, output: Any) -> None:
+            self._saved[number] = last - 1, send_to_device(output, "cpu")
 
-        def end(*_: Any) -> None:
-            raise _AllSeen
+        def end_pass(*_: Any) -> None:
+            raise _PassEnded
 
         with ExitStack() as undo:
-            undo.enter_context(_returning(self._blocks[: done + 1], output))
-            if done < last - 1 < len(self._blocks) - 1:
-                undo.callback(self._blocks[last - 1].register_forward_hook(keep).remove)
+            undo.enter_context(_fixed_output(self._blocks[: saved + 1], output))
+            if saved < last - 1 < len(self._blocks) - 1:
+                undo.callback(self._blocks[last - 1].register_forward_hook(save_output).remove)
             if last < len(self._blocks) and self._may_end_early:
-                undo.callback(self._blocks[last].register_forward_hook(end).remove)
-                undo.enter_context(suppress(_AllSeen))
+                undo.callback(self._blocks[last].register_forward_hook(end_pass).remove)
+                undo.enter_context(suppress(_PassEnded))
             self._model(**_inputs(self.batches[number]))
 
 
-class _AllSeen(Exception):
-    """Ends a forward pass."""
+class _PassEnded(Exception):
+    """Ends a forward pass after the last block that is needed."""
 
 
 def _inputs(batch: Batch) -> Batch:
@@ -68,10 +71,10 @@ def _inputs(batch: Batch) -> Batch:
 
 
 @contextmanager
-def _returning(blocks: Sequence[nn.Module], output: Any) -> Iterator[None]:
-    """Let `blocks` compute nothing and return `output`; a model's own loop over them stays as it is."""
+def _fixed_output(blocks: Sequence[nn.Module], output: Any) -> Iterator[None]:
+    """Let `blocks` return `output` without computing; the model's loop over its blocks is unchanged."""
     output = send_to_device(output, PartialState().device)
-    before = [vars(block).get("forward") for block in blocks]  # an instance may have one of its own
+    before = [vars(block).get("forward") for block in blocks]  # an instance may override the method of its class
     for block in blocks:
         block.forward = lambda *_args, **_kwargs: output
     try:
@@ -85,9 +88,9 @@ def _returning(blocks: Sequence[nn.Module], output: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def _independent_blocks(model: nn.Module, batch: Batch) -> Sequence[nn.Module]:
-    """Return the model's blocks in the order in which they run; none where one needs more than the last one's output.
+    """Return the model's blocks in execution order, or none if a block needs more than the output of the one before.
 
-    Tried out on two tokens: the last block must return the same when all before it are left out.
+    This is tested on two tokens: the last block must return the same when all blocks before it are skipped.
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     blocks = list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=()))
@@ -95,12 +98,12 @@ def _independent_blocks(model: nn.Module, batch: Batch) -> Sequence[nn.Module]:
         return []
     returned: list[tuple[int, Any]] = []
 
-    def note(number: int, output: Any) -> None:
+    def record(number: int, output: Any) -> None:
         returned.append((number, output))
 
     short = {key: value[:1, :2] for key, value in _inputs(batch).items()}
     handles = [
-        block.register_forward_hook(lambda _block, _inputs, output, number=i: note(number, output))
+        block.register_forward_hook(lambda _block, _inputs, output, number=i: record(number, output))
         for i, block in enumerate(blocks)
     ]
     try:
@@ -108,9 +111,9 @@ def _independent_blocks(model: nn.Module, batch: Batch) -> Sequence[nn.Module]:
         if [number for number, _ in returned] != list(range(len(blocks))):
             return []
         outputs = [output for _, output in returned]
-        with _returning(blocks[:-1], outputs[-2] if len(blocks) > 1 else None):
+        with _fixed_output(blocks[:-1], outputs[-2] if len(blocks) > 1 else None):
             model(**short)
-    except Exception:  # whatever a model of another kind says when its blocks are left out
+    except Exception:  # models of other architectures may raise anything when blocks are skipped
         return []
     finally:
         for handle in handles:
