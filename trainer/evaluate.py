@@ -122,8 +122,8 @@ def language_loss(model: torch.nn.Module, text: Sequence[Batch]) -> float:
 def answers_match(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Return (rows,) bool: whether the greedy answer of a row equals its labels.
 
-    It does if and only if every label is the likeliest token after the labels before it. So one forward pass is enough,
-    without generation.
+    The two are equal if and only if every label is the likeliest token after the labels before it. So one forward pass
+    is enough, without generation.
     """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     labels = batch["labels"][:, 1:]

@@ -87,7 +87,7 @@ def show(found: Plan, config: TrainConfig, console: Console) -> None:
         "trainable parameters": f"{found.trainable:,}",
         "converted rank": "none: full fine-tuning" if found.converted_rank is None else str(found.converted_rank),
         "steps": f"{config.steps} of {config.batch_size} rows: {found.epochs:.1f} epochs",
-        "calibration": f"{found.calibration_tokens:,} tokens, layers in {found.calibration_groups} groups",
+        "calibration": f"{found.calibration_tokens:,} tokens; groups of layers: {found.calibration_groups}",
         "memory (estimate)": f"{_size(memory)}: base {_size(found.base_memory)}, adapter and optimizer "
         f"{_size(found.adapter_memory)}, and the larger of Gram matrices {_size(found.calibration_memory)} "
         f"and activations {_size(found.activation_memory)}",

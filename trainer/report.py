@@ -72,7 +72,7 @@ class Run:
         }
 
     def warnings(self) -> list[str]:
-        """Return one line for each fault of the subspaces: too few tokens, or a null space."""
+        """Return one line about layers with too few calibration tokens, and one about layers with A0 = 0, if any."""
         found = self.start.spectra.values()
         tall = [s for s in found if s.null_directions >= s.rank and s.n_tokens >= s.dimension]
         few = [s for s in found if s.n_tokens < s.dimension]

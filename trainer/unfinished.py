@@ -69,26 +69,26 @@ def create(out: Path, identity: Json, initialisation: Initialisation) -> list[Pa
             tensors |= {f"{name}.A0": start.a0.contiguous(), f"{name}.B0": start.b0.contiguous()}
         tensors |= {f"{name}.eigenvalues": values for name, values in initialisation.eigenvalues.items()}
         save_file(tensors, partial / "start.safetensors")
-        facts = {
+        record = {
             "identity": identity,
             "spectra": {name: found.as_json() for name, found in initialisation.spectra.items()},
             "convergence": [asdict(estimate) for estimate in initialisation.convergence],
         }
-        (partial / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+        (partial / "run.json").write_text(json.dumps(record), encoding="utf-8")
     return created
 
 
 def load(out: Path) -> Initialisation:
     """Return the initialisation that `create` wrote."""
     folder = folder_of(out)
-    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     tensors = load_file(folder / "start.safetensors")
     names = [key.removesuffix(".A0") for key in tensors if key.endswith(".A0")]
     return Initialisation(
         {name: Start(tensors[f"{name}.A0"], tensors[f"{name}.B0"]) for name in names},
-        {name: Spectrum(**found) for name, found in facts["spectra"].items()},
+        {name: Spectrum(**found) for name, found in record["spectra"].items()},
         {key.removesuffix(".eigenvalues"): t for key, t in tensors.items() if key.endswith(".eigenvalues")},
-        [Estimate(**estimate) for estimate in facts["convergence"]],
+        [Estimate(**estimate) for estimate in record["convergence"]],
     )
 
 

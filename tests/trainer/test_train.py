@@ -161,7 +161,7 @@ def test_bad_input_gives_one_line_and_status_2_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_faults_of_the_subspaces_give_warnings(tiny_base, jsonl, rows, tmp_path, capsys) -> None:
+def test_too_few_tokens_and_null_spaces_give_warnings(tiny_base, jsonl, rows, tmp_path, capsys) -> None:
     assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", "calibration_rows=1") == 0
     warnings = capsys.readouterr().err
     assert "14 of 14 layers have fewer calibration tokens (" in warnings
