@@ -148,7 +148,7 @@ def _changes(layers: Sequence[Layer]) -> Section:
         }
         if any(series.values()):
             pictures.append(figures.by_block(name, axis, series, log=True))
-    text = "Frobenius norms; delta W = s (B A - B0 A0). Layers with A0 = 0 or B0 = 0 have no relative change of it."
+    text = "Frobenius norms; delta W = s (B A - B0 A0). An A0 or B0 of zero has no relative change and is not drawn."
     return Section(title, text, pictures)
 
 
