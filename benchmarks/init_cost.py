@@ -3,7 +3,7 @@
     python -m benchmarks.init_cost --out FILE.json [--quick] [--models llama-3-8b qwen3-8b] [--rivals keep_everything]
     python -m benchmarks.init_cost --redraw FILE.json
 
-`ours` is `trainer.initialise` with its defaults, rank 16, but without the recorded spectra, which no rival has;
+`ours` is `trainer.start.initialise` with its defaults, rank 16, but without the recorded spectra, which no rival has;
 `ours_with_spectra` records them. `keep_everything` is the plain form: all output Gram matrices at once in float32, a
 full eigendecomposition of each, A0 = Q^T W. `corda` and `eva` are PEFT's. `eigensolver` is the tail of q_proj's Gram
 matrix alone, against `torch.linalg.eigh` on the same matrix.
@@ -35,8 +35,8 @@ from rich.table import Table
 
 from benchmarks import report
 from benchmarks.initialisers import EVA_PASSES, GIB, MODELS, RANK, SEED, Shape, in_a_process
-from trainer.calibration import layer_groups
 from trainer.config import TrainConfig
+from trainer.start.calibration import layer_groups
 
 REPEATS = {"ours": 3, "ours_with_spectra": 3, "keep_everything": 1, "corda": 1, "eva": 2, "eigensolver": 3}
 MEMORY_GIB = (1, 2, 4, 8, 16, 32)  # of Gram matrices: more makes fewer groups of layers

@@ -28,12 +28,12 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from benchmarks import peak_memory
 from trainer.adapter import target_layers
-from trainer.calibration import gram_matrices
 from trainer.config import TrainConfig
 from trainer.data import Batch
-from trainer.eigenspace import subspace
-from trainer.initialise import initialise
-from trainer.passes import Passes
+from trainer.start.calibration import gram_matrices
+from trainer.start.eigenspace import subspace
+from trainer.start.initialise import initialise
+from trainer.start.passes import Passes
 
 SEED, RANK, BATCHES, GIB = 0, 16, 8, 2**30
 EVA_PASSES = 10  # vectors of nearly the same eigenvalue can keep EVA from converging for ever: then it is stopped here

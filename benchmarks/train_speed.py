@@ -41,7 +41,7 @@ from benchmarks import peak_memory, report
 from trainer.adapter import ADAPTER, ExactStart, attach, target_layers
 from trainer.config import TrainConfig
 from trainer.embedded import pretrain
-from trainer.methods import astra_start
+from trainer.start.methods import astra_start
 
 RANK, SEED, TURNS, STEPS = 16, 0, 7, 2
 TARGETS = {"steps_ratio": 0.95, "memory_ratio": 1.05}

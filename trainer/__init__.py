@@ -1,1 +1,1 @@
-"""Train an Astra adapter: calibrate, find each layer's tail eigenvectors, start there, train (arXiv 2602.19111)."""
+"""Training of Astra adapters: calibration, subspaces, initialisation, optimisation (Liu et al., arXiv 2602.19111)."""

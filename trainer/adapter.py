@@ -1,12 +1,14 @@
-"""The trainable adapter on a PEFT model: A0 and B0 beside the base, and a start that changes nothing at all.
+"""The trainable adapter on a PEFT model.
 
-PEFT's `lora_A` and `lora_B` of each target layer hold the trained *moves* dA and dB, both zero at the start; the frozen
-pair A0, B0 lies in PEFT's hook into the layer's forward pass. It adds
+For a target layer with weight W (d_out, d_in) the adapter is A = A0 + dA (r, d_in) and B = B0 + dB (d_out, r). PEFT's
+`lora_A` and `lora_B` hold the trained updates dA and dB, both zero at the start of training. The frozen pair A0, B0 is
+held by `ExactStart`, a hook of PEFT into the layer's forward pass. The hook adds
 
-    s (B A - B0 A0) x  =  s (dB A x + B0 dA x)       with A = A0 + dA, B = B0 + dB
+    s (B A - B0 A0) x  =  s (dB A x + B0 dA x)        s: scaling
 
-the cancellation-free form of the converter. With dA = dB = 0 it adds exact zeros, so the first output is the base's bit
-for bit; and W is never touched, so one base serves every task, quantised ones too.
+The right-hand side, which the converter uses too, does not cancel in low precision. At dA = dB = 0 it is exactly zero:
+the output before the first step equals the base's bit for bit. W is never changed, so quantised bases work and one base
+serves all tasks.
 """
 
 from collections.abc import Mapping
@@ -29,27 +31,23 @@ from trainer.errors import TargetError
 
 ADAPTER = "default"
 _TASK_TYPES = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
-_HEADS = (
-    "score",
-    "classifier",
-    "pre_classifier",
-    "pooler",
-    "head",
-)  # of classifiers: a language model has none, so trained whole
+# Module names of classification heads. A language model has no weights for them, so they are trained in full.
+_HEADS = ("score", "classifier", "pre_classifier", "pooler", "head")
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where one layer's adapter starts, float32."""
+    """The initial values A0 and B0 of one layer's adapter, float32."""
 
     a0: torch.Tensor  # (r, d_in)
     b0: torch.Tensor  # (d_out, r)
 
 
-class _Change(torch.autograd.Function):
-    """s (dB A x + B0 dA x) with as many passes over x and over the gradient as plain LoRA makes.
+class _AdapterOutput(torch.autograd.Function):
+    """s (dB A x + B0 dA x) with a backward pass written by hand.
 
-    By itself autograd would keep a float32 copy of x and pass over x twice.
+    It reads x and the output gradient as often as plain LoRA does. Autograd would store a float32 copy of x and read x
+    twice.
     """
 
     @staticmethod
@@ -62,7 +60,7 @@ class _Change(torch.autograd.Function):
         b0: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """Return (..., d_out) for x (..., d_in), in the dtype of the adapter."""
+        """Return (..., d_out) for x (..., d_in), in the adapter's dtype."""
         a0_x, d_a_x = F.linear(x.to(d_a.dtype), torch.cat([a0, d_a])).chunk(2, dim=-1)
         inner = torch.cat([a0_x + d_a_x, d_a_x], dim=-1)  # A x and dA x, (..., 2r)
         ctx.save_for_backward(x, inner, d_a, d_b, a0, b0)
@@ -71,24 +69,24 @@ class _Change(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients of x, dA and dB from that of the change, (..., d_out)."""
+        """Return the gradients of x, dA and dB, given the gradient of the output (..., d_out)."""
         (gradient,) = gradients
         x, inner, d_a, d_b, a0, b0 = ctx.saved_tensors
         rank = len(d_a)
         through_b, through_b0 = F.linear(gradient, ctx.scaling * torch.cat([d_b, b0], dim=1).T).chunk(2, dim=-1)
-        of_d_a_x = through_b + through_b0
-        of_x = of_d_a = of_d_b = None
+        grad_d_a_x = through_b + through_b0
+        grad_x = grad_d_a = grad_d_b = None
         if ctx.needs_input_grad[0]:
-            of_x = (torch.cat([through_b, of_d_a_x], dim=-1) @ torch.cat([a0, d_a])).to(x.dtype)
+            grad_x = (torch.cat([through_b, grad_d_a_x], dim=-1) @ torch.cat([a0, d_a])).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            of_d_a = of_d_a_x.flatten(0, -2).T @ x.to(d_a.dtype).flatten(0, -2)
+            grad_d_a = grad_d_a_x.flatten(0, -2).T @ x.to(d_a.dtype).flatten(0, -2)
         if ctx.needs_input_grad[2]:
-            of_d_b = ctx.scaling * gradient.flatten(0, -2).T @ inner[..., :rank].flatten(0, -2)
-        return of_x, of_d_a, of_d_b, None, None, None
+            grad_d_b = ctx.scaling * gradient.flatten(0, -2).T @ inner[..., :rank].flatten(0, -2)
+        return grad_x, grad_d_a, grad_d_b, None, None, None
 
 
 class ExactStart(LoraVariant):
-    """PEFT's hook into a LoRA layer's forward pass; it holds A0 (r, d_in) and B0 (d_out, r) of that layer."""
+    """PEFT's hook into the forward pass of one LoRA layer; it holds the layer's A0 (r, d_in) and B0 (d_out, r)."""
 
     def __init__(self, start: Start, device: torch.device) -> None:
         self.a0, self.b0 = start.a0.to(device), start.b0.to(device)
@@ -98,35 +96,38 @@ class ExactStart(LoraVariant):
     ) -> torch.Tensor:
         """Return result (..., d_out) + s (B A - B0 A0) x for x (..., d_in)."""
         d_a, d_b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
-        change: torch.Tensor = _Change.apply(x, d_a, d_b, self.a0, self.b0, module.scaling[active_adapter])
-        return result + change
+        added: torch.Tensor = _AdapterOutput.apply(x, d_a, d_b, self.a0, self.b0, module.scaling[active_adapter])
+        return result + added
 
 
 def target_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.Linear]:
-    """Return the linear layers to adapt, by name. Raises TargetError."""
+    """Return the linear layers to adapt, by module name, without the output head and classification heads.
+
+    `config.target_modules` matches whole names and ends of names. Raises TargetError.
+    """
     head = model.get_output_embeddings()
     linear = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head and not {*_HEADS} & {*name.split(".")}
     }
-    wanted = config.target_modules
-    if wanted == "all-linear":
+    targets = config.target_modules
+    if targets == "all-linear":
         found = linear
     else:
-        found = {n: m for n, m in linear.items() if any(n == w or n.endswith(f".{w}") for w in wanted)}
-        for name in wanted:
+        found = {n: m for n, m in linear.items() if any(n == t or n.endswith(f".{t}") for t in targets)}
+        for name in targets:
             if not any(n == name or n.endswith(f".{name}") for n in linear):
-                there = ", ".join(sorted({n.rpartition(".")[2] for n in linear}))
-                raise TargetError(f"target_modules: no linear layer is named {name!r}; there are: {there}")
+                available = ", ".join(sorted({n.rpartition(".")[2] for n in linear}))
+                raise TargetError(f"target_modules: no linear layer is named {name!r}; available: {available}")
     if not found:
-        raise TargetError(f"no linear layer to adapt was found in {type(model).__name__}")
+        raise TargetError(f"{type(model).__name__} has no linear layer to adapt")
     return found
 
 
 @torch.no_grad()
 def whole_weight(layer: nn.Linear) -> torch.Tensor:
-    """Return W (d_out, d_in) of a layer in a floating-point dtype, gathered from shards or dequantised."""
+    """Return W (d_out, d_in) of a layer in a floating-point dtype: gathered from its shards, or dequantised."""
     weight = layer.weight
     if isinstance(weight, DTensor):
         gathered: torch.Tensor = weight.full_tensor()
@@ -134,7 +135,7 @@ def whole_weight(layer: nn.Linear) -> torch.Tensor:
     if weight.is_floating_point() and not hasattr(layer, "W_q"):
         return weight.detach()
     state = getattr(layer, "state", None)
-    if state is not None:  # bitsandbytes' 8 bits: PEFT's way moves the weight and loses its scales on a CPU
+    if state is not None:  # bitsandbytes int8: on a CPU, PEFT's dequantisation moves the weight and loses its scales
         scales: Any = getattr(weight, "SCB", None) if state.SCB is None else state.SCB
         rescaled: torch.Tensor = weight.detach().float() * scales[:, None] / 127
         return rescaled
@@ -143,15 +144,15 @@ def whole_weight(layer: nn.Linear) -> torch.Tensor:
 
 
 def peft_config(config: TrainConfig, base: str, ranks: Mapping[str, int]) -> LoraConfig:
-    """Return PEFT's description of an adapter with `ranks` by layer; its scaling is one for all layers."""
-    wanted = config.target_modules
-    odd = {name: rank for name, rank in ranks.items() if rank != config.rank}
+    """Return PEFT's config of an adapter with the given rank of each layer and one scaling for all layers."""
+    targets = config.target_modules
+    other_ranks = {name: rank for name, rank in ranks.items() if rank != config.rank}
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.scaling * config.rank,
-        rank_pattern=odd,
-        alpha_pattern={name: config.scaling * rank for name, rank in odd.items()},
-        target_modules=sorted({name.rpartition(".")[2] for name in ranks}) if wanted == "all-linear" else wanted,
+        rank_pattern=other_ranks,
+        alpha_pattern={name: config.scaling * rank for name, rank in other_ranks.items()},
+        target_modules=sorted({name.rpartition(".")[2] for name in ranks}) if targets == "all-linear" else targets,
         init_lora_weights=False,
         task_type=_TASK_TYPES[config.task],
         modules_to_save=list(_HEADS) if config.task == "classification" else None,
@@ -160,7 +161,7 @@ def peft_config(config: TrainConfig, base: str, ranks: Mapping[str, int]) -> Lor
 
 
 def attach(model: PreTrainedModel, starts: Mapping[str, Start], config: TrainConfig) -> PeftModel:
-    """Put the adapter on the layers named in `starts`, each with its A0 and B0."""
+    """Return `model`, wrapped by PEFT in place, with an adapter on each layer named in `starts`."""
     ranks = {name: len(start.a0) for name, start in starts.items()}
     peft_model = get_peft_model(model, peft_config(config, model.name_or_path, ranks), adapter_name=ADAPTER)
     for name, start in starts.items():
@@ -168,7 +169,7 @@ def attach(model: PreTrainedModel, starts: Mapping[str, Start], config: TrainCon
         assert isinstance(layer, LoraLayer)
         a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         layer.lora_variant[ADAPTER] = ExactStart(start, a.device)
-        layer.cast_input_dtype_enabled = False  # PEFT would keep a float32 copy of every input for the backward pass
+        layer.cast_input_dtype_enabled = False  # otherwise PEFT keeps a float32 copy of each input for backward
         nn.init.zeros_(a)
         nn.init.zeros_(b)
         b.requires_grad_(config.train_b and config.method != "mica")  # MiCA trains A alone
@@ -177,7 +178,7 @@ def attach(model: PreTrainedModel, starts: Mapping[str, Start], config: TrainCon
 
 @torch.no_grad()
 def adapter_layers(model: PeftModel) -> dict[str, AstraLayer]:
-    """Return A, B, A0 and B0 of every adapted layer, by the layer's name in the base."""
+    """Return A, B, A0 and B0 of each adapted layer, by the layer's name in the base."""
     layers = {}
     for name, layer in adapted_modules(model).items():
         exact = layer.lora_variant[ADAPTER]
@@ -187,12 +188,12 @@ def adapter_layers(model: PeftModel) -> dict[str, AstraLayer]:
 
 
 def adapted_modules(model: PeftModel) -> dict[str, LoraLayer]:
-    """Return the adapted layers by their names in the base."""
+    """Return the adapted layers, by their names in the base."""
     return {name: layer for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)}
 
 
 def trained_head(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Return the parameters of a classifier's head, which is trained whole, by their names in the base."""
+    """Return the parameters of a classifier's head, which is trained in full, by their names in the base."""
     return {
         name.replace(f"modules_to_save.{ADAPTER}.", ""): parameter.detach()
         for name, parameter in model.get_base_model().named_parameters()

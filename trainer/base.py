@@ -1,4 +1,4 @@
-"""The frozen base and its tokenizer, in memory: quantised, or sharded over the processes, where that was asked for."""
+"""Loading of the frozen base model and its tokenizer; the base is quantised or sharded where the config says so."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,28 +40,29 @@ def load_tokenizer(folder: Path, config: TrainConfig) -> PreTrainedTokenizerBase
     except (OSError, ValueError) as error:
         raise BaseNotFound(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
     if config.task == "causal_lm" and tokenizer.eos_token_id is None:
-        raise BaseNotFound(f"the tokenizer in {folder} has no end-of-sequence token: set eos_token")
+        raise BaseNotFound(f"the tokenizer in {folder} has no end-of-sequence token: set eos_token in its config")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise BaseNotFound(f"the tokenizer in {folder} has no padding token: set pad_token")
+            raise BaseNotFound(f"the tokenizer in {folder} has no padding token: set pad_token in its config")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_base(
-    folder: Path, config: TrainConfig, labels: Sequence[str] = (), *, kind: str | None = None
+    folder: Path, config: TrainConfig, labels: Sequence[str] = (), *, head_type: str | None = None
 ) -> PreTrainedModel:
-    """Return the base, frozen, in eval mode, on this process's device; a classifier has a new head for `labels`.
+    """Return the base, frozen, in eval mode, on this process's device.
 
-    `kind` is the task of its head, by default the config's. Raises BaseNotFound.
+    `head_type` is "causal_lm", "masked_lm" or "classification"; by default `config.task`. A classifier gets a new head
+    for `labels`. Raises BaseNotFound.
     """
     logging.disable_progress_bar()
     state = PartialState()
-    # A model that is trained itself needs more than bfloat16's eight bits for its small steps.
+    # Full fine-tuning updates these weights: small steps need more than bfloat16's eight bits.
     dtype = "float32" if config.method == "full" and config.dtype == "auto" else config.dtype
     try:
-        model = _MODELS[kind or config.task].from_pretrained(
-            folder, dtype=dtype, quantization_config=_quantization(config), **_head(labels)
+        model = _MODELS[head_type or config.task].from_pretrained(
+            folder, dtype=dtype, quantization_config=_quantization(config), **_label_settings(labels)
         )
     except (OSError, ValueError, SafetensorError, ImportError) as error:
         raise BaseNotFound(f"base model in {folder} cannot be loaded: {first_line(error)}") from error
@@ -77,39 +78,41 @@ def load_base(
 def language_model(
     folder: Path, config: TrainConfig, backbone: PreTrainedModel | None = None
 ) -> PreTrainedModel | None:
-    """Return the causal or masked LM that a classifier was made from, with the classifier's `backbone` if given.
+    """Return the causal or masked language model in `folder`; None if the base was saved without a language head.
 
-    None where the base was saved without a language head: no loss could tell what it forgot.
+    With `backbone`, the trained backbone of a classifier, the model has that backbone instead of its own: its loss then
+    measures what the classifier forgot.
     """
     architectures = AutoConfig.from_pretrained(folder).architectures or []
-    kinds = [kind for end, kind in _LANGUAGE_HEADS.items() if any(name.endswith(end) for name in architectures)]
-    if not kinds:
+    head_types = [head for end, head in _LANGUAGE_HEADS.items() if any(name.endswith(end) for name in architectures)]
+    if not head_types:
         return None
-    model = load_base(folder, config, kind=kinds[0])
+    model = load_base(folder, config, head_type=head_types[0])
     if backbone is not None:
         setattr(model, model.base_model_prefix, backbone)
     return model
 
 
 def base_without_weights(folder: Path, config: TrainConfig, labels: Sequence[str] = ()) -> PreTrainedModel:
-    """Return the base's modules on the meta device: shapes and names, no bytes. Raises BaseNotFound."""
+    """Return the base's modules on the meta device: names and shapes without data. Raises BaseNotFound."""
     try:
-        settings = AutoConfig.from_pretrained(folder, **_head(labels))
+        settings = AutoConfig.from_pretrained(folder, **_label_settings(labels))
         with torch.device("meta"):
             model: PreTrainedModel = _MODELS[config.task].from_config(settings)
     except (OSError, ValueError) as error:
-        raise BaseNotFound(f"base model in {folder} cannot be understood: {first_line(error)}") from error
+        raise BaseNotFound(f"the config of the base model in {folder} cannot be used: {first_line(error)}") from error
     return model
 
 
 def _shard(model: PreTrainedModel) -> None:
-    """Split every block, and then the rest, over the processes (FSDP2): a block is whole only while it computes."""
+    """Shard each block and then the rest over the processes (FSDP2): a block is gathered only while it computes."""
     state = PartialState()
     mesh = init_device_mesh(state.device.type, (state.num_processes,))
     for module in model.modules():
         if type(module).__name__ in (model._no_split_modules or ()):
             fully_shard(module, mesh=mesh)
-    # By default the root stays whole after a forward pass until a state dict, which one process takes, splits it.
+    # By default the root stays gathered after a forward pass until a state dict is taken. Only the main process takes
+    # one, for a checkpoint: the processes would then disagree.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
@@ -121,7 +124,7 @@ def _quantization(config: TrainConfig) -> BitsAndBytesConfig | None:
     return None
 
 
-def _head(labels: Sequence[str]) -> dict[str, Any]:
+def _label_settings(labels: Sequence[str]) -> dict[str, Any]:
     if not labels:
         return {}
     return {

@@ -1,4 +1,8 @@
-"""`astra-train --base BASE --data DATA --out DIR`: train one adapter. `astra-train analyze DIR`: look at it."""
+"""The command line of the trainer.
+
+astra-train --base BASE --data DATA --out DIR    train one adapter
+astra-train analyze DIR                          write an HTML report about a finished run
+"""
 
 import argparse
 import atexit
@@ -17,28 +21,28 @@ from converter.adapter_dir import AdapterError
 from trainer.config import TrainConfig, describe, load_config
 from trainer.errors import ConfigError, Interrupted, TrainerError
 
-# accelerate launch starts several processes, and one of them speaks
+# Under accelerate launch only the first process prints.
 _MAIN_PROCESS = os.environ.get("RANK", "0") == "0"
-_SEVERAL = os.environ.get("WORLD_SIZE", "1") != "1"
+_MULTI_PROCESS = os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `astra-train` and return its exit status; of several processes each ends with it.
+    """Run `astra-train` and return its exit status; under accelerate launch, end the process with that status.
 
-    0; 2 with one line on stderr for bad input; 130 when it was interrupted.
+    0: success. 2: bad input, with one line on stderr. 130: interrupted.
     """
     status = _run(sys.argv[1:] if argv is None else argv)
-    if _SEVERAL:
-        _leave(status)
+    if _MULTI_PROCESS:
+        _exit_without_finalising(status)
     return status
 
 
-def _leave(status: int) -> NoReturn:
-    """End the process with what others want done at its end, but without taking Python apart.
+def _exit_without_finalising(status: int) -> NoReturn:
+    """End the process after its threads and exit handlers, but without Python's finalisation.
 
-    A thread of gloo may hold the tensors of the last collective still; when it lets go of them in a Python that is
-    being taken apart, the process aborts. Ending the process group waits for those threads only where nothing else
-    refers to it, and what DTensor remembers of a sharded base does.
+    A gloo thread may still hold tensors of the last collective. If it frees them during finalisation, the process
+    aborts. Destroying the process group waits for such threads only when nothing else refers to the group, and DTensor
+    keeps a reference for a sharded base.
     """
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads as Python does
     atexit._run_exitfuncs()
@@ -55,7 +59,7 @@ def _run(argv: list[str]) -> int:
             print(f"astra-train: {error}", file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 2
     except KeyboardInterrupt:
-        print("astra-train: interrupted before the first checkpoint; nothing was written", file=sys.stderr)
+        print("astra-train: interrupted; no adapter was written", file=sys.stderr)
         return 130
 
 
@@ -64,7 +68,7 @@ def _train(argv: list[str]) -> int:
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].partition("=")[0], parser._option_string_actions, n=1, cutoff=0)[0]
-        raise ConfigError(f"unknown option {unknown[0]!r}: the nearest one is {near!r}")
+        raise ConfigError(f"unknown option {unknown[0]!r}: the nearest name is {near!r}")
     flags = [f"{key}={value}" for key in TrainConfig.model_fields if (value := getattr(args, key)) is not None]
     config = load_config(args.config, [*args.set, *flags])
     if args.dry_run:
@@ -72,15 +76,15 @@ def _train(argv: list[str]) -> int:
 
         show(plan(args.base, args.data, config), config, Console())
         return 0
-    from trainer.train import train  # after the cheap checks: it imports transformers
+    from trainer.train import train  # imports transformers: only after the cheap checks
 
     run = train(args.base, args.data, args.out, config, _progress(), resume=args.resume)
     if _MAIN_PROCESS:
         for line in run.warnings():
             print(f"astra-train: {line}", file=sys.stderr)
         curve = run.result.curve
-        what = "full fine-tuning" if config.method == "full" else f"{config.method} of rank {config.rank}"
-        print(f"{args.out}: {what}, loss {curve[0].loss:.3f} -> {curve[-1].loss:.3f}")
+        method = "full fine-tuning" if config.method == "full" else f"{config.method} of rank {config.rank}"
+        print(f"{args.out}: {method}, loss {curve[0].loss:.3f} -> {curve[-1].loss:.3f}")
         if run.forgetting:
             print(f"forgetting: {run.forgetting.change:+.3f} nats per token on text {run.forgetting.text}")
     return 0
@@ -88,10 +92,10 @@ def _train(argv: list[str]) -> int:
 
 def _analyze(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="astra-train analyze", description="Write one self-contained HTML report about a trained adapter."
+        prog="astra-train analyze", description="Write a self-contained HTML report about a finished run."
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder written by astra-train")
-    parser.add_argument("--out", type=Path, help="the report's file (default: DIR/report.html)")
+    parser.add_argument("--out", type=Path, help="file of the report (default: DIR/report.html)")
     args = parser.parse_args(argv)
     from trainer.analysis.page import analyze
 
@@ -117,27 +121,27 @@ def _train_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         usage="astra-train --base BASE --data DATA --out DIR [--KEY VALUE ...]\n       astra-train analyze DIR",
         description="Train an adapter for one task on a frozen base model.",
-        epilog="On several processes: accelerate launch --multi_gpu --num_processes N -m trainer.cli ...",
+        epilog="With several processes: accelerate launch --multi_gpu --num_processes N -m trainer.cli ...",
     )
     parser.add_argument("--base", required=True, help="a model folder, or a hub id such as Qwen/Qwen3-0.6B")
     parser.add_argument(
         "--data",
         required=True,
-        help='a json, jsonl, parquet or csv file, or a hub data set; rows of {"prompt","completion"}, {"messages"}, '
-        '{"text"}, or {"text","label"} for task=classification',
+        help='a json, jsonl, parquet or csv file, or a hub data set; a row is {"prompt","completion"}, {"messages"} or '
+        '{"text"}; for task=classification {"text","label"}',
     )
     parser.add_argument("--out", required=True, type=Path, help="a new folder for the adapter")
-    parser.add_argument("--resume", action="store_true", help="go on with the unfinished run beside --out")
-    parser.add_argument("--dry-run", action="store_true", help="say what the run would need; load no weights")
-    parser.add_argument("--config", type=Path, help="YAML file of settings")
+    parser.add_argument("--resume", action="store_true", help="continue the unfinished run in OUT.unfinished")
+    parser.add_argument("--dry-run", action="store_true", help="print the size of the run; load no weights")
+    parser.add_argument("--config", type=Path, help="YAML file with settings")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; repeatable"
     )
     parser.add_argument("--version", action="version", version=version("astra-serve"))
-    settings = parser.add_argument_group("settings", "keys of --config and --set, and flags")
+    settings = parser.add_argument_group("settings", "each is a flag, a key of --config and a key of --set")
     for key, (text, choices) in describe().items():
-        meaning = f"{text}; one of {', '.join(choices)}" if choices else text
-        settings.add_argument(f"--{key.replace('_', '-')}", dest=key, metavar="VALUE", help=meaning.replace("%", "%%"))
+        help_text = (f"{text}; one of {', '.join(choices)}" if choices else text).replace("%", "%%")
+        settings.add_argument(f"--{key.replace('_', '-')}", dest=key, metavar="VALUE", help=help_text)
     return parser
 
 

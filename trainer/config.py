@@ -1,4 +1,4 @@
-"""Every setting of a training run: one definition with its default and its documentation."""
+"""The settings of a training run: name, type, default, description and rules of each, defined here only."""
 
 import difflib
 import re
@@ -18,139 +18,144 @@ Subspace = Literal["tail", "principal", "middle", "random"]
 
 
 class TrainConfig(BaseModel):
-    """Settings of one run; keys of `--config FILE.yaml` and of `--set key=value`, and flags of the command line."""
+    """Settings of one run: keys of `--config FILE.yaml`, keys of `--set key=value`, and flags of the command line.
+
+    Raises pydantic's ValidationError for an unknown key, an invalid value, or settings that exclude each other.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # the adapter
     method: Method = Field(
         "astra",
-        description="how the adapter starts: astra, or one of PEFT's to compare with; full trains the base itself",
+        description="initialisation of the adapter, or full: fine-tune the base itself",
     )
-    rank: int = Field(16, ge=1, description="rank r of the adapter; converted with a trained B it serves as 2r")
+    rank: int = Field(16, ge=1, description="rank r of the adapter; with a trained B the converted LoRA has rank 2r")
     alpha: float | None = Field(None, gt=0, description="scaling is alpha / rank; none means alpha = rank, scaling 1")
-    use_rslora: bool = Field(False, description="scaling is alpha / sqrt(rank) (rank-stabilised LoRA)")
-    subspace: Subspace = Field("tail", description="which eigenvectors of a layer's output activations start B")
-    train_b: bool = Field(True, description="false freezes B = Q: the strict subspace, and the LoRA keeps rank r")
+    use_rslora: bool = Field(False, description="use the scaling alpha / sqrt(rank) (rank-stabilised LoRA)")
+    subspace: Subspace = Field("tail", description="eigenvectors of a layer's output Gram matrix that initialise B")
+    train_b: bool = Field(True, description="train B; false keeps B = Q, and the converted LoRA has rank r")
     target_modules: list[str] | Literal["all-linear"] = Field(
         "all-linear",
-        description="names (or ends of names) of the layers to adapt; all-linear is every one but the head",
+        description="names, or ends of names, of the layers to adapt; all-linear is all but the output head",
     )
     rank_pattern: dict[str, int] = Field(
-        {}, description="ranks of the layers whose names match a regular expression, as {'q_proj|k_proj': 4}"
+        {}, description="ranks of the layers whose names match a regular expression, such as {'q_proj|k_proj': 4}"
     )
     rank_allocation: Literal["none", "effective_rank", "tail_energy"] = Field(
         "none",
-        description="share rank x layers among the layers: by the effective rank of their outputs, or so that the "
-        "subspaces hold the least energy; at most 4 x rank each",
+        description="distribute rank x layers over the layers: in proportion to the effective rank of their outputs, "
+        "or so that the subspaces hold the least energy; at most 4 x rank per layer",
     )
 
     # the data
-    task: Literal["causal_lm", "classification"] = Field("causal_lm", description="what is learned")
-    columns: dict[str, str] = Field({}, description="the data's names of our columns, as {prompt: question}")
-    split: str = Field("train", description="split of a data set from the hub")
-    max_length: int = Field(512, ge=2, description="tokens per row; longer rows lose their end")
-    packing: bool = Field(False, description="fill each row of max_length with several short ones (TRL's packing)")
-    eval_data: str | None = Field(None, description="held-out rows: a file or hub data set like --data")
-    eval_share: float = Field(0.0, ge=0, lt=1, description="instead: hold this share of --data out")
-    eval_steps: int | None = Field(None, ge=1, description="evaluate after so many steps; none means ten times a run")
+    task: Literal["causal_lm", "classification"] = Field("causal_lm", description="type of the model to train")
+    columns: dict[str, str] = Field(
+        {}, description="the data's column for a column of ours, such as {prompt: question}"
+    )
+    split: str = Field("train", description="split of a hub data set")
+    max_length: int = Field(512, ge=2, description="maximum tokens per row; longer rows are cut at the end")
+    packing: bool = Field(False, description="put several short rows into one row of max_length tokens (TRL's packing)")
+    eval_data: str | None = Field(None, description="held-out rows: a file or hub data set, as --data")
+    eval_share: float = Field(0.0, ge=0, lt=1, description="share of --data to hold out, instead of eval_data")
+    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; none means a tenth of the run")
     eval_metric: Literal["loss", "exact_match", "accuracy"] = Field(
-        "loss", description="which checkpoint is best; exact_match is of greedy answers, accuracy of a classifier's"
+        "loss", description="metric of the best checkpoint; exact_match is of greedy answers, accuracy of classes"
     )
-    patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a better one")
+    patience: int | None = Field(None, ge=1, description="stop after so many evaluations without improvement")
     forgetting_data: str | None = Field(
-        None, description="text on which forgetting is measured; none means text that the base itself writes"
+        None, description="text on which forgetting is measured; none means text that the base generates"
     )
-    forgetting_rows: int = Field(32, ge=0, description="rows of it, 128 tokens each; 0 measures no forgetting")
+    forgetting_rows: int = Field(32, ge=0, description="rows of that text, 128 tokens each; 0 measures no forgetting")
 
     # the optimisation
     learning_rate: float = Field(4e-3, gt=0, description="peak learning rate of AdamW")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled decay of A and B towards where they started")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled decay of A and B towards A0 and B0")
     warmup: float = Field(
-        0.05, ge=0, le=1, description="share of the steps with a rising learning rate, then cosine to 0"
+        0.05, ge=0, le=1, description="share of the steps in which the learning rate rises; a cosine to 0 follows"
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
-    batch_size: int = Field(16, ge=1, description="rows per step, over all processes")
-    gradient_accumulation: int = Field(1, ge=1, description="parts that a step's rows are computed in: less memory")
-    steps: int = Field(200, ge=1, description="optimizer steps; the rows are shuffled anew each time they run out")
+    max_grad_norm: float = Field(1.0, gt=0, description="global norm to which gradients are clipped")
+    batch_size: int = Field(16, ge=1, description="rows per optimizer step, over all processes")
+    gradient_accumulation: int = Field(1, ge=1, description="micro-batches per optimizer step; more need less memory")
+    steps: int = Field(200, ge=1, description="optimizer steps; the rows are shuffled again for each epoch")
 
     # the calibration
-    calibration_rows: int = Field(128, ge=1, description="training rows whose activations are measured before training")
-    calibration_answers_only: bool = Field(False, description="measure only at tokens that the loss looks at")
+    calibration_rows: int = Field(128, ge=1, description="training rows used for calibration")
+    calibration_answers_only: bool = Field(False, description="calibrate only on tokens that count in the loss")
     calibration_memory: ByteSize = Field(
-        ByteSize(2**31), description="what Gram matrices may hold at once, as 2GiB; less is slower"
+        ByteSize(2**31), description="memory for Gram matrices at one time, such as 2GiB; less is slower"
     )
     calibration_overlap: float = Field(
         0.99,
         gt=0,
         le=1,
-        description="stop early when, with twice the tokens, the mean squared cosine of the principal angles to the "
-        "last subspace is above this in every layer that has more than a null space; 1 reads all rows",
+        description="stop calibration when, after twice the tokens, the mean squared cosine of the principal angles "
+        "to the previous subspace is at least this in every layer, null spaces not counted; 1 uses all rows",
     )
     calibration_cache: str | None = Field(
-        None, description="folder for Gram matrices: another rank or subspace then costs no forward pass"
+        None, description="folder for Gram matrices: another rank or subspace then needs no forward pass"
     )
-    spectra: bool = Field(True, description="record all eigenvalues before and after training (for analyze)")
+    spectra: bool = Field(True, description="record all eigenvalues before and after training, for analyze")
 
     # the machine
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype of the frozen base; auto is the one it is stored in. The adapter is float32"
+        "auto", description="dtype of the frozen base; auto is the stored dtype. The adapter is always float32"
     )
     quantization: Literal["none", "int8", "nf4"] = Field(
         "none", description="load the base in 8 or 4 bits (needs bitsandbytes)"
     )
-    gradient_checkpointing: bool = Field(False, description="compute activations again instead of keeping them")
+    gradient_checkpointing: bool = Field(False, description="recompute activations instead of storing them")
     shard_base: bool = Field(
-        False, description="with several processes: each holds a part of the base (FSDP2); the adapter is whole"
+        False, description="shard the base over the processes (FSDP2); each process holds the whole adapter"
     )
-    save_steps: int = Field(50, ge=1, description="a checkpoint to go on from after so many steps")
+    save_steps: int = Field(50, ge=1, description="steps between checkpoints; with held-out rows it is eval_steps")
     report_to: list[str] = Field(
-        [], description="trackers by name: tensorboard (into runs/ beside the output), wandb, trackio, ..."
+        [], description="experiment trackers: tensorboard (writes to runs/ beside the output), wandb, trackio, ..."
     )
-    push_to_hub: str | None = Field(None, description="hub repository (org/name) for the finished folder")
-    seed: int = Field(0, ge=0, lt=2**32, description="two runs with the same seed on the same CPU are equal")
+    push_to_hub: str | None = Field(None, description="hub repository (org/name) that receives the finished folder")
+    seed: int = Field(0, ge=0, lt=2**32, description="random seed; the same seed on the same CPU gives the same bytes")
 
     @model_validator(mode="after")
     def _combinable(self) -> "TrainConfig":
-        """Refuse settings that exclude each other, with the reason."""
+        """Refuse settings that exclude each other; the message gives the reason."""
         lm, adapter = self.task == "causal_lm", self.method != "full"
         only_astra = self.subspace != "tail" or not self.train_b or self.rank_allocation != "none"
         evaluated = self.eval_data is not None or self.eval_share > 0
         rules = [
-            (self.method == "astra" or not only_astra, "subspace, train_b and rank_allocation belong to method=astra"),
-            (adapter or not self.rank_pattern, "method=full has no ranks: drop rank_pattern"),
+            (self.method == "astra" or not only_astra, "subspace, train_b and rank_allocation require method=astra"),
+            (adapter or not self.rank_pattern, "method=full has no ranks: remove rank_pattern"),
             (
                 not (self.rank_pattern and self.rank_allocation != "none"),
-                "rank_pattern and rank_allocation both set ranks",
+                "rank_pattern and rank_allocation both set ranks: use one of them",
             ),
-            (adapter or self.quantization == "none", "quantised weights cannot be trained: method=full needs none"),
+            (adapter or self.quantization == "none", "quantised weights cannot be trained: set quantization=none"),
             (
                 self.quantization == "none" or self.method not in ("corda", "lora_ga"),
-                f"{self.method} needs the base's full-precision weights: quantization=none",
+                f"{self.method} needs the base's full-precision weights: set quantization=none",
             ),
             (
                 not self.shard_base or self.method in ("astra", "lora", "rslora"),
-                f"PEFT starts {self.method} from whole weights: it cannot be combined with shard_base",
+                f"PEFT initialises {self.method} from unsharded weights: it cannot be combined with shard_base",
             ),
             (
                 not self.shard_base or self.quantization == "none",
-                "quantised weights cannot be sharded: shard_base or quantization",
+                "quantised weights cannot be sharded: use shard_base or quantization",
             ),
-            (not self.shard_base or lm, "a classifier's head is trained whole: shard_base is for task=causal_lm"),
+            (not self.shard_base or lm, "a classifier's head is trained in full: shard_base requires task=causal_lm"),
             (
                 lm or not (self.packing or self.calibration_answers_only),
-                "packing and calibration_answers_only are for task=causal_lm",
+                "packing and calibration_answers_only require task=causal_lm",
             ),
             (
                 lm or self.method not in ("eva", "lora_ga"),
-                f"PEFT's {self.method} is for language models: task=causal_lm",
+                f"PEFT's {self.method} supports language models only: set task=causal_lm",
             ),
-            (self.eval_metric != "exact_match" or lm, "exact_match is for task=causal_lm: choose loss or accuracy"),
+            (self.eval_metric != "exact_match" or lm, "exact_match requires task=causal_lm: choose loss or accuracy"),
             (
                 self.eval_metric != "accuracy" or not lm,
-                "accuracy is for task=classification: choose loss or exact_match",
+                "accuracy requires task=classification: choose loss or exact_match",
             ),
-            (self.eval_data is None or not self.eval_share, "give eval_data or eval_share, not both"),
+            (self.eval_data is None or not self.eval_share, "set eval_data or eval_share, not both"),
             (
                 evaluated or (self.patience is None and self.eval_metric == "loss"),
                 "patience and eval_metric need held-out rows: set eval_data or eval_share",
@@ -165,22 +170,22 @@ class TrainConfig(BaseModel):
                 raise ValueError(reason)
         for pattern, rank in self.rank_pattern.items():
             if rank < 1:
-                raise ValueError(f"rank_pattern {pattern!r}: a rank is at least 1")
+                raise ValueError(f"rank_pattern {pattern!r}: a rank must be at least 1")
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"rank_pattern {pattern!r} is no regular expression: {error}") from error
+                raise ValueError(f"rank_pattern {pattern!r} is not a regular expression: {error}") from error
         return self
 
     @property
     def scaling(self) -> float:
-        """Return s of delta W = s (B A - B0 A0): alpha / rank, or alpha / sqrt(rank); alpha is the rank by default."""
+        """Return s of delta W = s (B A - B0 A0): alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA."""
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (self.rank**0.5 if self.use_rslora or self.method == "rslora" else self.rank)
 
 
 def load_config(file: Path | None, overrides: list[str]) -> TrainConfig:
-    """Return the settings of a YAML `file`, changed by `overrides` ("key=value"). Raises ConfigError."""
+    """Return the settings of a YAML `file`; `overrides` ("key=value") replace them. Raises ConfigError."""
     settings: dict[str, Any] = {}
     if file is not None:
         try:
@@ -188,7 +193,7 @@ def load_config(file: Path | None, overrides: list[str]) -> TrainConfig:
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"config file {file} cannot be read: {first_line(error)}") from error
         if not isinstance(settings, dict):
-            raise ConfigError(f"config file {file} is not a list of `key: value` lines")
+            raise ConfigError(f"config file {file} must consist of `key: value` lines")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -197,7 +202,7 @@ def load_config(file: Path | None, overrides: list[str]) -> TrainConfig:
     for key, value in settings.items():
         if key not in TrainConfig.model_fields:
             near = difflib.get_close_matches(str(key), TrainConfig.model_fields, n=1, cutoff=0)[0]
-            raise ConfigError(f"unknown setting {key!r}: the nearest one is {near!r}")
+            raise ConfigError(f"unknown setting {key!r}: the nearest name is {near!r}")
         if value == "none" and TrainConfig.model_fields[key].default is None:
             settings[key] = None
     try:
@@ -211,7 +216,7 @@ def load_config(file: Path | None, overrides: list[str]) -> TrainConfig:
 
 
 def describe() -> dict[str, tuple[str, list[str] | None]]:
-    """Return for each setting its description with the default, and its choices where it is one of a few words."""
+    """Return for each setting its description with the default, and the list of its choices or None."""
     described = {}
     for key, field in TrainConfig.model_fields.items():
         choices = [c for c in get_args(field.annotation) if isinstance(c, str)]

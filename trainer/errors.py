@@ -1,40 +1,40 @@
-"""The errors of settings, data and runs of the trainer."""
+"""The errors that settings, data and training runs can cause. Imports nothing heavy."""
 
 from converter.errors import AstraError
 
 
 class TrainerError(AstraError):
-    """The message is one line that says what is wrong and what to do.
+    """Root of the trainer's errors. The message is one line that states the fault and the remedy.
 
     TrainerError
-    ├── ConfigError    an unknown key, a value that cannot be used, or settings that exclude each other
-    ├── DataError      the data, or one row of it, cannot be used
-    ├── TargetError    the target layers do not exist or are too small for the rank
-    ├── ResumeError    the unfinished run beside the output folder is another one, or is in the way
-    ├── TrainingError  the loss or the adapter is no longer finite
-    └── Interrupted    a person stopped the run; what was reached is saved
+    ├── ConfigError    an unknown key, an invalid value, or settings that exclude each other
+    ├── DataError      the data, or one of its rows, cannot be used
+    ├── TargetError    a target layer does not exist, or is smaller than the rank
+    ├── ResumeError    the unfinished run beside the output folder has other settings, or --resume was not given
+    ├── TrainingError  the loss or a trained parameter is not finite
+    └── Interrupted    the run was stopped by SIGINT; its last step is saved
     """
 
 
 class ConfigError(TrainerError):
-    """An unknown key, a value that cannot be used, or settings that exclude each other."""
+    """An unknown key, an invalid value, or settings that exclude each other."""
 
 
 class DataError(TrainerError):
-    """The data, or one row of it, cannot be used."""
+    """The data, or one of its rows, cannot be used."""
 
 
 class TargetError(TrainerError):
-    """The target layers do not exist or are too small for the rank."""
+    """A target layer does not exist, or is smaller than the rank."""
 
 
 class ResumeError(TrainerError):
-    """The unfinished run beside the output folder is another one, or is in the way."""
+    """The unfinished run beside the output folder has other settings, or --resume was not given."""
 
 
 class TrainingError(TrainerError):
-    """The loss or the adapter is no longer finite."""
+    """The loss or a trained parameter is not finite."""
 
 
 class Interrupted(TrainerError):
-    """A person stopped the run; what was reached is saved."""
+    """The run was stopped by SIGINT; its last step is saved."""

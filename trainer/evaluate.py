@@ -1,4 +1,8 @@
-"""What a run did to the model: forgetting, and exact match of its answers."""
+"""Evaluation of a trained model: forgetting, and exact match of greedy answers.
+
+Forgetting is the loss on text of the base's own distribution after training minus the loss before. The text is the
+user's (`forgetting_data`), or is sampled from the base.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,14 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trainer.config import TrainConfig
 from trainer.data import IGNORED, Batch, Example, batches, language_examples, read_rows
 
-_LENGTH = 128  # tokens of a row of text on which forgetting is measured
-_MASKED = 0.15  # of them, in front of an encoder
-_TURNS = 16  # in which an encoder writes a row
+_LENGTH = 128  # maximum tokens per row of forgetting text
+_MASK_SHARE = 0.15  # share of the tokens that are masked for an encoder
+_FILL_ROUNDS = 16  # rounds in which an encoder fills a row of masks
 
 
 @dataclass(frozen=True)
 class Forgetting:
-    """Loss on text of the base's own distribution, nats per token, before and after training."""
+    """The loss on `text`, a file or "written by the base", before and after training, nats per token."""
 
     text: str
     before: float
@@ -24,18 +28,18 @@ class Forgetting:
 
     @property
     def change(self) -> float:
-        """Return what the adapter cost; on text that the base wrote itself this estimates KL(base || trained)."""
+        """Return after - before, nats per token; on text sampled from the base it estimates KL(base || trained)."""
         return self.after - self.before
 
 
 def forgetting_batches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> list[Batch]:
-    """Return held-out text of the base's own distribution: the user's, or what the base writes at temperature 1.
+    """Return the text for the measurement of forgetting: the user's, or a sample of the base at temperature 1.
 
-    An encoder's has a seeded 15 % of its tokens masked, and labels for these.
+    For an encoder 15 % of the tokens, chosen with a fixed seed, are masked, and only these have labels.
     """
     if type(model).__name__.endswith("ForMaskedLM"):
         texts = (
-            _filled_in_by(model, tokenizer, config.forgetting_rows)
+            _sample_from_encoder(model, tokenizer, config.forgetting_rows)
             if config.forgetting_data is None
             else [
                 tokenizer(row["text"], truncation=True, max_length=_LENGTH)["input_ids"]
@@ -46,11 +50,11 @@ def forgetting_batches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     if config.forgetting_data is not None:
         rows = read_rows(config.forgetting_data)[: config.forgetting_rows]
         return batches(language_examples(rows, tokenizer, _LENGTH, config.forgetting_data), 16, tokenizer)
-    return _written_by(model, tokenizer, config.forgetting_rows)
+    return _sample_from_decoder(model, tokenizer, config.forgetting_rows)
 
 
 @torch.no_grad()
-def _written_by(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int) -> list[Batch]:
+def _sample_from_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int) -> list[Batch]:
     first = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None)
     start = torch.full((rows, 1), first, device=model.device)
     ids = model.generate(
@@ -64,7 +68,7 @@ def _written_by(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
-    ended = (ids[:, 1:] == tokenizer.eos_token_id).cumsum(1)  # the end itself was written, what follows is padding
+    ended = (ids[:, 1:] == tokenizer.eos_token_id).cumsum(1)  # the end token is text, tokens after it are padding
     mask = torch.cat([torch.ones_like(start), (ended - (ids[:, 1:] == tokenizer.eos_token_id).long() == 0).long()], 1)
     labels = ids.masked_fill(mask == 0, IGNORED)
     keys = ("input_ids", "attention_mask", "labels")
@@ -74,12 +78,12 @@ def _written_by(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows
 
 
 @torch.no_grad()
-def _filled_in_by(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int) -> list[list[int]]:
-    """Return what an encoder writes into rows of masks: a sixteenth of the places in each turn, in random order."""
+def _sample_from_encoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int) -> list[list[int]]:
+    """Return rows of masks that an encoder has filled: a sixteenth of the positions per round, in random order."""
     empty = tokenizer(_LENGTH * str(tokenizer.mask_token), truncation=True, max_length=_LENGTH)["input_ids"]
     ids = torch.tensor(rows * [empty], device=model.device)
-    places = (ids[0] == tokenizer.mask_token_id).nonzero().flatten()
-    for chosen in places[torch.randperm(len(places), device=places.device)].chunk(_TURNS):
+    positions = (ids[0] == tokenizer.mask_token_id).nonzero().flatten()
+    for chosen in positions[torch.randperm(len(positions), device=positions.device)].chunk(_FILL_ROUNDS):
         probabilities = model(input_ids=ids).logits[:, chosen].float().softmax(-1)
         ids[:, chosen] = torch.multinomial(probabilities.flatten(0, 1), 1).view(rows, len(chosen))
     written: list[list[int]] = ids.tolist()
@@ -92,7 +96,7 @@ def _with_masks(texts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBa
     for row in texts:
         ids = torch.tensor(row)
         special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
-        masked = (torch.rand(len(ids), generator=generator) < _MASKED) & ~special
+        masked = (torch.rand(len(ids), generator=generator) < _MASK_SHARE) & ~special
         labels = ids.masked_fill(~masked, IGNORED)
         examples.append(
             {"input_ids": ids.masked_fill(masked, tokenizer.mask_token_id).tolist(), "labels": labels.tolist()}
@@ -107,7 +111,7 @@ def language_loss(model: torch.nn.Module, text: Sequence[Batch]) -> float:
     model.eval()
     total, n = 0.0, 0
     for batch in _on_device(model, text):
-        targets = int((batch["labels"][:, 1:] != IGNORED).sum())  # a causal LM has none for the first token
+        targets = int((batch["labels"][:, 1:] != IGNORED).sum())  # the first token is no target of a causal LM
         total += float(model(**batch).loss) * targets
         n += targets
     model.train(was_training)
@@ -116,10 +120,10 @@ def language_loss(model: torch.nn.Module, text: Sequence[Batch]) -> float:
 
 @torch.no_grad()
 def answers_match(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Return for each row whether the greedy answer is the labels' (rows,) bool.
+    """Return (rows,) bool: whether the greedy answer of a row equals its labels.
 
-    The greedy answer is the labels exactly where every label is the likeliest token after the labels before it: one
-    forward pass tells, without generating.
+    The two are equal if and only if every label is the likeliest token after the labels before it. So one forward pass
+    is enough, without generation.
     """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     labels = batch["labels"][:, 1:]

@@ -1,7 +1,7 @@
 """The optimisation: TRL's SFTTrainer for language models, transformers' Trainer for classifiers.
 
-This is the only module that knows TRL. Rows come tokenised, the model comes with its adapter, and both trainers see an
-ordinary PEFT model; checkpoints, packing, trackers, evaluation and several processes are theirs.
+Only this module imports TRL. The trainers get tokenised rows and a PEFT model with its adapter. They do checkpoints,
+packing, trackers, evaluation and data parallelism.
 """
 
 import math
@@ -44,17 +44,17 @@ from trainer.unfinished import mark_complete
 
 _TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 _VLLM_LOGGING = "VLLM_LOGGING_LEVEL"
-_level = os.environ.get(_VLLM_LOGGING)
+_vllm_level = os.environ.get(_VLLM_LOGGING)
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
-if _level is None:
-    # Importing TRL silences vLLM through the environment: in every server, too, that this process starts.
+if _vllm_level is None:
+    # The import of TRL sets this variable, which would silence vLLM servers started by this process.
     os.environ.pop(_VLLM_LOGGING, None)
 
 
 @dataclass(frozen=True)
 class Point:
-    """One step of the loss curve; the loss is in nats per target token."""
+    """One step of the loss curve; the loss is in nats per target token, a classifier's in nats per row."""
 
     step: int
     loss: float
@@ -64,10 +64,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished optimisation leaves beside the weights."""
+    """The records of a finished optimisation; `best_step` is None without held-out rows."""
 
     curve: list[Point]
-    evaluations: list[dict[str, float]]  # step, eval_loss and the metric, in their order
+    evaluations: list[dict[str, float]]  # step, eval_loss and the metric, in step order
     best_step: int | None
 
 
@@ -76,8 +76,8 @@ def check_trackers(config: TrainConfig) -> None:
     available = get_available_reporting_integrations()
     for name in config.report_to:
         if name not in available:
-            there = ", ".join(sorted(available)) or "none"
-            raise ConfigError(f"report_to: {name!r} is unknown or not installed; installed are: {there}")
+            installed = ", ".join(sorted(available)) or "none"
+            raise ConfigError(f"report_to: {name!r} is unknown or not installed; installed: {installed}")
 
 
 def optimise(
@@ -90,28 +90,28 @@ def optimise(
     checkpoint: Path | None,
     progress: Progress,
 ) -> Result:
-    """Train `model` in place, from `checkpoint` where one is given; checkpoints go to `folder`.
+    """Train `model` in place, from `checkpoint` if there is one; write checkpoints to `folder`.
 
-    With held-out rows the model ends as the best checkpoint. Raises TrainingError when the loss or a parameter is not
-    finite, and Interrupted after SIGINT, when the step reached has been saved.
+    With held-out rows the model ends with the weights of the best checkpoint. Raises TrainingError when the loss or a
+    parameter is not finite, and Interrupted after SIGINT, once the current step is saved.
     """
-    watch = _Watch(config, progress)
+    callback = _RunCallback(config, progress)
     with _tensorboard_folder(folder.parent / "runs" / folder.stem):
-        trainer = _trainer(model, tokenizer, train, held_out, config, folder, watch)
-    if config.quantization != "none":  # TRL has cast the adapter to bfloat16: too coarse for small steps
+        trainer = _trainer(model, tokenizer, train, held_out, config, folder, callback)
+    if config.quantization != "none":  # TRL has cast the adapter to bfloat16, which loses small steps
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     trainer.remove_callback(PrinterCallback)  # the progress bar shows the loss
-    before = signal.signal(signal.SIGINT, watch.on_sigint)
+    previous_handler = signal.signal(signal.SIGINT, callback.on_sigint)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
-        signal.signal(signal.SIGINT, before)
-    if watch.interrupted:
-        raise Interrupted(f"interrupted; step {trainer.state.global_step} is saved in {folder}: go on with --resume")
+        signal.signal(signal.SIGINT, previous_handler)
+    if callback.interrupted:
+        raise Interrupted(f"interrupted; step {trainer.state.global_step} is saved in {folder}: continue with --resume")
     if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
-        raise TrainingError(f"the adapter is not finite after step {config.steps}: lower learning_rate")
+        raise TrainingError(f"a trained parameter is not finite after step {config.steps}: lower learning_rate")
     history = trainer.state.log_history
     return Result(
         [Point(h["step"], h["loss"], h["grad_norm"], h["learning_rate"]) for h in history if "loss" in h],
@@ -126,18 +126,18 @@ def optimise(
 
 @contextmanager
 def _tensorboard_folder(folder: Path) -> Iterator[None]:
-    """Let TensorBoard write to `folder` unless the user chose one: its own choice goes when the run has ended."""
-    chosen = _TENSORBOARD in os.environ
+    """Let TensorBoard write to `folder` unless the user has set its environment variable."""
+    set_by_user = _TENSORBOARD in os.environ
     os.environ.setdefault(_TENSORBOARD, str(folder))
     try:
         yield
     finally:
-        if not chosen:
+        if not set_by_user:
             del os.environ[_TENSORBOARD]
 
 
 class _ExactMatchTrainer(SFTTrainer):
-    """SFTTrainer that also evaluates how many greedy answers are exactly the expected ones."""
+    """SFTTrainer whose evaluation also has the share of rows with an exactly correct greedy answer."""
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -149,22 +149,22 @@ class _ExactMatchTrainer(SFTTrainer):
         return output
 
 
-class _Watch(TrainerCallback):
-    """Shows progress, stops on a loss that is not finite or on SIGINT, and marks checkpoints as complete."""
+class _RunCallback(TrainerCallback):
+    """Shows progress, stops at a loss that is not finite or at SIGINT, and marks checkpoints as complete."""
 
     def __init__(self, config: TrainConfig, progress: Progress) -> None:
         self._progress, self._bar = progress, progress.add_task("training", total=config.steps)
         self.interrupted = False
 
     def on_sigint(self, _signal: int, _frame: FrameType | None) -> None:
-        """Ask for a checkpoint and the end after this step; a second SIGINT ends at once."""
+        """Request a checkpoint and a stop after this step; a second SIGINT raises KeyboardInterrupt at once."""
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_log(
         self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
-        """Show the step's loss."""
+        """Show the loss of the step; raise TrainingError if it is not finite."""
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 raise TrainingError(f"the loss became {logs['loss']} at step {state.global_step}: lower learning_rate")
@@ -173,16 +173,16 @@ class _Watch(TrainerCallback):
             )
 
     def on_step_end(self, _args: TrainingArguments, _state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """End every process at the same step."""
+        """Stop all processes at the same step if one of them was interrupted."""
         if PartialState().num_processes > 1:
-            asked = torch.tensor(int(self.interrupted), device=PartialState().device)
-            distributed.all_reduce(asked)
-            self.interrupted = bool(asked)
+            interrupted = torch.tensor(int(self.interrupted), device=PartialState().device)
+            distributed.all_reduce(interrupted)
+            self.interrupted = bool(interrupted)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
-        """Only now is all of the checkpoint written."""
+        """Mark the checkpoint, which is now fully written, as complete."""
         if state.is_world_process_zero:
             mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
@@ -194,7 +194,7 @@ def _trainer(
     held_out: Sequence[Example],
     config: TrainConfig,
     folder: Path,
-    watch: _Watch,
+    callback: _RunCallback,
 ) -> Trainer:
     datasets.disable_progress_bars()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -208,7 +208,7 @@ def _trainer(
         "train_dataset": datasets.Dataset.from_list(list(train)),
         "eval_dataset": datasets.Dataset.from_list(list(held_out)) if held_out else None,
         "optimizers": (optimizer, schedule),
-        "callbacks": [watch, *([EarlyStoppingCallback(config.patience)] if config.patience else [])],
+        "callbacks": [callback, *([EarlyStoppingCallback(config.patience)] if config.patience else [])],
     }
     if config.task == "classification":
         return Trainer(
@@ -229,9 +229,9 @@ def _trainer(
 
 
 def _average_gradients(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-    """Let processes agree on the adapter's gradients where FSDP2 shards the base: accelerate's DDP takes no DTensors.
+    """Average the adapter's gradients over the processes when FSDP2 shards the base.
 
-    FSDP2 looks after the frozen base alone; the adapter is whole in every process.
+    FSDP2 handles the frozen base only; each process holds the whole adapter. Accelerate's DDP does not accept DTensors.
     """
 
     def average(parameter: torch.Tensor) -> None:
@@ -241,16 +241,16 @@ def _average_gradients(model: nn.Module, parameters: Sequence[nn.Parameter]) -> 
 
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(average)
-    setattr(model, "_is_accelerate_prepared", True)  # noqa: B010  accelerate's own mark: it then wraps the model in nothing
+    setattr(model, "_is_accelerate_prepared", True)  # noqa: B010  so that accelerate does not wrap it
 
 
 def _arguments(config: TrainConfig, folder: Path, *, evaluated: bool) -> dict[str, Any]:
     processes = PartialState().num_processes
-    every = config.eval_steps or max(1, config.steps // 10)
+    eval_steps = config.eval_steps or max(1, config.steps // 10)
     micro_batch = config.batch_size // config.gradient_accumulation // processes
     evaluation = {
         "eval_strategy": "steps",
-        "eval_steps": every,
+        "eval_steps": eval_steps,
         "load_best_model_at_end": True,
         "metric_for_best_model": f"eval_{config.eval_metric}",
         "greater_is_better": config.eval_metric != "loss",
@@ -263,7 +263,7 @@ def _arguments(config: TrainConfig, folder: Path, *, evaluated: bool) -> dict[st
         "gradient_accumulation_steps": config.gradient_accumulation,
         "gradient_checkpointing": config.gradient_checkpointing,
         "max_grad_norm": config.max_grad_norm,
-        "save_steps": every if evaluated else config.save_steps,  # the best checkpoint must have been written
+        "save_steps": eval_steps if evaluated else config.save_steps,  # the best checkpoint must be on disk
         "save_total_limit": 2,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
@@ -286,7 +286,7 @@ def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
     """Return the share of the peak learning rate at `step` (from 0): a linear rise, then a half cosine to 0.
 
-    The first step has a rate above 0 already, so no step is wasted.
+    The rate of the first step is above 0, so that every step trains.
     """
     warmup = math.ceil(config.warmup * config.steps)
     if step < warmup:

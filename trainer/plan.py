@@ -1,4 +1,4 @@
-"""What a run would do, said before it costs anything: `--dry-run` loads no weights."""
+"""The plan of a run: parameters, memory, ranks and calibration tokens, computed without the weights (`--dry-run`)."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from torch import nn
 from converter import adapter_dir
 from trainer.adapter import target_layers
 from trainer.base import base_without_weights, load_tokenizer
-from trainer.calibration import layer_groups
 from trainer.config import TrainConfig
-from trainer.initialise import calibration_batches
-from trainer.ranks import fixed_ranks
+from trainer.start.calibration import layer_groups
+from trainer.start.initialise import calibration_batches
+from trainer.start.ranks import fixed_ranks
 from trainer.train import read_data
 
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
@@ -23,22 +23,22 @@ _QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5}
 
 @dataclass(frozen=True)
 class Plan:
-    """The figures of a run; memory is in bytes, per process."""
+    """The size of a run; memory is in bytes per process."""
 
     trainable: int
     base_memory: int
-    adapter_memory: int  # the start, the moves, their gradients and AdamW's two moments
+    adapter_memory: int  # A0, B0, dA, dB, gradients and AdamW's two moments
     calibration_memory: int
-    activation_memory: int  # an estimate from the adapted layers' inputs and outputs
+    activation_memory: int  # estimated from the adapted layers' inputs and outputs
     calibration_groups: int
     calibration_tokens: int
-    converted_rank: int | None  # none for a whole model
+    converted_rank: int | None  # None for full fine-tuning
     epochs: float
-    widths: Counter[tuple[int, int]]  # (d_out, d_in): how many layers
+    widths: Counter[tuple[int, int]]  # number of layers for each (d_out, d_in)
 
 
 def plan(base: str, data: str, config: TrainConfig) -> Plan:
-    """Return what `train` would do. Raises what `train` raises for bad input."""
+    """Return the plan of `train` with these arguments. Raises the errors of `train` for bad input."""
     folder = adapter_dir.find_base(base)
     tokenizer = load_tokenizer(folder, config)
     rows = read_data(data, tokenizer, config)
@@ -81,20 +81,20 @@ def _converted_rank(config: TrainConfig, rank: int) -> int:
 
 
 def show(found: Plan, config: TrainConfig, console: Console) -> None:
-    """Print a plan."""
+    """Print a plan as a list and a table of the layers' widths."""
     memory = found.base_memory + found.adapter_memory + max(found.calibration_memory, found.activation_memory)
     facts = {
         "trainable parameters": f"{found.trainable:,}",
-        "converted rank": "none: a whole model" if found.converted_rank is None else str(found.converted_rank),
-        "steps": f"{config.steps} of {config.batch_size} rows: {found.epochs:.1f} times through the data",
-        "calibration": f"{found.calibration_tokens:,} tokens, layers in {found.calibration_groups} groups",
-        "memory, about": f"{_size(memory)}: base {_size(found.base_memory)}, adapter and optimizer "
-        f"{_size(found.adapter_memory)}, then Gram matrices {_size(found.calibration_memory)} or activations "
-        f"{_size(found.activation_memory)}",
+        "converted rank": "none: full fine-tuning" if found.converted_rank is None else str(found.converted_rank),
+        "steps": f"{config.steps} of {config.batch_size} rows: {found.epochs:.1f} epochs",
+        "calibration": f"{found.calibration_tokens:,} tokens; groups of layers: {found.calibration_groups}",
+        "memory (estimate)": f"{_size(memory)}: base {_size(found.base_memory)}, adapter and optimizer "
+        f"{_size(found.adapter_memory)}, and the larger of Gram matrices {_size(found.calibration_memory)} "
+        f"and activations {_size(found.activation_memory)}",
     }
     for key, value in facts.items():
         console.print(f"{key:<21} {value}", highlight=False, soft_wrap=True)
-    table = Table("outputs", "inputs", "layers", "tokens per output", "the tail")
+    table = Table("outputs", "inputs", "layers", "tokens per output", "tail")
     for (d_out, d_in), n in sorted(found.widths.items()):
         remark = "smallest eigenvalues"
         if d_out > d_in:

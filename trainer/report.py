@@ -1,4 +1,4 @@
-"""What a run leaves beside its weights: provenance, loss curve (JSONL and PNG), spectra and model card."""
+"""The files beside the weights of a finished run: provenance, loss curve (JSONL, PNG), spectra and model card."""
 
 import json
 import platform
@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from converter.adapter_dir import PROVENANCE, Json, base_digest, write_json
 from trainer.config import TrainConfig
-from trainer.eigenspace import Spectrum
 from trainer.evaluate import Forgetting
-from trainer.initialise import Initialisation
 from trainer.loop import Point, Result
+from trainer.start.eigenspace import Spectrum
+from trainer.start.initialise import Initialisation
 
 SPECTRA = "spectra.safetensors"
 CARD = """---
@@ -37,7 +37,7 @@ tags: [astra, peft]
 
 
 LAYERS = """
-## Where the layers start
+## Initialisation of the layers
 
 | layer | outputs | rank | tokens | norm of A0 / norm of W | |
 |---|---|---|---|---|---|
@@ -47,7 +47,11 @@ LAYERS = """
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: where it comes from, how it started, what happened, and what it did to the base."""
+    """A finished run.
+
+    `origin` is the result of `provenance`; `eigenvalues_after` holds the eigenvalues of each layer's outputs with its
+    trained adapter, ascending.
+    """
 
     origin: Json
     config: TrainConfig
@@ -57,7 +61,7 @@ class Run:
     eigenvalues_after: Mapping[str, torch.Tensor]
 
     def provenance(self) -> Json:
-        """Return what `astra.json` holds."""
+        """Return the content of `astra.json`, without its format."""
         return {
             **self.origin,
             "spectra": {name: found.as_json() for name, found in self.start.spectra.items()},
@@ -68,26 +72,26 @@ class Run:
         }
 
     def warnings(self) -> list[str]:
-        """Return what the user should know about the subspaces, one line each."""
+        """Return one line about layers with too few calibration tokens, and one about layers with A0 = 0, if any."""
         found = self.start.spectra.values()
         tall = [s for s in found if s.null_directions >= s.rank and s.n_tokens >= s.dimension]
         few = [s for s in found if s.n_tokens < s.dimension]
         lines = []
         if few and self.config.subspace != "random":
             lines.append(
-                f"{len(few)} of {len(found)} layers saw fewer tokens ({min(s.n_tokens for s in few)}) than they have "
-                f"outputs ({max(s.dimension for s in few)}): raise calibration_rows, or their tail is arbitrary"
+                f"{len(few)} of {len(found)} layers have fewer calibration tokens ({min(s.n_tokens for s in few)}) "
+                f"than outputs ({max(s.dimension for s in few)}), so their tail is arbitrary: raise calibration_rows"
             )
         if tall and self.config.subspace == "tail":
             lines.append(
                 f"{len(tall)} of {len(found)} layers have more outputs than inputs: their tail is a null space of W, "
-                "and A0 = 0 there (see the table in README.md)"
+                "so A0 = 0 (see the table in README.md)"
             )
         return lines
 
 
 def provenance(base: str, base_folder: Path, base_dtype: str, data: Json, config: TrainConfig) -> Json:
-    """Return where the adapter comes from: base, data (file, digest, rows), settings and versions."""
+    """Return the origin of an adapter: base, data (file, digest, rows), settings and versions of the packages."""
     packages = ("astra-serve", "torch", "transformers", "peft", "trl")
     return {
         "method": config.method,
@@ -100,7 +104,7 @@ def provenance(base: str, base_folder: Path, base_dtype: str, data: Json, config
 
 
 def write(folder: Path, run: Run) -> None:
-    """Write everything but the weights and their config into `folder`."""
+    """Write loss.jsonl, loss.png, spectra.safetensors (if recorded) and the model card into `folder`."""
     curve = run.result.curve
     (folder / "loss.jsonl").write_text("".join(json.dumps(asdict(p)) + "\n" for p in curve), encoding="utf-8")
     _plot_loss(folder / "loss.png", curve)
@@ -112,14 +116,14 @@ def write(folder: Path, run: Run) -> None:
 
 
 def save_whole_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
-    """Write a model that was trained itself, as transformers does, with its provenance."""
+    """Write a fully fine-tuned model in transformers' layout, with its tokenizer and provenance."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_json(folder / PROVENANCE, {"format": "astra-full/1", **run.provenance()})
 
 
 def _plot_loss(file: Path, curve: Sequence[Point]) -> None:
-    """Draw the loss and the gradient norm over the steps."""
+    """Plot the loss and the gradient norm against the step."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     steps = [p.step for p in curve]
@@ -134,13 +138,13 @@ def _plot_loss(file: Path, curve: Sequence[Point]) -> None:
 
 
 def facts(run: Run, ranks: Sequence[int]) -> dict[str, str]:
-    """Return what a reader asks first about a run whose adapted layers have `ranks` (none for a whole model)."""
+    """Return a summary of a run whose adapted layers have `ranks` (empty for full fine-tuning): label and text."""
     base, data, config, curve = run.origin["base"], run.origin["data"], run.config, run.result.curve
     found = {
         "base": f"{base['id']}, {base['dtype']}, {base['digest']}",
         "data": f"{data['file']}, {data['rows']} rows, {data['digest']}",
         "method": config.method,
-        "rank": "none: the whole model was trained",
+        "rank": "none: full fine-tuning",
         "steps": f"{config.steps} of {config.batch_size} rows, learning rate {config.learning_rate:g}, "
         f"seed {config.seed}",
         "loss": "not recorded in this folder",
@@ -176,9 +180,9 @@ def unit(run: Run) -> str:
 
 def _card(run: Run) -> str:
     ranks = [len(start.a0) for start in run.start.starts.values()]
-    use = "Make a standard LoRA of it with `astra-convert THIS_FOLDER OUT_DIR`; every setting is in `astra.json`.\n"
+    use = "Convert it to a standard LoRA with `astra-convert THIS_FOLDER OUT_DIR`. All settings are in `astra.json`.\n"
     if not ranks:
-        use = "A whole model: transformers and vLLM load it as it is.\n"
+        use = "This is a complete model: transformers and vLLM load it directly.\n"
     return CARD.format(
         base=run.origin["base"]["id"],
         title="Adapter" if ranks else "Fine-tuned model",

@@ -1,4 +1,10 @@
-"""The way through: base and data in, a trained adapter folder out."""
+"""The main path: base and data in, adapter folder out.
+
+    read rows -> load the base -> calibrate and initialise -> train -> measure forgetting and spectra -> write `out`
+
+`out` appears in one step, when all of it is written. A run that stops after its initialisation can be continued with
+`resume` (see `trainer.unfinished`).
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,26 +28,27 @@ from trainer.config import TrainConfig
 from trainer.data import Batch, Example, classification_examples, digest, label_names, language_examples, read_rows
 from trainer.errors import ConfigError, DataError, TrainerError, TrainingError
 from trainer.evaluate import Forgetting, forgetting_batches, language_loss
-from trainer.initialise import Initialisation, calibration_batches, initialise, spectra_of
 from trainer.loop import check_trackers, optimise
 from trainer.report import Run
+from trainer.start.initialise import Initialisation, calibration_batches, initialise, spectra_of
 
 
 @dataclass(frozen=True)
 class Data:
-    """The rows of a run as tokens, and a classifier's labels."""
+    """The tokenised rows of a run; `labels` are a classifier's, else empty."""
 
     train: list[Example]
     held_out: list[Example]
     labels: list[str]
-    digest: str  # of the rows as they were read
+    digest: str  # of the rows before tokenisation
 
 
 def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progress, *, resume: bool = False) -> Run:
-    """Train an adapter for `base` on `data` and write it to `out`; with `resume`, go on where a run was stopped.
+    """Train an adapter for `base` on `data` and write it to the new folder `out`.
 
-    Under `accelerate launch` all processes call this together. Raises TrainerError, and AdapterError for the base and
-    the output folder; then nothing is written, or after Interrupted what `resume` goes on from.
+    With `resume`, continue the unfinished run beside `out`, if there is one. Under `accelerate launch` all processes
+    call this function. Raises TrainerError, and AdapterError for the base and the output folder. Nothing is then
+    written to `out`, unless only the push to the hub failed. After Interrupted the unfinished run stays for `resume`.
     """
     state = PartialState(cpu=not torch.cuda.is_available())  # joins the processes of accelerate launch
     adapter_dir.refuse_existing(out)
@@ -58,20 +65,20 @@ def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progre
     source = {"file": Path(data).name, "digest": rows.digest, "rows": len(rows.train) + len(rows.held_out)}
     origin = report.provenance(base, folder, str(model.dtype), source, config)
     identity = {"base": origin["base"]["digest"], "data": origin["data"]["digest"], **config.model_dump(mode="json")}
-    going_on = unfinished.check(out, identity, resume=resume)
+    resuming = unfinished.can_resume(out, identity, resume=resume)
 
     with progress:
         calibration = calibration_batches(rows.train, tokenizer, config)
-        speaker = model if config.task == "causal_lm" else language_model(folder, config)
-        own_text = forgetting_batches(speaker, tokenizer, config) if speaker and config.forgetting_rows else []
-        loss_before = language_loss(speaker, own_text) if speaker else 0.0
-        if going_on:
+        lm = model if config.task == "causal_lm" else language_model(folder, config)
+        forgetting_text = forgetting_batches(lm, tokenizer, config) if lm and config.forgetting_rows else []
+        loss_before = language_loss(lm, forgetting_text) if lm else 0.0
+        if resuming:
             start = unfinished.load(out)
         elif config.method == "full":
             start = Initialisation({})
         else:
             start = initialise(model, layers, calibration, config, origin["base"]["digest"], progress)
-        made = unfinished.begin(out, identity, start) if state.is_main_process and not going_on else []
+        created = unfinished.create(out, identity, start) if state.is_main_process and not resuming else []
         state.wait_for_everyone()
 
         trained = attach(model, start.starts, config) if layers else model.requires_grad_(True)
@@ -82,16 +89,16 @@ def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progre
             )  # fmt: skip
         except TrainingError:
             state.wait_for_everyone()
-            unfinished.remove(out, made)
+            unfinished.remove(out, created)
             raise
 
         forgetting = None
-        if own_text:
+        if forgetting_text:
             backbone = (trained.get_base_model() if layers else trained).base_model
-            speaker = trained if config.task == "causal_lm" else language_model(folder, config, backbone)
-            assert speaker is not None
-            own = config.forgetting_data or "written by the base"
-            forgetting = Forgetting(own, loss_before, language_loss(speaker, own_text))
+            lm = trained if config.task == "causal_lm" else language_model(folder, config, backbone)
+            assert lm is not None
+            source_of_text = config.forgetting_data or "written by the base"
+            forgetting = Forgetting(source_of_text, loss_before, language_loss(lm, forgetting_text))
         after = spectra_after(trained, calibration, config, progress) if start.eigenvalues else {}
     run = Run(origin, config, start, result, forgetting, after)
     if state.is_main_process:
@@ -111,7 +118,7 @@ def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progre
 
 
 def read_data(data: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> Data:
-    """Return the tokenised rows for training and, where asked for, held-out ones. Raises DataError."""
+    """Return the tokenised training rows and held-out rows. Raises DataError."""
     rows = read_rows(data, config.split, config.columns)
     held_out = read_rows(config.eval_data, config.split, config.columns) if config.eval_data else []
     labels = label_names(rows) if config.task == "classification" else []
@@ -132,13 +139,13 @@ def read_data(data: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
 def spectra_after(
     model: PeftModel, calibration: list[Batch], config: TrainConfig, progress: Progress
 ) -> Mapping[str, torch.Tensor]:
-    """Return all eigenvalues of the outputs of the adapted layers, as they are with their adapters."""
+    """Return the eigenvalues of the outputs of each adapted layer with its adapter, ascending (see `spectra_of`)."""
     modules = adapted_modules(model)
-    moved = adapter_layers(model)
+    trained = adapter_layers(model)
     model.eval()
 
     def weight_of(name: str) -> torch.Tensor:
-        layer = moved[name]
+        layer = trained[name]
         delta = config.scaling * (layer.b @ layer.a - layer.b0 @ layer.a0)
         return whole_weight(modules[name].get_base_layer()).float() + delta
 
@@ -150,5 +157,5 @@ def _push(out: Path, repository: str) -> None:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=out)
-    except Exception as error:  # the hub's own, and those of its transport: whatever it was, the adapter is safe
+    except Exception as error:  # the hub's client and its transport raise many types; the adapter is on disk already
         raise TrainerError(f"{out} is complete, but {repository} could not be pushed: {first_line(error)}") from error

@@ -20,11 +20,11 @@ from trainer.adapter import attach, target_layers, whole_weight
 from trainer.base import language_model, load_base, load_tokenizer
 from trainer.config import TrainConfig
 from trainer.data import Batch, Example, Row, batches, classification_examples, digest, language_examples
-from trainer.eigenspace import effective_rank
 from trainer.errors import TrainingError
 from trainer.evaluate import answers_match, forgetting_batches, language_loss
-from trainer.initialise import calibration_batches, initialise, spectra_of
 from trainer.loop import optimise
+from trainer.start.eigenspace import effective_rank
+from trainer.start.initialise import calibration_batches, initialise, spectra_of
 from trainer.train import spectra_after
 
 ROWS: dict[tasks.Split, int] = {"train": 2000, "validation": 128, "test": 256}

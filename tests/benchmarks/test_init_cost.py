@@ -13,7 +13,7 @@ from benchmarks.init_cost import GIB
 from benchmarks.initialisers import MODELS, Shape
 from trainer.adapter import target_layers
 from trainer.config import TrainConfig
-from trainer.eigenspace import overlap
+from trainer.start.eigenspace import overlap
 
 # hidden 4, keys and values 2 wide: q (4, 4), k and v (2, 4), o (4, 4), gate and up (8, 4), down (4, 8)
 SHAPE = Shape("llama", intermediate=8, layers=3, heads=2, kv_heads=1, head_dim=2)

@@ -1,4 +1,4 @@
-"""The exact start, the forward pass, and which layers are adapted."""
+"""The adapter on the model: exact start, forward and backward pass, and the choice of target layers."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from converter.delta import delta_weight
-from trainer.adapter import Start, _Change, adapter_layers, attach, peft_config, target_layers, whole_weight
+from trainer.adapter import Start, _AdapterOutput, adapter_layers, attach, peft_config, target_layers, whole_weight
 from trainer.config import TrainConfig
 from trainer.errors import TargetError
-from trainer.methods import astra_start
+from trainer.start.methods import astra_start
 
 IDS = torch.arange(5, 45).view(2, 20)
 
@@ -30,7 +30,7 @@ def random_starts(model: PreTrainedModel, config: TrainConfig) -> dict[str, Star
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("train_b", [True, False])
-def test_output_before_the_first_step_equals_the_bases_bit_for_bit(
+def test_the_output_before_training_equals_the_bases_bit_for_bit(
     tiny_base: Path, dtype: torch.dtype, train_b: bool
 ) -> None:
     config = TrainConfig(rank=4, alpha=12, train_b=train_b)
@@ -41,7 +41,7 @@ def test_output_before_the_first_step_equals_the_bases_bit_for_bit(
     assert adapted(input_ids=IDS).logits.dtype == dtype
 
 
-def test_the_start_is_b0_equals_q_and_a0_equals_q_transposed_times_w(tiny_base: Path) -> None:
+def test_b0_is_q_and_a0_is_q_transposed_times_w(tiny_base: Path) -> None:
     config = TrainConfig(rank=4)
     model = load(tiny_base)
     weights = {name: layer.weight.clone() for name, layer in target_layers(model, config).items()}
@@ -53,7 +53,7 @@ def test_the_start_is_b0_equals_q_and_a0_equals_q_transposed_times_w(tiny_base: 
         assert torch.equal(layer.b, layer.b0)
 
 
-def test_the_forward_pass_adds_the_delta_of_the_paper(tiny_base: Path) -> None:
+def test_the_forward_pass_adds_delta_w(tiny_base: Path) -> None:
     config = TrainConfig(rank=4, alpha=6)
     model = load(tiny_base)
     adapted = attach(model, random_starts(model, config), config)
@@ -71,9 +71,7 @@ def test_the_forward_pass_adds_the_delta_of_the_paper(tiny_base: Path) -> None:
 
 
 @pytest.mark.parametrize(("train_b", "trained"), [(True, {"lora_A", "lora_B"}), (False, {"lora_A"})])
-def test_only_the_moves_are_trained_and_the_base_and_the_start_stay(
-    tiny_base: Path, train_b: bool, trained: set[str]
-) -> None:
+def test_only_the_updates_are_trainable(tiny_base: Path, train_b: bool, trained: set[str]) -> None:
     config = TrainConfig(rank=4, train_b=train_b)
     model = load(tiny_base)
     adapted = attach(model, random_starts(model, config), config)
@@ -82,7 +80,7 @@ def test_only_the_moves_are_trained_and_the_base_and_the_start_stay(
     assert not any("initial" in name for name, p in adapted.named_parameters() if p.requires_grad)
 
 
-def test_all_linear_layers_but_the_head_are_targets_by_default(tiny_base: Path) -> None:
+def test_the_default_targets_are_all_linear_layers_but_the_head(tiny_base: Path) -> None:
     names = target_layers(load(tiny_base), TrainConfig(rank=4))
     assert len(names) == 14
     assert "lm_head" not in names
@@ -97,40 +95,41 @@ def test_target_modules_match_names_and_ends_of_names(tiny_base: Path) -> None:
     }
 
 
-def test_a_target_that_does_not_exist_is_refused_with_the_names_there_are(tiny_base: Path) -> None:
-    with pytest.raises(TargetError, match=r"'query'; there are: down_proj, gate_proj, k_proj, .*v_proj$"):
+def test_an_unknown_target_is_refused_with_the_available_names(tiny_base: Path) -> None:
+    with pytest.raises(TargetError, match=r"'query'; available: down_proj, gate_proj, k_proj, .*v_proj$"):
         target_layers(load(tiny_base), TrainConfig(rank=4, target_modules=["query"]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("train_b", [True, False])
-def test_the_gradients_are_those_of_the_formula_written_out(train_b: bool, dtype: torch.dtype) -> None:
+def test_the_gradients_equal_those_of_autograd(train_b: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 5, 12, dtype=dtype, requires_grad=True)
     d_a, d_b = torch.randn(3, 12, requires_grad=True), torch.randn(7, 3, requires_grad=train_b)
     a0, b0 = torch.randn(3, 12), torch.randn(7, 3)
     upstream = torch.randn(2, 5, 7)
 
-    def gradients(change: torch.Tensor) -> list[torch.Tensor]:
-        wanted = [x, d_a, d_b] if train_b else [x, d_a]
-        return [change.detach(), *torch.autograd.grad(change, wanted, upstream)]
+    def gradients(output: torch.Tensor) -> list[torch.Tensor]:
+        inputs = [x, d_a, d_b] if train_b else [x, d_a]
+        return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
 
     tolerance = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
-    written_out = 1.5 * (x.float() @ (a0 + d_a).T @ (b0 + d_b).T - x.float() @ a0.T @ b0.T)
-    for ours, expected in zip(gradients(_Change.apply(x, d_a, d_b, a0, b0, 1.5)), gradients(written_out), strict=True):
+    reference = 1.5 * (x.float() @ (a0 + d_a).T @ (b0 + d_b).T - x.float() @ a0.T @ b0.T)
+    output = _AdapterOutput.apply(x, d_a, d_b, a0, b0, 1.5)
+    for ours, expected in zip(gradients(output), gradients(reference), strict=True):
         assert ours.dtype == expected.dtype
         torch.testing.assert_close(ours, expected, **tolerance)
 
 
-def test_the_change_passes_autograds_own_numeric_check_in_float64() -> None:
+def test_the_gradients_pass_autograds_numeric_check() -> None:
     torch.manual_seed(0)
     x, d_a, d_b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 6), (2, 6), (5, 2)))
     a0, b0 = torch.randn(2, 6, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda *moves: _Change.apply(*moves, a0, b0, 0.7), (x, d_a, d_b))
+    assert torch.autograd.gradcheck(lambda *inputs: _AdapterOutput.apply(*inputs, a0, b0, 0.7), (x, d_a, d_b))
 
 
 class QuantisedLinear(nn.Linear):
-    """A layer whose weight is int8 with one scale per output, as quantisers leave them; PEFT knows it by `W_q`."""
+    """A linear layer with an int8 weight and one scale per output; PEFT recognises it by `W_q`."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False)
@@ -145,7 +144,7 @@ class QuantisedLinear(nn.Linear):
         return nn.functional.linear(x, self.dequantize())
 
 
-def test_on_quantised_weights_the_start_is_exact_and_the_gradients_flow(tiny_base: Path) -> None:
+def test_a_quantised_base_has_an_exact_start_and_gradients(tiny_base: Path) -> None:
     config = TrainConfig(rank=4, target_modules=["down_proj"])
     model = load(tiny_base)
     for block in model.model.layers:
@@ -164,7 +163,7 @@ def test_on_quantised_weights_the_start_is_exact_and_the_gradients_flow(tiny_bas
     assert torch.equal(whole_weight(model.get_submodule(name).base_layer), dequantised)
 
 
-def test_layers_may_have_ranks_of_their_own_and_share_one_scaling(tiny_base: Path) -> None:
+def test_layers_of_different_ranks_share_one_scaling(tiny_base: Path) -> None:
     config = TrainConfig(rank=4, alpha=8)
     model = load(tiny_base)
     starts = random_starts(model, config)

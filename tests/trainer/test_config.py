@@ -1,4 +1,4 @@
-"""Settings from a YAML file and from --set."""
+"""The settings: sources, their precedence, and the errors for invalid ones."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from trainer.config import TrainConfig, describe, load_config
 from trainer.errors import ConfigError
 
 
-def test_set_wins_over_the_file_and_the_file_over_the_defaults(tmp_path) -> None:
+def test_set_overrides_the_file_and_the_file_overrides_the_defaults(tmp_path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("rank: 8\nsteps: 7\n")
     config = load_config(file, ["rank=4", "learning_rate=4e-3", "target_modules=[q_proj, v_proj]", "train_b=false"])
@@ -19,21 +19,21 @@ def test_set_wins_over_the_file_and_the_file_over_the_defaults(tmp_path) -> None
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("learning_rat=1", "unknown setting 'learning_rat': the nearest one is 'learning_rate'"),
+        ("learning_rat=1", "unknown setting 'learning_rat': the nearest name is 'learning_rate'"),
         ("rank", "--set takes key=value, not 'rank'"),
         ("rank=0", "setting rank=0: input should be greater than or equal to 1"),
         ("subspace=top", "setting subspace='top': input should be 'tail', 'principal', 'middle' or 'random'"),
         ("rank=[1", "is not YAML"),
     ],
 )
-def test_a_setting_that_cannot_be_used_is_refused_in_one_line(override: str, message: str) -> None:
+def test_an_invalid_setting_gives_one_line(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(None, [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_or_unreadable_config_file_is_refused(tmp_path) -> None:
+def test_an_unreadable_config_file_is_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path / "none.yaml", [])
     (tmp_path / "list.yaml").write_text("- a\n")
@@ -44,18 +44,18 @@ def test_a_missing_or_unreadable_config_file_is_refused(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (["method=lora", "subspace=principal"], "belong to method=astra"),
-        (["method=pissa", "train_b=false"], "belong to method=astra"),
+        (["method=lora", "subspace=principal"], "require method=astra"),
+        (["method=pissa", "train_b=false"], "require method=astra"),
         (["method=full", "rank_pattern={q: 2}"], "method=full has no ranks"),
         (["rank_pattern={q: 2}", "rank_allocation=tail_energy"], "both set ranks"),
-        (["rank_pattern={q: 0}"], "a rank is at least 1"),
-        (["rank_pattern={'q(': 2}"], "is no regular expression"),
+        (["rank_pattern={q: 0}"], "a rank must be at least 1"),
+        (["rank_pattern={'q(': 2}"], "is not a regular expression"),
         (["method=full", "quantization=nf4"], "quantised weights cannot be trained"),
         (["method=corda", "quantization=int8"], "full-precision weights"),
         (["method=pissa", "shard_base=true"], "cannot be combined with shard_base"),
         (["quantization=int8", "shard_base=true"], "cannot be sharded"),
-        (["task=classification", "packing=true"], "are for task=causal_lm"),
-        (["task=classification", "method=eva"], "is for language models"),
+        (["task=classification", "packing=true"], "require task=causal_lm"),
+        (["task=classification", "method=eva"], "supports language models only"),
         (["task=classification", "eval_share=0.1", "eval_metric=exact_match"], "choose loss or accuracy"),
         (["eval_share=0.1", "eval_metric=accuracy"], "choose loss or exact_match"),
         (["eval_share=0.1", "eval_data=x.jsonl"], "not both"),
@@ -64,18 +64,18 @@ def test_a_missing_or_unreadable_config_file_is_refused(tmp_path) -> None:
     ],
     ids=" ".join,
 )
-def test_settings_that_exclude_each_other_are_refused_with_the_reason(settings: list[str], reason: str) -> None:
+def test_conflicting_settings_are_refused_with_the_reason(settings: list[str], reason: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(None, settings)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_memory_is_written_with_its_unit() -> None:
+def test_memory_may_have_a_unit() -> None:
     assert load_config(None, ["calibration_memory=512MiB"]).calibration_memory == 2**29
 
 
-def test_none_is_a_value_of_the_settings_that_may_be_left_open_and_a_word_elsewhere() -> None:
+def test_none_is_null_for_optional_settings_and_text_for_others() -> None:
     config = load_config(None, ["alpha=none", "quantization=none", "rank_allocation=none", "patience=none"])
     assert (config.alpha, config.quantization, config.rank_allocation, config.patience) == (None, "none", "none", None)
 
@@ -85,11 +85,11 @@ def test_none_is_a_value_of_the_settings_that_may_be_left_open_and_a_word_elsewh
     [([], 1), (["alpha=32"], 2), (["use_rslora=true"], 4), (["method=rslora", "alpha=8"], 2), (["method=lora"], 1)],
     ids=str,
 )
-def test_scaling_is_alpha_over_rank_or_over_its_root(settings: list[str], scaling: float) -> None:
+def test_the_scaling_is_alpha_over_rank_or_over_its_square_root(settings: list[str], scaling: float) -> None:
     assert load_config(None, settings).scaling == scaling
 
 
-def test_help_documents_every_setting_once_with_its_default(capsys) -> None:
+def test_help_lists_each_setting_once_with_its_default(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -99,6 +99,6 @@ def test_help_documents_every_setting_once_with_its_default(capsys) -> None:
     assert set(describe()) == set(TrainConfig.model_fields)
 
 
-def test_an_unknown_flag_is_refused_with_the_nearest_one(capsys) -> None:
+def test_an_unknown_flag_is_refused_with_the_nearest_name(capsys) -> None:
     assert main(["--base", "b", "--data", "d", "--out", "o", "--leraning-rate", "1"]) == 2
-    assert "unknown option '--leraning-rate': the nearest one is '--learning-rate'" in capsys.readouterr().err
+    assert "unknown option '--leraning-rate': the nearest name is '--learning-rate'" in capsys.readouterr().err

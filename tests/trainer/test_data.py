@@ -1,4 +1,4 @@
-"""Rows to token ids and labels, and one line for every row that cannot be used."""
+"""Conversion of rows into token ids and labels, and the error for each row that cannot be used."""
 
 import json
 
@@ -25,7 +25,7 @@ def read_examples(file, tokenizer, max_length: int) -> list[Example]:
     return language_examples(read_rows(str(file)), tokenizer, max_length, str(file))
 
 
-def test_the_loss_is_on_the_completion_alone(tokenizer, jsonl) -> None:
+def test_the_loss_is_on_the_completion_only(tokenizer, jsonl) -> None:
     (example,) = read_examples(jsonl([{"prompt": "a b", "completion": " c d"}]), tokenizer, 64)
     n = len(tokenizer("a b")["input_ids"])
     assert example["labels"][:n] == [IGNORED] * n
@@ -33,13 +33,13 @@ def test_the_loss_is_on_the_completion_alone(tokenizer, jsonl) -> None:
     assert tokenizer.decode(example["input_ids"]) == "a b c d<|end|>"
 
 
-def test_a_text_row_is_learned_whole_and_ends(tokenizer, jsonl) -> None:
+def test_every_token_of_a_text_row_counts_in_the_loss(tokenizer, jsonl) -> None:
     (example,) = read_examples(jsonl([{"text": "import os"}]), tokenizer, 64)
     assert example["labels"] == example["input_ids"]
     assert tokenizer.decode(example["input_ids"]) == "import os<|end|>"
 
 
-def test_messages_are_learned_in_the_form_that_a_server_asks_in(tokenizer, jsonl) -> None:
+def test_the_prompt_of_a_chat_is_the_prompt_that_a_server_renders(tokenizer, jsonl) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "hi"},
@@ -53,13 +53,13 @@ def test_messages_are_learned_in_the_form_that_a_server_asks_in(tokenizer, jsonl
 
 
 @pytest.mark.parametrize("answer", ["d", "end", "e", "Yes.\n", "<|", "hello|>"])
-def test_an_answer_is_learned_whole_also_where_the_template_holds_its_letters(tokenizer, jsonl, answer: str) -> None:
+def test_the_labels_are_the_whole_answer_even_if_the_template_contains_it(tokenizer, jsonl, answer: str) -> None:
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
     (example,) = read_examples(jsonl([{"messages": messages}]), tokenizer, 64)
     assert tokenizer.decode([label for label in example["labels"] if label != IGNORED]) == f"{answer}<|end|>"
 
 
-def test_a_template_that_trims_and_puts_words_before_the_answer_is_learned_with_them(tokenizer, jsonl, monkeypatch):
+def test_text_of_the_template_around_the_answer_has_labels(tokenizer, jsonl, monkeypatch):
     template = (
         "{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' %}<think></think>{% endif %}"
         "{{ m['content'] | trim }}<|end|>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -71,7 +71,7 @@ def test_a_template_that_trims_and_puts_words_before_the_answer_is_learned_with_
     assert tokenizer.decode([i for i in example["labels"] if i != IGNORED]) == "<think></think>a<|end|>"
 
 
-def test_a_beginning_of_sequence_token_comes_once_and_never_before_a_completion(tokenizer, jsonl) -> None:
+def test_each_row_has_one_beginning_of_sequence_token(tokenizer, jsonl) -> None:
     bos = "<|system|>"
     with_bos = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
@@ -83,18 +83,18 @@ def test_a_beginning_of_sequence_token_comes_once_and_never_before_a_completion(
     )
     with_bos.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    rows = [{"messages": messages}, {"prompt": "q", "completion": " a", "text": "left over"}, {"text": "q"}]
+    rows = [{"messages": messages}, {"prompt": "q", "completion": " a", "text": "unused"}, {"text": "q"}]
     decoded = [with_bos.decode(example["input_ids"]) for example in read_examples(jsonl(rows), with_bos, 64)]
     assert decoded == [f"{bos}q<|end|>a<|end|>", f"{bos}q a<|end|>", f"{bos}q<|end|>"]
 
 
-def test_a_row_may_hold_any_unicode_line_separator(tokenizer, tmp_path) -> None:
+def test_a_row_may_contain_unicode_line_separators(tokenizer, tmp_path) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8")
     assert len(read_examples(file, tokenizer, 64)) == 1
 
 
-def test_long_rows_lose_their_end(tokenizer, jsonl) -> None:
+def test_long_rows_are_cut_at_the_end(tokenizer, jsonl) -> None:
     (example,) = read_examples(jsonl([{"text": "word " * 50}]), tokenizer, 10)
     assert len(example["input_ids"]) == len(example["labels"]) == 10
 
@@ -102,20 +102,20 @@ def test_long_rows_lose_their_end(tokenizer, jsonl) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"question": "a", "answer": "b"}, "this one has: question, answer"),
-        ({"prompt": "a"}, "this one has: prompt"),
+        ({"question": "a", "answer": "b"}, "this row has: question, answer"),
+        ({"prompt": "a"}, "this row has: prompt"),
         ({"prompt": "a", "completion": ""}, "non-empty"),
-        ({"text": 3}, "this one has: text"),
-        ({"messages": []}, "this one has: messages"),
+        ({"text": 3}, "this row has: text"),
+        ({"messages": []}, "this row has: messages"),
         ({"messages": [{"role": "user"}]}, 'needs "role"'),
-        ({"messages": [{"role": "user", "content": "x"}]}, 'of the role "assistant"'),
+        ({"messages": [{"role": "user", "content": "x"}]}, 'with the role "assistant"'),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "need a question"),
         ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]}, "non-empty"),
-        ({"text": "\ud83d"}, "half a surrogate pair"),
+        ({"text": "\ud83d"}, "unpaired surrogate"),
         ({"prompt": "word " * 99, "completion": "x"}, "raise max_length"),
     ],
 )
-def test_a_row_of_neither_form_is_refused_with_its_number(tokenizer, jsonl, row, reason) -> None:
+def test_an_invalid_row_is_refused_with_its_number(tokenizer, jsonl, row, reason) -> None:
     file = jsonl([{"text": "good"}, row])
     with pytest.raises(DataError, match="row 2: ") as caught:
         read_examples(file, tokenizer, 64)
@@ -123,7 +123,7 @@ def test_a_row_of_neither_form_is_refused_with_its_number(tokenizer, jsonl, row,
     assert "\n" not in str(caught.value)
 
 
-def test_a_line_that_is_no_json_is_refused_with_its_number(tokenizer, tmp_path) -> None:
+def test_a_line_that_is_not_json_is_refused_with_its_number(tokenizer, tmp_path) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"text": "good"}) + "\n\n{oops\n")
     with pytest.raises(DataError, match="line 3: "):
@@ -154,7 +154,7 @@ def test_padding_is_masked_and_has_no_label(tokenizer) -> None:
     assert batch["labels"].tolist() == [[IGNORED, 2, 3], [4, IGNORED, IGNORED]]
 
 
-def test_a_conversation_split_into_prompt_and_completion_is_the_same_example(tokenizer) -> None:
+def test_prompt_and_completion_may_be_messages(tokenizer) -> None:
     question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     whole, split = language_examples(
         [{"messages": [question, answer]}, {"prompt": [question], "completion": [answer]}], tokenizer, 64, "rows"
@@ -166,7 +166,7 @@ ROWS = [{"question": "a", "answer": " b"}, {"question": "c", "answer": " d"}]
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "csv"])
-def test_every_file_format_gives_the_same_rows_and_columns_are_renamed(tmp_path, jsonl, kind: str) -> None:
+def test_each_file_format_gives_the_same_rows_with_renamed_columns(tmp_path, jsonl, kind: str) -> None:
     file = tmp_path / f"data.{kind}"
     if kind == "json":
         file.write_text(json.dumps(ROWS))
@@ -178,16 +178,16 @@ def test_every_file_format_gives_the_same_rows_and_columns_are_renamed(tmp_path,
     assert rows == [{"prompt": "a", "completion": " b"}, {"prompt": "c", "completion": " d"}]
 
 
-def test_a_column_that_is_not_there_is_refused_with_those_that_are(jsonl) -> None:
-    with pytest.raises(DataError, match="no column 'qestion' for 'prompt'; there are: question, answer"):
+def test_an_unknown_column_is_refused_with_the_available_columns(jsonl) -> None:
+    with pytest.raises(DataError, match="no column 'qestion' for 'prompt'; available: question, answer"):
         read_rows(str(jsonl(ROWS)), columns={"prompt": "qestion"})
 
 
 @pytest.mark.parametrize("source", ["no_such.parquet", "no_such_data_set", "/no/such/folder", "org/name.xyz"])
-def test_a_source_that_is_neither_a_file_nor_a_data_set_is_refused(source: str, monkeypatch) -> None:
+def test_a_source_that_is_neither_file_nor_data_set_is_refused(source: str, monkeypatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="is no readable json, jsonl, parquet or csv file, nor a hub data set"):
+    with pytest.raises(DataError, match="is neither a readable json, jsonl, parquet or csv file nor a hub data set"):
         read_rows(source)
 
 
@@ -199,8 +199,8 @@ def test_labels_are_words_or_numbers_in_a_fixed_order(tokenizer) -> None:
     assert tokenizer.decode(second["input_ids"]) == "yz"
 
 
-def test_a_label_that_training_does_not_know_is_refused(tokenizer) -> None:
-    with pytest.raises(DataError, match=r"row 1: .* out of no, yes; this one has: text, label, label 'maybe'"):
+def test_an_unknown_label_is_refused(tokenizer) -> None:
+    with pytest.raises(DataError, match=r"row 1: .* labels no, yes; this row has: text, label, label 'maybe'"):
         classification_examples([{"text": "x", "label": "maybe"}], tokenizer, 8, "rows", ["no", "yes"])
 
 

@@ -1,4 +1,4 @@
-"""The embedded base and its tasks: small, disjoint by construction, reproducible."""
+"""The embedded base and its tasks: split, reproducibility and size."""
 
 import json
 import random
@@ -18,7 +18,7 @@ def text_of(row: tasks.Row) -> str:
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
-def test_train_and_test_rows_are_disjoint_distinct_and_repeatable(task: str) -> None:
+def test_rows_are_distinct_reproducible_and_disjoint_between_splits(task: str) -> None:
     train, test = (tasks.rows(task, test=split, n=n) for split, n in ((False, 2000), (True, 100)))
     assert len(train) == 2000
     assert len(test) == 100
@@ -40,16 +40,16 @@ def test_the_splits_share_no_module_table_or_product() -> None:
         assert len(words) == len(set(words))
 
 
-def test_a_signature_rows_answer_is_the_functions_real_arguments() -> None:
+def test_the_answer_of_a_signature_row_is_the_functions_arguments() -> None:
     for row in tasks.rows("signature", test=True, n=100):
         line = row["prompt"].removesuffix("\nArguments:")
         names = row["completion"].strip().split(", ")
-        function = compile(f"{line} pass", "row", "exec", flags=0x1000000).co_consts  # annotations stay unevaluated
+        function = compile(f"{line} pass", "row", "exec", flags=0x1000000).co_consts  # annotations are not evaluated
         code = next(c for c in function if hasattr(c, "co_varnames"))
         assert set(code.co_varnames) - {"self", "cls"} == set(names)
 
 
-def test_the_corpus_never_pairs_a_question_with_its_answer() -> None:
+def test_the_corpus_has_no_question_with_its_answer() -> None:
     rng = random.Random(1)
     streams = {name: make(rng, False, ()) for name, make in tasks.TASKS.items()}
     pieces = [corpus._unpaired(rng, streams) for _ in range(3000)]
@@ -60,12 +60,12 @@ def test_the_corpus_never_pairs_a_question_with_its_answer() -> None:
     assert not any(cue in piece for cue in ("SQL:", "Arguments:") for piece in pieces)
 
 
-def test_the_corpus_repeats_from_its_seed() -> None:
+def test_the_same_seed_gives_the_same_corpus() -> None:
     first, again, other = (list(islice(corpus.documents(seed), 500)) for seed in (1, 1, 2))
     assert first == again != other
 
 
-def test_pretraining_repeats_from_its_seed_and_writes_a_loadable_model(tmp_path, monkeypatch) -> None:
+def test_the_same_seed_gives_the_same_base_which_loads(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(pretrain, "BATCH", 4)
     monkeypatch.setattr(pretrain, "TOKENIZER_TEXTS", 1000)
     for name in ("a", "b"):
@@ -77,14 +77,14 @@ def test_pretraining_repeats_from_its_seed_and_writes_a_loadable_model(tmp_path,
     assert tokenizer.decode(tokenizer("def f(a, b_c): 12")["input_ids"]) == "def f(a, b_c): 12"
 
 
-def test_the_shipped_base_was_trained_on_the_corpus_that_the_code_generates_today() -> None:
+def test_the_corpus_of_the_shipped_base_is_the_corpus_of_the_code() -> None:
     record = json.loads((EMBEDDED / "pretraining.json").read_text())
     if record["stdlib"] != stdlib.digest():
-        pytest.skip(f"the corpus is made of the standard library, and this is not Python {record['python']}'s own")
+        pytest.skip(f"the corpus contains the standard library, and this one is not that of Python {record['python']}")
     assert record["corpus"] == pretrain.corpus_digest(record["seed"])
 
 
-def test_the_shipped_base_is_small_bfloat16_and_has_a_chat_template() -> None:
+def test_the_shipped_base_is_small_bfloat16_with_a_chat_template() -> None:
     assert sum(file.stat().st_size for file in EMBEDDED.iterdir()) < 12_000_000
     model, tokenizer = load_base(EMBEDDED, TrainConfig()), load_tokenizer(EMBEDDED, TrainConfig())
     assert model.dtype == torch.bfloat16

@@ -16,7 +16,7 @@ def model(tiny_base: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(tiny_base).eval()
 
 
-def test_exact_match_by_one_forward_pass_is_exact_match_by_generating(model, tokenizer) -> None:
+def test_one_forward_pass_gives_the_exact_match_of_generation(model, tokenizer) -> None:
     rows = []
     for seed in range(8):
         prompt = torch.randint(5, 200, (1, 3 + seed), generator=torch.Generator().manual_seed(seed))
@@ -29,14 +29,14 @@ def test_exact_match_by_one_forward_pass_is_exact_match_by_generating(model, tok
     assert answers_match(model, batch).tolist() == [True, False] * 4
 
 
-def test_the_loss_is_the_mean_over_tokens_not_over_batches(model, tokenizer) -> None:
+def test_the_loss_is_a_mean_over_tokens_not_over_batches(model, tokenizer) -> None:
     rows = [{"input_ids": list(range(5, 5 + n)), "labels": list(range(5, 5 + n))} for n in (3, 20, 7)]
     assert language_loss(model, batches(rows, 1, tokenizer)) == pytest.approx(
         language_loss(model, batches(rows, 3, tokenizer)), rel=1e-5
     )
 
 
-def test_the_bases_own_text_is_drawn_from_its_own_distribution(model, tokenizer) -> None:
+def test_the_default_forgetting_text_is_a_sample_of_the_base(model, tokenizer) -> None:
     torch.manual_seed(0)
     text = forgetting_batches(model, tokenizer, TrainConfig(forgetting_rows=20))
     assert sum(len(batch["input_ids"]) for batch in text) == 20
@@ -44,12 +44,12 @@ def test_the_bases_own_text_is_drawn_from_its_own_distribution(model, tokenizer)
         assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
             kept = ids[mask.bool()][1:]
-            assert not (kept[:-1] == tokenizer.eos_token_id).any()  # only the last one may end the text
-    # A model's loss on its own samples is its entropy; this random base is close to uniform over its vocabulary.
+            assert not (kept[:-1] == tokenizer.eos_token_id).any()  # only the last token may end the text
+    # A model's loss on its own samples is its entropy; a random base is nearly uniform over its vocabulary.
     assert language_loss(model, text) == pytest.approx(torch.tensor(float(len(tokenizer))).log().item(), abs=0.2)
 
 
-def test_the_users_own_text_is_read_from_a_file(model, tokenizer, jsonl) -> None:
+def test_forgetting_text_is_read_from_a_file(model, tokenizer, jsonl) -> None:
     file = jsonl([{"text": "one"}, {"text": "two"}, {"text": "three"}])
     text = forgetting_batches(model, tokenizer, TrainConfig(forgetting_data=str(file), forgetting_rows=2))
     assert [tokenizer.decode(ids[mask.bool()]) for b in text for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)] == ["one<|end|>", "two<|end|>"]  # fmt: skip  # noqa: E501

@@ -1,4 +1,4 @@
-"""`--dry-run`: the figures of a run, without its weights."""
+"""`--dry-run`: the plan of a run, computed without the weights."""
 
 import pytest
 
@@ -12,7 +12,7 @@ from trainer.plan import plan
 
 
 @pytest.mark.parametrize("settings", [(), ("train_b=false",), ("rank_pattern={q_proj: 2}",), ("method=mica",)], ids=str)
-def test_the_plan_says_what_the_run_then_does(tiny_base, jsonl, rows, tmp_path, settings, monkeypatch) -> None:
+def test_the_plan_agrees_with_the_run(tiny_base, jsonl, rows, tmp_path, settings, monkeypatch) -> None:
     data = str(jsonl(rows))
     found = plan(str(tiny_base), data, load_config(None, [*FAST, *settings]))
     trained = []
@@ -56,7 +56,7 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(tiny_base, jsonl, rows, t
     assert sorted(tmp_path.rglob("*")) == sorted([*before, data])
 
 
-def test_a_dry_run_finds_the_mistakes_that_the_run_would_find(tiny_base, jsonl, rows, tmp_path, capsys) -> None:
+def test_a_dry_run_gives_the_errors_of_the_run(tiny_base, jsonl, rows, tmp_path, capsys) -> None:
     options = ["--base", str(tiny_base), "--data", str(jsonl(rows)), "--out", str(tmp_path / "out"), "--dry-run"]
     assert main([*options, "--rank", "17"]) == 2
     assert "rank 17 is larger than layer" in capsys.readouterr().err

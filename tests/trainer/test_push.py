@@ -1,4 +1,4 @@
-"""`push_to_hub` against a stub of the hub on this machine: real HTTP, the real client."""
+"""`push_to_hub` with the real client, against an HTTP stub of the hub on this machine."""
 
 import base64
 import json
@@ -14,7 +14,7 @@ from tests.trainer.test_train import astra_train, files
 
 
 class StubHub(BaseHTTPRequestHandler):
-    """Says yes to everything, and keeps the files of a commit."""
+    """Accepts every request and records the files of a commit."""
 
     repositories: ClassVar[list[str]] = []
     committed: ClassVar[dict[str, bytes]] = {}
@@ -51,7 +51,7 @@ class StubHub(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
-        """Keep quiet."""
+        """Log nothing."""
 
 
 @pytest.fixture
@@ -69,22 +69,22 @@ def hub(monkeypatch) -> Iterator[type[StubHub]]:
     server.server_close()
 
 
-def test_the_finished_folder_is_pushed_as_it_is(tiny_base, jsonl, rows, tmp_path, hub) -> None:
+def test_the_pushed_files_are_those_of_the_folder(tiny_base, jsonl, rows, tmp_path, hub) -> None:
     assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", "push_to_hub=me/adapter") == 0
     assert hub.repositories == ["adapter"]
     assert hub.committed == files(tmp_path / "out")
 
 
-def test_a_push_that_fails_says_so_and_the_adapter_is_safe(
+def test_a_failed_push_is_reported_and_the_adapter_is_complete(
     tiny_base, jsonl, rows, tmp_path, capsys, monkeypatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", "push_to_hub=me/adapter") == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "is complete, but me/adapter could not be pushed: " in said
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert "is complete, but me/adapter could not be pushed: " in last_line
     assert load_astra(tmp_path / "out").layers
 
 
-def test_an_unknown_tracker_is_refused_before_anything_is_loaded(tiny_base, jsonl, rows, tmp_path, capsys) -> None:
+def test_an_unknown_tracker_is_refused(tiny_base, jsonl, rows, tmp_path, capsys) -> None:
     assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", "report_to=[tensorbord]") == 2
     assert "report_to: 'tensorbord' is unknown or not installed" in capsys.readouterr().err.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Real `astra-train` processes that are killed, interrupted and resumed, and several that work together."""
+"""Real `astra-train` processes: killed, interrupted, resumed, and several at once."""
 
 import json
 import os
@@ -36,9 +36,9 @@ def data(tmp_path_factory: pytest.TempPathFactory, rows) -> Path:
 
 
 @pytest.fixture(scope="module")
-def straight(tiny_base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run without a break."""
-    out = tmp_path_factory.mktemp("straight") / "out"
+def uninterrupted(tiny_base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of the same run without interruption."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
     assert main([*options(tiny_base, data, out), *RUN]) == 0
     return out
 
@@ -64,44 +64,42 @@ def wait_for(pattern: str, folder: Path, process: subprocess.Popen[str]) -> None
     ["out.unfinished", "out.unfinished/checkpoint-10", "out.unfinished/checkpoint-20/complete"],
     ids=["before any checkpoint", "while a checkpoint is written", "between checkpoints"],
 )
-def test_a_run_that_was_killed_goes_on_with_the_same_bytes(
-    tiny_base, data, tmp_path, straight, process, moment: str
+def test_resume_after_a_kill_gives_the_same_bytes(
+    tiny_base, data, tmp_path, uninterrupted, process, moment: str
 ) -> None:
     wait_for(moment, tmp_path, process)
     process.kill()
     process.wait()
     assert not (tmp_path / "out").exists()
     assert main([*options(tiny_base, data, tmp_path / "out"), *RUN, "--resume"]) == 0
-    assert contents(tmp_path / "out") == contents(straight)
+    assert contents(tmp_path / "out") == contents(uninterrupted)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def test_a_run_that_was_killed_in_calibration_leaves_nothing_in_the_way(
-    tiny_base, data, tmp_path, straight, process
-) -> None:
-    time.sleep(2)  # python is importing
+def test_a_kill_during_calibration_leaves_no_files(tiny_base, data, tmp_path, uninterrupted, process) -> None:
+    time.sleep(2)  # the process is importing modules
     process.kill()
     process.wait()
     assert list(tmp_path.iterdir()) == []
     assert main([*options(tiny_base, data, tmp_path / "out"), *RUN, "--resume"]) == 0
-    assert contents(tmp_path / "out") == contents(straight)
+    assert contents(tmp_path / "out") == contents(uninterrupted)
 
 
-def test_sigint_saves_exits_with_130_and_says_how_to_go_on(tiny_base, data, tmp_path, straight, process) -> None:
+def test_sigint_saves_the_step_and_exits_with_130(tiny_base, data, tmp_path, uninterrupted, process) -> None:
     wait_for("out.unfinished/checkpoint-10/complete", tmp_path, process)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    line = said.strip().splitlines()[-1]
+    line = stderr.strip().splitlines()[-1]
     assert line.startswith("astra-train: interrupted; step ")
-    assert line.endswith("go on with --resume")
+    assert line.endswith("continue with --resume")
     step = line.split()[3]
     assert (tmp_path / "out.unfinished" / f"checkpoint-{step}" / "complete").exists()
     assert main([*options(tiny_base, data, tmp_path / "out"), *RUN, "--resume"]) == 0
-    assert contents(tmp_path / "out") == contents(straight)
+    assert contents(tmp_path / "out") == contents(uninterrupted)
 
 
-def test_an_unfinished_run_is_neither_overwritten_nor_mixed_with_another(
+def test_an_unfinished_run_is_refused_without_resume_or_with_other_settings(
     tiny_base, data, tmp_path, process, capsys
 ) -> None:
     wait_for("out.unfinished/checkpoint-10/complete", tmp_path, process)
@@ -117,7 +115,7 @@ def test_an_unfinished_run_is_neither_overwritten_nor_mixed_with_another(
         assert message in capsys.readouterr().err.splitlines()[-1]
     (tmp_path / "out.unfinished" / "run.json").write_text("{")
     assert main([*again, "--resume"]) == 2
-    assert "is no unfinished run" in capsys.readouterr().err.splitlines()[-1]
+    assert "is not an unfinished run" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("extra", [[], ["--shard-base", "true"]], ids=["data parallel", "base sharded by FSDP2"])
@@ -129,7 +127,7 @@ def test_two_processes_give_the_result_of_one(tiny_base, data, tmp_path, extra: 
     command = [sys.executable, *launch, *quiet, *options(tiny_base, data, tmp_path / "two"), *steps, *extra]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 2  # one process speaks
+    assert len(done.stdout.splitlines()) == 2  # only one process prints
     one, two = (load_astra(tmp_path / name) for name in ("one", "two"))
     for name, layer in one.layers.items():
         torch.testing.assert_close(two.layers[name].b0, layer.b0, rtol=1e-3, atol=1e-4)
@@ -144,16 +142,16 @@ def test_two_processes_give_the_result_of_one(tiny_base, data, tmp_path, extra: 
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
 
 
-@pytest.mark.parametrize(("processes", "said"), [("1", "at exit, taken apart, "), ("2", "at exit, ")])
-def test_one_of_several_processes_ends_without_taking_python_apart(processes: str, said: str) -> None:
-    """Gloo's threads would abort it, one time in ten; what is to be done at its end is done, and its status stays."""
+@pytest.mark.parametrize(("processes", "printed"), [("1", "at exit, finalised, "), ("2", "at exit, ")])
+def test_one_of_several_processes_ends_without_finalising_python(processes: str, printed: str) -> None:
+    """Finalisation could abort on a thread of gloo; exit handlers still run, and the exit status is kept."""
     program = """
 import atexit, sys
 from trainer.cli import main
 
 class Last:
     def __del__(self):
-        print("taken apart", end=", ")
+        print("finalised", end=", ")
 
 last = Last()
 atexit.register(print, "at exit", end=", ")
@@ -162,6 +160,6 @@ sys.exit(main(["--base", "b", "--data", "d", "--out", "o", "--rankk", "8"]))
     environment = {**os.environ, "WORLD_SIZE": processes}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
-    assert done.stdout == said
+    assert done.stdout == printed
     assert done.returncode == 2
     assert "--rank" in done.stderr

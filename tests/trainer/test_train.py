@@ -1,4 +1,4 @@
-"""`astra-train` as a user runs it, on the tiny base: what it writes, that it repeats, and what it refuses."""
+"""`astra-train` on the tiny base: its output, its reproducibility and its errors."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_a_run_leaves_a_complete_adapter_folder(tiny_base, jsonl, rows, tmp_path) -> None:
+def test_a_run_writes_a_complete_adapter_folder(tiny_base, jsonl, rows, tmp_path) -> None:
     data = jsonl(rows)
     assert astra_train(tiny_base, data, tmp_path / "out", "alpha=8") == 0
     assert set(files(tmp_path / "out")) == {
@@ -67,7 +67,7 @@ def test_a_run_leaves_a_complete_adapter_folder(tiny_base, jsonl, rows, tmp_path
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_training_lowers_the_loss_and_moves_every_layer(tiny_base, jsonl, rows, tmp_path) -> None:
+def test_training_lowers_the_loss_and_changes_every_layer(tiny_base, jsonl, rows, tmp_path) -> None:
     assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", "steps=60") == 0
     points = [json.loads(line) for line in (tmp_path / "out" / "loss.jsonl").read_text().splitlines()]
     assert points[-1]["loss"] < points[0]["loss"] - 0.2
@@ -76,7 +76,7 @@ def test_training_lowers_the_loss_and_moves_every_layer(tiny_base, jsonl, rows, 
         assert not torch.equal(layer.b, layer.b0)
 
 
-def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(tiny_base, jsonl, rows, tmp_path) -> None:
+def test_the_same_seed_gives_the_same_bytes(tiny_base, jsonl, rows, tmp_path) -> None:
     data = jsonl(rows)
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         assert astra_train(tiny_base, data, tmp_path / name, f"seed={seed}") == 0
@@ -103,14 +103,12 @@ def test_a_small_calibration_memory_gives_the_same_adapter(tiny_base, jsonl, row
     assert all(torch.equal(one[name].a, many[name].a) for name in one)
 
 
-def test_the_strict_subspace_keeps_b(tiny_base, jsonl, rows, tmp_path) -> None:
+def test_train_b_false_keeps_b(tiny_base, jsonl, rows, tmp_path) -> None:
     assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", "train_b=false") == 0
     assert all(torch.equal(layer.b, layer.b0) for layer in load_astra(tmp_path / "out").layers.values())
 
 
-def test_where_outputs_outnumber_inputs_the_tail_is_a_null_space_and_a0_is_zero(
-    tiny_base, jsonl, rows, tmp_path
-) -> None:
+def test_the_tail_of_a_layer_with_more_outputs_than_inputs_has_a0_zero(tiny_base, jsonl, rows, tmp_path) -> None:
     assert astra_train(tiny_base, jsonl(rows), tmp_path / "out") == 0
     adapter = load_astra(tmp_path / "out")
     name = "model.layers.0.mlp.up_proj"  # 48 outputs of 32 inputs
@@ -131,19 +129,19 @@ def test_the_base_can_be_frozen_in_another_dtype(tiny_base, jsonl, rows, tmp_pat
         ({"base": "./no/such/base"}, "base model './no/such/base' is not a folder"),
         ({"base": "EMPTY"}, "has no config.json"),
         ({"data": "missing.jsonl"}, "cannot be read"),
-        ({"rows": [{"text": "fine"}, {"foo": 1}]}, "row 2: a row is"),
+        ({"rows": [{"text": "fine"}, {"foo": 1}]}, "row 2: a row must be"),
         ({"rows": [{"messages": [{"role": "assistant", "content": "x"}]}]}, 'row 1: "messages" need a question'),
         ({"set": "rank=17"}, "rank 17 is larger than layer"),
-        ({"set": "target_modules=[nothing]"}, "there are: down_proj, gate_proj"),
+        ({"set": "target_modules=[nothing]"}, "available: down_proj, gate_proj"),
         ({"set": "learning_rate=1e30"}, "lower learning_rate"),
-        ({"set": "stepz=3"}, "the nearest one is 'steps'"),
+        ({"set": "stepz=3"}, "the nearest name is 'steps'"),
         ({"set": "learning_rate=.inf"}, "finite"),
         ({"out": "EXISTS"}, "exists already"),
         ({"out": "UNDER_A_FILE"}, "cannot be made"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, str) else None,
 )
-def test_bad_input_gives_one_line_status_2_and_writes_nothing(
+def test_bad_input_gives_one_line_and_status_2_and_writes_nothing(
     tiny_base, jsonl, rows, tmp_path, capsys, change: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -157,29 +155,29 @@ def test_bad_input_gives_one_line_status_2_and_writes_nothing(
     before = sorted(tmp_path.rglob("*"))
     capsys.readouterr()
     assert astra_train(base, data, out, *([change["set"]] if "set" in change else [])) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("astra-train: ")
-    assert message in said
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("astra-train: ")
+    assert message in line
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_summary_says_per_layer_where_the_tail_is_a_null_space(tiny_base, jsonl, rows, tmp_path, capsys) -> None:
+def test_too_few_tokens_and_null_spaces_give_warnings(tiny_base, jsonl, rows, tmp_path, capsys) -> None:
     assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", "calibration_rows=1") == 0
-    said = capsys.readouterr().err
-    assert "14 of 14 layers saw fewer tokens (" in said
-    assert "raise calibration_rows" in said
+    warnings = capsys.readouterr().err
+    assert "14 of 14 layers have fewer calibration tokens (" in warnings
+    assert "raise calibration_rows" in warnings
     assert astra_train(tiny_base, jsonl(rows), tmp_path / "more", "calibration_rows=40") == 0
-    said = capsys.readouterr().err
-    assert "saw fewer tokens" not in said
-    assert "4 of 14 layers have more outputs than inputs" in said
+    warnings = capsys.readouterr().err
+    assert "fewer calibration tokens" not in warnings
+    assert "4 of 14 layers have more outputs than inputs" in warnings
     card = (tmp_path / "more" / "README.md").read_text().splitlines()
     (line,) = [line for line in card if "layers.0.mlp.up_proj" in line]
     assert line.endswith("the tail is a null space of W: A0 = 0 |")
 
 
-def test_held_out_rows_are_evaluated_and_the_best_checkpoint_is_kept(tiny_base, jsonl, rows, tmp_path) -> None:
+def test_the_result_is_the_best_checkpoint_on_held_out_rows(tiny_base, jsonl, rows, tmp_path) -> None:
     settings = ("steps=40", "eval_share=0.25", "eval_steps=5", "eval_metric=exact_match", "learning_rate=3e-2")
-    rows = [{"prompt": "say", "completion": " yes"}] * 20  # what can be learned exactly
+    rows = [{"prompt": "say", "completion": " yes"}] * 20  # an answer that can be learned exactly
     assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", *settings) == 0
     origin = load_astra(tmp_path / "out").provenance
     evaluations = origin["evaluations"]
@@ -197,7 +195,7 @@ def test_training_stops_early_when_patience_runs_out(tiny_base, jsonl, tmp_path)
 
 
 @pytest.mark.parametrize("source", ["own", "given"])
-def test_every_run_says_what_it_cost_the_base(tiny_base, jsonl, rows, tmp_path, capsys, source: str) -> None:
+def test_every_run_reports_its_forgetting(tiny_base, jsonl, rows, tmp_path, capsys, source: str) -> None:
     text = jsonl([{"text": "some other text"}], "text.jsonl")
     extra = () if source == "own" else (f"forgetting_data={text}",)
     assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", "steps=30", *extra) == 0
@@ -212,7 +210,7 @@ def test_packing_trains_on_full_rows(tiny_base, jsonl, rows, tmp_path) -> None:
     assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", "packing=true", "steps=3") == 0
 
 
-def test_gradient_checkpointing_and_accumulation_change_nothing_but_memory(tiny_base, jsonl, rows, tmp_path) -> None:
+def test_gradient_checkpointing_and_accumulation_do_not_change_the_result(tiny_base, jsonl, rows, tmp_path) -> None:
     data = jsonl(rows)
     assert astra_train(tiny_base, data, tmp_path / "plain") == 0
     saving = ("gradient_checkpointing=true", "gradient_accumulation=2")
@@ -222,14 +220,14 @@ def test_gradient_checkpointing_and_accumulation_change_nothing_but_memory(tiny_
         torch.testing.assert_close(plain[name].b, saving[name].b, rtol=1e-3, atol=1e-4)
 
 
-def test_a_classifier_learns_and_its_head_is_saved_and_converted(tiny_base, jsonl, tmp_path) -> None:
+def test_a_classifier_learns_and_converts_with_its_head(tiny_base, jsonl, tmp_path) -> None:
     data = jsonl([{"text": f"number {i}", "label": "odd" if i % 2 else "even"} for i in range(40)])
     settings = ("task=classification", "steps=60", "batch_size=8", "eval_share=0.2", "eval_metric=accuracy")
     assert astra_train(tiny_base, data, tmp_path / "out", *settings) == 0
     adapter = load_astra(tmp_path / "out")
     assert set(adapter.head) == {"score.weight"}
     assert adapter.provenance["evaluations"][-1]["eval_accuracy"] > 0.9
-    assert adapter.provenance["forgetting"]["change"] != 0  # of the language model that the classifier is made from
+    assert adapter.provenance["forgetting"]["change"] != 0  # of the language model of the classifier's backbone
     assert convert([str(tmp_path / "out"), str(tmp_path / "lora")]) == 0
     base = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=2)
     base.config.pad_token_id = 0
@@ -244,7 +242,7 @@ def test_a_classifier_learns_and_its_head_is_saved_and_converted(tiny_base, json
 
 @pytest.fixture(scope="session")
 def tiny_encoder(request, tmp_path_factory, tokenizer) -> Path:
-    """An encoder of two layers with a masked-language head and random weights, and a tokenizer for it."""
+    """A two-layer encoder with a masked-language head and random weights, and its tokenizer."""
     special = {f"{name}_token": f"<{name}>" for name in ("pad", "mask", "cls", "sep")}
     words = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special)
     words.backend_tokenizer.post_processor = TemplateProcessing(
@@ -269,57 +267,57 @@ def tiny_encoder(request, tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("tiny_encoder", "own_text", "heads"),
+    ("tiny_encoder", "sampled_text", "heads"),
     [("bert", True, {"bert.pooler.dense": 2, "classifier": 2}),
      ("modernbert", False, {"head.dense": 1, "head.norm": 1, "classifier": 2})],
     indirect=["tiny_encoder"],
 )  # fmt: skip
-def test_an_encoder_learns_to_classify_and_its_forgetting_is_that_of_masked_tokens(
-    tiny_encoder, own_text, heads, jsonl, tmp_path
+def test_an_encoder_learns_to_classify_and_reports_its_forgetting(
+    tiny_encoder, sampled_text, heads, jsonl, tmp_path
 ) -> None:
     data = jsonl([{"text": f"{'odd' if i % 2 else 'even'} {i}", "label": i % 2} for i in range(40)])
     text = jsonl([{"text": f"def function_{i}(x): return x + {i}"} for i in range(20)], "text.jsonl")
     settings = ["task=classification", "steps=60", "batch_size=8", "target_modules=all-linear"]
-    settings += ["rank=4", "learning_rate=1e-2", *([] if own_text else [f"forgetting_data={text}"])]
+    settings += ["rank=4", "learning_rate=1e-2", *([] if sampled_text else [f"forgetting_data={text}"])]
     assert astra_train(tiny_encoder, data, tmp_path / "out", *settings) == 0
     found = load_astra(tmp_path / "out").provenance
     head = {f"{layer}.{('weight', 'bias')[i]}" for layer, parts in heads.items() for i in range(parts)}
-    assert set(load_astra(tmp_path / "out").head) == head  # the language model came without them
+    assert set(load_astra(tmp_path / "out").head) == head  # parameters that the language model does not have
     uniform = np.log(len(AutoTokenizer.from_pretrained(tiny_encoder)))
-    assert (found["forgetting"]["before"] < uniform) == own_text  # a model expects its own text more than any other
+    # Only on its own text is the random encoder better than a uniform guess.
+    assert (found["forgetting"]["before"] < uniform) == sampled_text
     assert found["forgetting"]["change"] != 0
     losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "loss.jsonl").read_text().splitlines()]
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
 
 
-def test_ranks_follow_patterns_and_a_shared_budget(tiny_base, jsonl, rows, tmp_path) -> None:
-    data = jsonl(rows)
-    assert (
-        astra_train(tiny_base, data, tmp_path / "pattern", "rank_pattern={'q_proj|k_proj': 2, 'layers.1.*q_proj': 3}")
-        == 0
-    )
-    ranks = {name: len(layer.a) for name, layer in load_astra(tmp_path / "pattern").layers.items()}
+def test_ranks_follow_rank_pattern(tiny_base, jsonl, rows, tmp_path) -> None:
+    pattern = "rank_pattern={'q_proj|k_proj': 2, 'layers.1.*q_proj': 3}"
+    assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", pattern) == 0
+    ranks = {name: len(layer.a) for name, layer in load_astra(tmp_path / "out").layers.items()}
     assert ranks["model.layers.0.self_attn.q_proj"] == ranks["model.layers.1.self_attn.k_proj"] == 2
     assert ranks["model.layers.1.self_attn.q_proj"] == 3
     assert ranks["model.layers.1.mlp.up_proj"] == 4
-    for rule in ("effective_rank", "tail_energy"):
-        assert astra_train(tiny_base, data, tmp_path / rule, f"rank_allocation={rule}", "calibration_rows=40") == 0
-        ranks = [len(layer.a) for layer in load_astra(tmp_path / rule).layers.values()]
-        assert sum(ranks) == 4 * 14
-        assert min(ranks) >= 1
-        assert max(ranks) <= 16
-        assert len(set(ranks)) > 1
 
 
-def test_a_cached_calibration_costs_no_forward_pass_for_another_rank_and_subspace(
-    tiny_base, jsonl, rows, tmp_path, monkeypatch
-) -> None:
+@pytest.mark.parametrize("rule", ["effective_rank", "tail_energy"])
+def test_rank_allocation_shares_the_budget(tiny_base, jsonl, rows, tmp_path, rule: str) -> None:
+    settings = (f"rank_allocation={rule}", "calibration_rows=40")
+    assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", *settings) == 0
+    ranks = [len(layer.a) for layer in load_astra(tmp_path / "out").layers.values()]
+    assert sum(ranks) == 4 * 14
+    assert min(ranks) >= 1
+    assert max(ranks) <= 16
+    assert len(set(ranks)) > 1
+
+
+def test_cached_gram_matrices_serve_another_rank_and_subspace(tiny_base, jsonl, rows, tmp_path, monkeypatch) -> None:
     data, cache = jsonl(rows), f"calibration_cache={tmp_path / 'cache'}"
     assert (
         astra_train(tiny_base, data, tmp_path / "plain", "rank=3", "subspace=principal", "calibration_overlap=1") == 0
     )
     assert astra_train(tiny_base, data, tmp_path / "first", cache, "spectra=false") == 0
-    monkeypatch.setattr("trainer.initialise.gram_matrices", None)  # a call would fail
+    monkeypatch.setattr("trainer.start.initialise.gram_matrices", None)  # so a call would fail
     settings = ("rank=3", "subspace=principal", "spectra=false")
     assert astra_train(tiny_base, data, tmp_path / "second", cache, *settings) == 0
     plain, cached = (load_astra(tmp_path / name).layers for name in ("plain", "second"))
@@ -327,7 +325,7 @@ def test_a_cached_calibration_costs_no_forward_pass_for_another_rank_and_subspac
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x80\x04K\x01.", b"\xff" * 64])
-def test_a_damaged_cache_is_measured_again(tiny_base, jsonl, rows, tmp_path, damage: bytes) -> None:
+def test_a_damaged_cache_is_not_used(tiny_base, jsonl, rows, tmp_path, damage: bytes) -> None:
     data, cache = jsonl(rows), f"calibration_cache={tmp_path / 'cache'}"
     assert astra_train(tiny_base, data, tmp_path / "first", cache) == 0
     for file in (tmp_path / "cache").rglob("*.safetensors"):
@@ -339,9 +337,7 @@ def test_a_damaged_cache_is_measured_again(tiny_base, jsonl, rows, tmp_path, dam
     )
 
 
-def test_calibration_stops_early_once_the_subspace_stays_and_records_how_it_converged(
-    tiny_base, jsonl, tmp_path
-) -> None:
+def test_calibration_stops_when_the_subspaces_have_converged(tiny_base, jsonl, tmp_path) -> None:
     data = jsonl([{"text": f"the same text again {i % 2}"} for i in range(64)])
     settings = ("calibration_rows=64", "target_modules=[down_proj]", "spectra=false", "subspace=principal")
     assert astra_train(tiny_base, data, tmp_path / "early", *settings) == 0
@@ -355,12 +351,12 @@ def test_calibration_stops_early_once_the_subspace_stays_and_records_how_it_conv
     assert max(used) < max(spectrum["n_tokens"] for spectrum in everything["spectra"].values())
 
 
-def test_one_step_already_moves_the_adapter(tiny_base, jsonl, rows, tmp_path) -> None:
+def test_the_first_step_changes_the_adapter(tiny_base, jsonl, rows, tmp_path) -> None:
     assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", "steps=1") == 0
     assert all(not torch.equal(layer.a, layer.a0) for layer in load_astra(tmp_path / "out").layers.values())
 
 
-def test_the_learning_rate_rises_falls_and_is_never_zero_before_the_end() -> None:
+def test_the_learning_rate_rises_then_falls_and_is_never_zero() -> None:
     config = TrainConfig(steps=20, warmup=0.2)
     rates = [learning_rate_factor(config, step) for step in range(20)]
     assert max(rates) == rates[4] == 1
@@ -369,9 +365,7 @@ def test_the_learning_rate_rises_falls_and_is_never_zero_before_the_end() -> Non
     assert min(rates) > 0
 
 
-def test_a_crash_while_writing_leaves_no_half_folder_and_resume_finishes_it(
-    tiny_base, jsonl, rows, tmp_path, monkeypatch
-) -> None:
+def test_resume_after_a_crash_while_writing_gives_the_same_bytes(tiny_base, jsonl, rows, tmp_path, monkeypatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("disk full")
 
@@ -385,12 +379,12 @@ def test_a_crash_while_writing_leaves_no_half_folder_and_resume_finishes_it(
     assert (
         main(["--base", str(tiny_base), "--data", str(data), "--out", str(tmp_path / "out"), "--resume", *options]) == 0
     )
-    assert astra_train(tiny_base, data, tmp_path / "straight") == 0
-    assert files(tmp_path / "out") == files(tmp_path / "straight")
+    assert astra_train(tiny_base, data, tmp_path / "uninterrupted") == 0
+    assert files(tmp_path / "out") == files(tmp_path / "uninterrupted")
     assert not (tmp_path / "out.unfinished").exists()
 
 
-def test_the_base_on_disk_is_not_touched(tiny_base, jsonl, rows, tmp_path) -> None:
+def test_the_base_on_disk_is_unchanged(tiny_base, jsonl, rows, tmp_path) -> None:
     before = files(tiny_base)
     assert astra_train(tiny_base, jsonl(rows), tmp_path / "out") == 0
     assert files(tiny_base) == before

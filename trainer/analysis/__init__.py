@@ -1,1 +1,1 @@
-"""What a run did to each layer, read back from its folder: `astra-train analyze DIR`."""
+"""`astra-train analyze DIR`: an HTML report about a finished run, made from the files in its folder."""

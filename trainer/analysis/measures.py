@@ -1,4 +1,4 @@
-"""What the report says of each layer: its name without the block, and how far training moved it."""
+"""Measurements of each layer for the report: its kind, effective ranks, and the size of its trained change."""
 
 import re
 from collections.abc import Sequence
@@ -7,32 +7,33 @@ from dataclasses import dataclass
 import torch
 
 from converter.adapter_dir import AstraAdapter, AstraLayer
-from trainer.eigenspace import Spectrum, effective_rank
 from trainer.report import Run
+from trainer.start.eigenspace import Spectrum, effective_rank
 
-_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # as data passes through
-_NOTHING = 1e-5  # A0 or B0 this small beside its own change is round-off of zero: no change relative to it
+# in the order of the forward pass
+_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_ROUND_OFF = 1e-5  # an A0 or B0 below this share of its change is zero up to round-off
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What is known of one layer; None where its method, or its run, left nothing to know it from."""
+    """The measurements of one layer; None where the method or the run has not recorded the data."""
 
     name: str
-    kind: str  # its name without the block, as short as the other kinds allow
+    kind: str  # the name without the block number, as short as unambiguous
     block: int
     shape: tuple[int, int]  # (d_out, d_in)
     rank: int
-    found: Spectrum | None
-    rank_before: float | None  # effective ranks of the outputs
-    rank_after: float | None
-    move_a: float | None  # |A - A0| / |A0|; None where A0 is zero
-    move_b: float | None
+    spectrum: Spectrum | None
+    effective_rank_before: float | None  # of the outputs, before training
+    effective_rank_after: float | None
+    change_a: float | None  # |A - A0| / |A0| (Frobenius); None if A0 is zero
+    change_b: float | None
     delta_norm: float  # |delta W|, Frobenius
 
 
 def measure(run: Run, adapter: AstraAdapter) -> list[Layer]:
-    """Return what is known of the layers, block after block."""
+    """Return the measurements of all layers, in the order of blocks and of the forward pass."""
     kinds = kinds_of(list(adapter.layers))
     layers = []
     for name, layer in adapter.layers.items():
@@ -45,34 +46,34 @@ def measure(run: Run, adapter: AstraAdapter) -> list[Layer]:
                 block=int(numbers[0]) if numbers else 0,
                 shape=(layer.b.shape[0], layer.a.shape[1]),
                 rank=len(layer.a),
-                found=run.start.spectra.get(name),
-                rank_before=None if before is None else effective_rank(before.double()),
-                rank_after=None if after is None else effective_rank(after.double()),
-                move_a=_relative_move(layer.a, layer.a0),
-                move_b=_relative_move(layer.b, layer.b0),
+                spectrum=run.start.spectra.get(name),
+                effective_rank_before=None if before is None else effective_rank(before.double()),
+                effective_rank_after=None if after is None else effective_rank(after.double()),
+                change_a=_relative_change(layer.a, layer.a0),
+                change_b=_relative_change(layer.b, layer.b0),
                 delta_norm=delta_norm(layer, adapter.scaling),
             )
         )
-    return sorted(layers, key=lambda layer: (layer.block, _place(layer.kind), layer.name))
+    return sorted(layers, key=lambda layer: (layer.block, _kind_order(layer.kind), layer.name))
 
 
 def delta_norm(layer: AstraLayer, scaling: float) -> float:
-    """Return the Frobenius norm of delta W = s (B A - B0 A0) = s (dB A + B0 dA), without forming it.
+    """Return the Frobenius norm of delta W = s (B A - B0 A0) = s (dB A + B0 dA), without computing delta W.
 
-    As one product L R of 2r columns and rows its square is trace(L^T L R R^T); the second form loses no digits.
+    The second form does not cancel. As a product L R of 2r columns and rows, its squared norm is trace(L^T L R R^T).
     """
     a, b, a0, b0 = (t.double() for t in (layer.a, layer.b, layer.a0, layer.b0))
     left, right = torch.cat([b - b0, b0], dim=1), torch.cat([a, a - a0])
     return scaling * float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt())
 
 
-def _relative_move(now: torch.Tensor, start: torch.Tensor) -> float | None:
-    moved, size = float((now.double() - start.double()).norm()), float(start.double().norm())
-    return None if size <= _NOTHING * moved or size == 0 else moved / size
+def _relative_change(trained: torch.Tensor, start: torch.Tensor) -> float | None:
+    change, size = float((trained.double() - start.double()).norm()), float(start.double().norm())
+    return None if size <= _ROUND_OFF * change or size == 0 else change / size
 
 
 def kinds_of(names: Sequence[str]) -> dict[str, str]:
-    """Return each name without its numbers, and without leading parts as long as the kinds stay different."""
+    """Return the kind of each layer: its name without numbers, and with as few leading parts as keep kinds distinct."""
     full = {name: ".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names}
     kinds = set(full.values())
     short = {}
@@ -83,6 +84,6 @@ def kinds_of(names: Sequence[str]) -> dict[str, str]:
     return {name: short[kind] for name, kind in full.items()}
 
 
-def _place(kind: str) -> tuple[int, str]:
+def _kind_order(kind: str) -> tuple[int, str]:
     last = kind.rpartition(".")[2]
     return (_ORDER.index(last) if last in _ORDER else len(_ORDER), kind)

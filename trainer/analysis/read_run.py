@@ -1,4 +1,4 @@
-"""A folder that astra-train wrote, read back: what `trainer.report` recorded of the run, checked."""
+"""Reading and checking of a folder that astra-train wrote, as a `Run` (see `trainer.report`)."""
 
 import json
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from converter.adapter_dir import ASTRA_WEIGHTS, PROVENANCE, AstraAdapter, Json, MalformedAdapter, load_astra, read_json
 from trainer.config import TrainConfig
-from trainer.eigenspace import Spectrum
 from trainer.evaluate import Forgetting
-from trainer.initialise import Estimate, Initialisation
 from trainer.loop import Point, Result
 from trainer.report import SPECTRA, Run
+from trainer.start.eigenspace import Spectrum
+from trainer.start.initialise import Estimate, Initialisation
 
 _FULL_FORMAT = "astra-full/1"
 
@@ -39,7 +39,7 @@ class _Evaluation(BaseModel, extra="allow"):
 
 
 class _Record(BaseModel):
-    """What `astra.json` must hold to be a run; what an older version did not record is empty."""
+    """The required content of `astra.json`; fields that older versions did not record have defaults."""
 
     base: _Base
     data: _Data
@@ -52,19 +52,20 @@ class _Record(BaseModel):
 
 
 def read_run(folder: Path) -> tuple[Run, AstraAdapter | None]:
-    """Return the run that wrote `folder`, and its adapter where it trained one; the run's `starts` stay empty.
+    """Return the run that wrote `folder`, and its adapter, or None after full fine-tuning.
 
-    The curve and the eigenvalues are empty where their files were not kept. Raises NotAnAdapter and MalformedAdapter.
+    The run's `starts` are empty; so are its curve and its eigenvalues if their files are missing. Raises NotAnAdapter
+    and MalformedAdapter.
     """
-    whole = None if (folder / ASTRA_WEIGHTS).is_file() else _whole_model(folder)
-    adapter = load_astra(folder) if whole is None else None
-    origin = adapter.provenance if adapter else whole
+    full = None if (folder / ASTRA_WEIGHTS).is_file() else _fully_trained(folder)
+    adapter = load_astra(folder) if full is None else None
+    origin = adapter.provenance if adapter else full
     try:
         record = _Record.model_validate(origin)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise MalformedAdapter(f"{folder / PROVENANCE} is not of this version: {where}: {first['msg']}") from error
+        raise MalformedAdapter(f"{folder / PROVENANCE} does not match this version: {where}: {first['msg']}") from error
     before, after = _eigenvalues(folder, record.spectra)
     start = Initialisation({}, record.spectra, before, record.convergence)
     evaluations = [evaluation.model_dump() for evaluation in record.evaluations]
@@ -72,8 +73,8 @@ def read_run(folder: Path) -> tuple[Run, AstraAdapter | None]:
     return Run(origin or {}, record.config, start, result, record.forgetting, after), adapter
 
 
-def _whole_model(folder: Path) -> Json | None:
-    """Return the provenance of a folder whose model was trained itself; None for any other folder."""
+def _fully_trained(folder: Path) -> Json | None:
+    """Return the provenance of a folder with a fully fine-tuned model; None for any other folder."""
     if not (folder / PROVENANCE).is_file():
         return None
     content = read_json(folder, PROVENANCE)
@@ -96,7 +97,7 @@ def _curve(folder: Path) -> list[Point]:
 def _eigenvalues(
     folder: Path, found: Mapping[str, Spectrum]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the ascending eigenvalues of the layers' outputs before and after training."""
+    """Return the eigenvalues of the layers' outputs before and after training, ascending, by layer name."""
     file = folder / SPECTRA
     values: dict[str, dict[str, torch.Tensor]] = {"before": {}, "after": {}}
     tensors = {}
@@ -108,7 +109,7 @@ def _eigenvalues(
     for key, tensor in tensors.items():
         name, _, when = key.rpartition(".")
         if when not in values or name not in found:
-            raise MalformedAdapter(f"{file} holds {key}, but {PROVENANCE} knows no such spectrum")
+            raise MalformedAdapter(f"{file} holds {key}, but {PROVENANCE} has no such spectrum")
         if tensor.ndim != 1 or not 0 < len(tensor) <= found[name].dimension or not tensor.isfinite().all():
             raise MalformedAdapter(f"{file}: {key} is not a list of up to {found[name].dimension} finite eigenvalues")
         values[when][name] = tensor

@@ -1,1 +1,1 @@
-"""The embedded base model: a small trained Llama in `base/`, its corpus, and three tasks it cannot do yet."""
+"""The embedded base model `base/`, a small pre-trained Llama, with its corpus and three tasks for adapters."""

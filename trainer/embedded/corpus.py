@@ -1,9 +1,8 @@
-"""What the embedded base is pre-trained on: the standard library's text, and text generated here.
+"""The pre-training corpus of the embedded base: the standard library's source, and generated text.
 
-Half of the documents are windows of standard-library source (its held-out modules never appear). The other half are
-drills that teach copying and looking up, which a model of this size does not pick up from code alone, and *unpaired*
-pieces of the tasks: questions without answers, answers without questions. The base therefore knows the words and still
-fails every task.
+About half of the text is windows of standard-library source, without the held-out modules. The rest is exercises for
+copying and looking up, which a model of this size does not learn from code, and *unpaired* parts of the tasks:
+questions without answers and answers without questions. So the base knows the words of the tasks, but cannot do them.
 """
 
 import random
@@ -25,8 +24,8 @@ def _word(rng: random.Random, words: Sequence[str]) -> str:
     return str(rng.randint(0, 99999))
 
 
-def _drill(rng: random.Random, words: Sequence[str]) -> str:
-    """Return one document that can be predicted only by copying or looking up what stands in it."""
+def _exercise(rng: random.Random, words: Sequence[str]) -> str:
+    """Return a document that can be predicted only by copying or looking up earlier parts of it."""
     items = [_word(rng, words) for _ in range(rng.randint(2, 7))]
     sep = rng.choice((", ", " ", "; ", "\n", " | "))
     text = sep.join(items)
@@ -43,8 +42,8 @@ def _drill(rng: random.Random, words: Sequence[str]) -> str:
             given = sep.join(f"{key}={value}" for key, value in pairs.items())
             return given + "".join(f"\n{key}: {pairs[key]}" for key in asked)
         case 4:
-            gone = rng.choice(items)
-            return f"{text}\nWithout {gone}: {sep.join(x for x in items if x != gone)}"
+            removed = rng.choice(items)
+            return f"{text}\nWithout {removed}: {sep.join(x for x in items if x != removed)}"
         case 5:
             k = rng.randrange(len(items))
             return f"{text}\nFirst: {items[0]}\nLast: {items[-1]}\nAfter {items[k - 1]}: {items[k]}"
@@ -71,7 +70,7 @@ def _unpaired(rng: random.Random, task_rows: dict[str, Iterator[tasks.Row]]) -> 
 
 
 def documents(seed: int) -> Iterator[str]:
-    """Yield documents without end: of every eight characters about four are library source, three drills, one tasks."""
+    """Yield an endless stream: of eight characters about four are library source, three exercises, one task parts."""
     rng = random.Random(seed)
     sources = [text for _, text in stdlib.sources(held_out=False)]
     words = stdlib.identifiers()
@@ -82,6 +81,6 @@ def documents(seed: int) -> Iterator[str]:
         start = rng.randrange(max(1, len(source) - 800))
         start = source.rfind("\n", 0, start) + 1
         yield source[start : start + 800]
-        # A drill is about 90 characters, an unpaired piece about 60: together as many as one window of source.
-        yield from (_drill(rng, words) for _ in range(6))
+        # An exercise has about 90 characters, an unpaired part about 60: together about as many as one window.
+        yield from (_exercise(rng, words) for _ in range(6))
         yield from (_unpaired(rng, task_rows) for _ in range(3))

@@ -1,7 +1,7 @@
-"""The standard library as text: real Python that every installation has, split by top-level module.
+"""The source of the Python standard library, which every installation has, split by top-level module.
 
-The split is by a digest of the module's name, so a held-out module is held out on every machine, from the base's
-pre-training as well as from the adapters' training rows.
+The split depends on a digest of the module's name. A held-out module is therefore held out on every machine, from the
+pre-training of the base as well as from the training rows of the tasks.
 """
 
 import hashlib
@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-# Tests repeat themselves, idlelib and lib2to3 leave newer Pythons, encodings are tables, the rest is not source.
+# Tests are repetitive, newer Pythons lack idlelib and lib2to3, encodings are tables, the rest is not library code.
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages", "ensurepip"}
-_HELD_OUT_OF = 6  # one module in six
+_HELD_OUT_ONE_IN = 6  # about one module in six is held out
 
 
 def is_held_out(module: str) -> bool:
-    """Whether the top-level `module` belongs to the test split."""
-    return hashlib.sha256(module.encode()).digest()[0] % _HELD_OUT_OF == 0
+    """Return whether the top-level `module` belongs to the test split."""
+    return hashlib.sha256(module.encode()).digest()[0] % _HELD_OUT_ONE_IN == 0
 
 
 def sources(held_out: bool) -> Iterator[tuple[str, str]]:
@@ -32,11 +32,11 @@ def sources(held_out: bool) -> Iterator[tuple[str, str]]:
         try:
             yield str(relative), path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            continue  # a few files declare another encoding
+            continue  # a few files have another encoding
 
 
 def digest() -> str:
-    """Return the SHA-256 of the training split: distributions ship one Python version with differing libraries."""
+    """Return the SHA-256 of the training split; it differs between distributions of one Python version."""
     total = hashlib.sha256()
     for path, source in sources(held_out=False):
         total.update(f"{path}\0{source}\0".encode())

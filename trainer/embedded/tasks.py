@@ -1,12 +1,12 @@
-"""Three task families that the embedded base cannot do and an adapter learns in about a minute.
+"""Three task families that the embedded base cannot do, and that an adapter learns in about a minute.
 
     signature  a real `def` line of the standard library -> its argument names   (split by module)
     sql        a question about a small schema -> one SELECT statement           (split by table)
     intent     a support ticket -> intent, product and order number as JSON      (split by product)
 
-Train and test rows are disjoint by construction: no module, table or product of one split appears in the other.
+No module, table or product of the training split appears in the test split.
 
-    python -m trainer.embedded.tasks --out DIR    writes NAME.train.jsonl and NAME.test.jsonl for each
+    python -m trainer.embedded.tasks --out DIR    writes NAME.train.jsonl and NAME.test.jsonl for each family
 """
 
 import argparse
@@ -23,7 +23,7 @@ from trainer.embedded import stdlib
 
 Row = dict[str, Any]  # {"prompt", "completion"} or {"messages": [...]}, as astra-train reads them
 
-# Of every list in this block the last quarter belongs to the test split.
+# The last quarter of TABLES and of PRODUCTS belongs to the test split.
 TABLES = (
     "employees products orders flights books students movies songs cities hotels players teams courses patients "
     "rooms tickets cars houses stores invoices recipes museums rivers planets animals drivers events farms banks "
@@ -87,17 +87,17 @@ TICKETS = {
 GREETINGS = ("", "Hello. ", "Hi there! ", "Good morning. ", "Dear team, ")
 
 
-def _nouns(words: list[str], test: bool, open_words: Sequence[str]) -> list[str]:
-    """Return the held-out quarter of `words`, or the rest, repeated to be as many as the `open_words` beside it."""
+def _nouns(words: list[str], test: bool, extra_words: Sequence[str]) -> list[str]:
+    """Return the held-out quarter of `words`, or the rest and `extra_words`, with about equal weight."""
     cut = len(words) * 3 // 4
     if test:
         return words[cut:]
-    return words[:cut] * max(1, len(open_words) // cut) + [word for word in open_words if word not in words[cut:]]
+    return words[:cut] * max(1, len(extra_words) // cut) + [word for word in extra_words if word not in words[cut:]]
 
 
 @cache
 def _signatures(held_out: bool) -> dict[str, str]:
-    """Return {`def` line: its argument names} for every function of one split with two to five arguments."""
+    """Return the argument names of each `def` line of one split, for functions with two to five arguments."""
     found = {}
     for _, source in stdlib.sources(held_out):
         for node in ast.walk(ast.parse(source)):
@@ -113,7 +113,7 @@ def _signatures(held_out: bool) -> dict[str, str]:
 
 
 def signature_rows(rng: random.Random, test: bool, _: Sequence[str] = ()) -> Iterator[Row]:
-    """Real signatures; a line that both splits hold (`def get(self, key, default=None):`) counts as training."""
+    """Yield real signatures; a line that is in both splits (`def get(self, key, default=None):`) is a training row."""
     found = _signatures(held_out=test)
     if test:
         seen = _signatures(held_out=False)
@@ -123,9 +123,9 @@ def signature_rows(rng: random.Random, test: bool, _: Sequence[str] = ()) -> Ite
             yield {"prompt": f"{line}\nArguments:", "completion": " " + found[line]}
 
 
-def sql_rows(rng: random.Random, test: bool, open_words: Sequence[str] = ()) -> Iterator[Row]:
-    """One question over a table with two label and two number columns."""
-    tables = _nouns(TABLES, test, open_words)
+def sql_rows(rng: random.Random, test: bool, extra_words: Sequence[str] = ()) -> Iterator[Row]:
+    """Yield questions about a table with two label columns and two number columns."""
+    tables = _nouns(TABLES, test, extra_words)
     while True:
         table = rng.choice(tables)
         if rng.random() < 0.5:
@@ -149,9 +149,9 @@ def sql_rows(rng: random.Random, test: bool, open_words: Sequence[str] = ()) -> 
         yield {"prompt": f"Table {table} ({', '.join(columns)})\nShow {question}.\nSQL:", "completion": " " + sql}
 
 
-def intent_rows(rng: random.Random, test: bool, open_words: Sequence[str] = ()) -> Iterator[Row]:
-    """One support ticket as a chat, answered in JSON."""
-    kinds, products = _nouns(KINDS, False, ()), _nouns(PRODUCTS, test, open_words)
+def intent_rows(rng: random.Random, test: bool, extra_words: Sequence[str] = ()) -> Iterator[Row]:
+    """Yield support tickets as chats, answered in JSON."""
+    kinds, products = _nouns(KINDS, False, ()), _nouns(PRODUCTS, test, extra_words)
     while True:
         intent = rng.choice(sorted(TICKETS))
         brand = "".join(rng.choices(SYLLABLES, k=rng.randint(2, 3))).capitalize()
@@ -171,14 +171,14 @@ TASKS: dict[str, Callable[[random.Random, bool, Sequence[str]], Iterator[Row]]] 
 
 
 def rows(task: str, *, test: bool, n: int, seed: int = 0) -> list[Row]:
-    """Return `n` distinct rows of one split of `task`, the same ones for the same seed.
+    """Return up to `n` distinct rows of one split of `task`; the same seed gives the same rows.
 
-    In training rows every second noun is a word of the standard library, so that an adapter learns to copy the noun
-    that it is asked about instead of recalling a short list; test rows ask about nouns that are in no training row.
-    Fewer come back where the split holds fewer (the real signatures are about 3,000 and 350).
+    About half of the nouns in training rows are words of the standard library, so that an adapter learns to copy the
+    noun of the question instead of a short list. No noun of the test rows is in a training row. There are about 3,000
+    training rows and 350 test rows of `signature`, so a larger `n` gives fewer than `n` rows.
     """
-    open_words = [] if test else [word for word in stdlib.identifiers() if re.fullmatch("[a-z]{4,10}", word)]
-    stream = TASKS[task](random.Random(f"{task} {test} {seed}"), test, open_words)
+    extra_words = [] if test else [word for word in stdlib.identifiers() if re.fullmatch("[a-z]{4,10}", word)]
+    stream = TASKS[task](random.Random(f"{task} {test} {seed}"), test, extra_words)
     found: dict[str, Row] = {}
     for _ in range(20 * n):
         row = next(stream)
@@ -189,7 +189,7 @@ def rows(task: str, *, test: bool, n: int, seed: int = 0) -> list[Row]:
 
 
 def write(out: Path, *, n_train: int = 3000, n_test: int = 100) -> None:
-    """Write `NAME.train.jsonl` and `NAME.test.jsonl` of every task into `out`."""
+    """Write `NAME.train.jsonl` and `NAME.test.jsonl` of each task into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
         for split, test, n in (("train", False, n_train), ("test", True, n_test)):
@@ -198,6 +198,6 @@ def write(out: Path, *, n_train: int = 3000, n_test: int = 100) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write the three tasks' train and test rows as JSONL.")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
+    parser = argparse.ArgumentParser(description="Write the training and test rows of the three tasks as JSONL.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the files")
     write(parser.parse_args().out)

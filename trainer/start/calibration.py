@@ -1,6 +1,7 @@
-"""Gram matrices of the target layers' output activations over real tokens (paper section 3.1: C = Y^T Y / n).
+"""Gram matrices of the target layers' outputs over the real tokens of the calibration rows.
 
-Processes share the batches and add their sums up; every process ends with the same matrices.
+Paper section 3.1: C = Y^T Y / n for the outputs Y (n, d_out) before bias. Padding does not count. Sums are in float64.
+Processes share the batches and add up their sums, so that all processes return the same matrices.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,15 +14,15 @@ from accelerate import PartialState
 from torch import distributed, nn
 
 from trainer.data import IGNORED
-from trainer.passes import Passes
+from trainer.start.passes import Passes
 
 
 @dataclass(frozen=True)
 class Gram:
-    """A layer's uncentred second moment, float64, taken on the smaller side of its weight (d_out, d_in).
+    """The uncentred second moment of a layer with weight W (d_out, d_in), float64, on its smaller side.
 
-    C = Y^T Y / n_tokens (d_out, d_out) of the outputs before bias where d_out <= d_in. Otherwise C's rank is d_in at
-    most, and the matrix is Cx = X^T X / n_tokens (d_in, d_in) of the inputs, with C = W Cx W^T.
+    For d_out <= d_in the matrix is C = Y^T Y / n_tokens (d_out, d_out) of the outputs before bias. Otherwise it is
+    Cx = X^T X / n_tokens (d_in, d_in) of the inputs: C = W Cx W^T then has rank d_in at most.
     """
 
     matrix: torch.Tensor
@@ -31,18 +32,18 @@ class Gram:
 
 
 def is_tall(layer: nn.Linear) -> bool:
-    """Whether a layer has more outputs than inputs, so that its outputs span only a part of their space."""
-    return layer.out_features > layer.in_features  # a quantised weight's own shape is another
+    """Return whether a layer has more outputs than inputs; its outputs then span only a part of their space."""
+    return layer.out_features > layer.in_features  # not the shape of the weight: a quantised weight has another one
 
 
-def _narrower_side(layer: nn.Linear) -> int:
+def _smaller_side(layer: nn.Linear) -> int:
     return min(layer.out_features, layer.in_features)
 
 
 def layer_groups(shapes: Mapping[str, tuple[int, int]], memory: int) -> Iterator[list[str]]:
-    """Split the layers (name: (d_out, d_in)) so that one group's Gram matrices fit into `memory` bytes.
+    """Yield groups of layer names (`shapes`: name to (d_out, d_in)) whose Gram matrices fit into `memory` bytes.
 
-    A group has at least one layer.
+    Each group has at least one layer, whatever its size.
     """
     group: list[str] = []
     used = 0
@@ -64,24 +65,24 @@ def gram_matrices(
     *,
     answers_only: bool = False,
     on_batch: Callable[[], None] = lambda: None,
-    is_enough: Callable[[Iterator[tuple[str, Gram]]], bool] = lambda _: False,
+    should_stop: Callable[[Iterator[tuple[str, Gram]]], bool] = lambda _: False,
 ) -> dict[str, Gram]:
-    """Run the batches of `passes` through the model and return the Gram matrix of each of `layers` (linear or adapted).
+    """Run the batches of `passes` through the model; return the Gram matrix of each of `layers` (linear or adapted).
 
-    Padding is masked out; with `answers_only` also every token that the loss does not look at. After 1, 2, 4, ...
-    rounds of batches, once there are as many tokens as the widest matrix has rows, `is_enough` is asked whether to
-    stop. Products are taken in float64: eigenvalues span many orders of magnitude, and below 1e-7 of the largest one a
-    float32 product would leave nothing of the tail but its own round-off.
+    Padding is excluded, and with `answers_only` also all tokens that do not count in the loss. A round is one batch per
+    process. After 1, 2, 4, ... rounds, once there are at least as many tokens as rows in the widest matrix,
+    `should_stop` decides whether calibration ends. Products are in float64: eigenvalues span many orders of magnitude,
+    and in float32 those below 1e-7 of the largest would be round-off.
     """
     state = PartialState()
     of_inputs = {name: is_tall(_linear(layer)) for name, layer in layers.items()}
     sums = {
-        name: torch.zeros(2 * [_narrower_side(_linear(layer))], dtype=torch.float64, device=state.device)
+        name: torch.zeros(2 * [_smaller_side(_linear(layer))], dtype=torch.float64, device=state.device)
         for name, layer in layers.items()
     }
     norms = {name: torch.zeros((), dtype=torch.float64, device=state.device) for name in layers}
     n_tokens = torch.zeros((), dtype=torch.int64, device=state.device)
-    real = torch.empty(0, device=state.device)  # which positions of the running batch count
+    real = torch.empty(0, device=state.device)  # bool (rows * length): positions of the current batch that count
 
     def add(name: str, layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         bias = _linear(layer).bias
@@ -97,14 +98,17 @@ def gram_matrices(
             index = number * state.num_processes + state.process_index
             batch = passes.batches[index % len(passes.batches)]
             real = (batch["labels"] != IGNORED if answers_only else batch["attention_mask"].bool()).flatten()
-            real = (real & (index < len(passes.batches))).to(state.device)  # every process runs every round: a
-            n_tokens += real.sum()  # sharded base needs all of them
+            # A sharded base needs all processes in each round: without a batch of its own, a process counts no token.
+            real = (real & (index < len(passes.batches))).to(state.device)
+            n_tokens += real.sum()
             passes.run(index % len(passes.batches), layers.values())
             on_batch()
-            seen = int(_over_all_processes(n_tokens))
+            seen = int(_sum_over_processes(n_tokens))
             widest = max(len(matrix) for matrix in sums.values())
-            asked = (number + 1).bit_count() == 1 and number + 1 < rounds and seen >= widest
-            if asked and is_enough((name, _gram(sums[name], norms[name], seen, of_inputs[name])) for name in layers):
+            is_check = (number + 1).bit_count() == 1 and number + 1 < rounds and seen >= widest
+            if is_check and should_stop(
+                (name, _gram(sums[name], norms[name], seen, of_inputs[name])) for name in layers
+            ):
                 break
     finally:
         for handle in handles:
@@ -113,11 +117,11 @@ def gram_matrices(
 
 
 def _gram(total: torch.Tensor, norms: torch.Tensor, n_tokens: int, of_inputs: bool) -> Gram:
-    matrix = _over_all_processes(total) / n_tokens
-    return Gram(matrix, n_tokens, float(_over_all_processes(norms) / n_tokens), of_inputs)
+    matrix = _sum_over_processes(total) / n_tokens
+    return Gram(matrix, n_tokens, float(_sum_over_processes(norms) / n_tokens), of_inputs)
 
 
-def _over_all_processes(tensor: torch.Tensor) -> torch.Tensor:
+def _sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     if PartialState().num_processes == 1:
         return tensor
     total = tensor.clone()
@@ -126,7 +130,7 @@ def _over_all_processes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _linear(layer: nn.Module) -> nn.Linear:
-    """Return the linear layer inside an adapted one."""
+    """Return the linear layer inside an adapted layer; a linear layer itself."""
     found = getattr(layer, "base_layer", layer)
     assert isinstance(found, nn.Module)
-    return cast(nn.Linear, found)  # or a quantised layer, which looks like one
+    return cast(nn.Linear, found)  # a quantised layer has the same attributes

@@ -1,4 +1,4 @@
-"""The other methods: PEFT's own starts, on a base that stays as it is."""
+"""The starts of the other methods: those of PEFT, on an unchanged base."""
 
 from pathlib import Path
 from typing import get_args
@@ -14,7 +14,7 @@ from tests.trainer.test_train import astra_train
 from trainer.adapter import adapter_layers, attach, target_layers
 from trainer.config import Method, TrainConfig
 from trainer.data import Batch, batches
-from trainer.methods import other_starts
+from trainer.start.methods import other_starts
 
 OTHERS = [method for method in get_args(Method) if method not in ("astra", "full")]
 IDS = torch.arange(5, 45).view(2, 20)
@@ -32,7 +32,7 @@ def calibration(tokenizer) -> list[Batch]:
 
 
 @pytest.mark.parametrize("method", OTHERS)
-def test_every_method_starts_at_the_bases_output_and_leaves_the_base_alone(
+def test_every_method_starts_at_the_bases_output_without_changing_the_base(
     tiny_base: Path, calibration, method: Method
 ) -> None:
     config = TrainConfig(method=method, rank=4)
@@ -55,17 +55,17 @@ def test_every_method_starts_at_the_bases_output_and_leaves_the_base_alone(
 
 @pytest.mark.parametrize("method", ["pissa", "olora", "mica"])
 @pytest.mark.parametrize("alpha", [4, 12])
-def test_the_start_is_pefts_own(tiny_base: Path, calibration, method: Method, alpha: int) -> None:
+def test_the_start_equals_that_of_peft(tiny_base: Path, calibration, method: Method, alpha: int) -> None:
     config = TrainConfig(method=method, rank=4, alpha=alpha)
     model = load(tiny_base)
     layers = target_layers(model, config)
     starts = other_starts(model, layers, dict.fromkeys(layers, 4), calibration, config, lambda: None)
-    theirs = get_peft_model(
+    peft_model = get_peft_model(
         load(tiny_base),
         LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj", "up_proj"], init_lora_weights=method),
     )
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"):
-        layer = theirs.get_base_model().get_submodule(name)
+        layer = peft_model.get_base_model().get_submodule(name)
         torch.testing.assert_close(starts[name].a0, layer.lora_A["default"].weight, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(starts[name].b0, layer.lora_B["default"].weight, rtol=1e-4, atol=1e-5)
 
@@ -82,7 +82,7 @@ def test_milora_starts_with_the_minor_singular_components(tiny_base: Path, calib
 
 
 @pytest.mark.parametrize("method", ["pissa", "lora_ga", "mica"])
-def test_a_trained_adapter_of_another_method_converts_into_the_trained_model(
+def test_an_adapter_of_another_method_converts_to_the_trained_model(
     tiny_base: Path, jsonl, rows, tmp_path, method: Method, monkeypatch
 ) -> None:
     from trainer.train import optimise
@@ -106,7 +106,7 @@ def test_a_trained_adapter_of_another_method_converts_into_the_trained_model(
         assert all(torch.equal(layer.b, layer.b0) for layer in load_astra(tmp_path / "out").layers.values())
 
 
-def test_full_trains_the_base_itself_into_a_model_that_transformers_loads(tiny_base, jsonl, rows, tmp_path) -> None:
+def test_full_fine_tuning_gives_a_model_that_transformers_loads(tiny_base, jsonl, rows, tmp_path) -> None:
     assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", "method=full", "steps=20") == 0
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert not torch.equal(trained.model.embed_tokens.weight, load(tiny_base).model.embed_tokens.weight)

@@ -1,4 +1,4 @@
-"""Passes that go on where the last one ended: what they leave out, and that nothing else changes."""
+"""Forward passes that continue earlier ones: the blocks that they skip, and that results do not change."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +9,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from trainer.adapter import target_layers
-from trainer.calibration import gram_matrices, layer_groups
 from trainer.config import TrainConfig
 from trainer.data import Batch
-from trainer.passes import Passes
+from trainer.start.calibration import gram_matrices, layer_groups
+from trainer.start.passes import Passes
 
 BLOCKS = 4
 
@@ -39,24 +39,24 @@ def rows() -> list[Batch]:
 
 @pytest.fixture
 def blocks_run(model: PreTrainedModel) -> Callable[[], list[int]]:
-    """Which blocks really computed something, since the last call."""
+    """A function that returns the numbers of the blocks that have computed since its last call."""
     seen: list[int] = []
     for i, block in enumerate(model.model.layers):
         block.input_layernorm.register_forward_hook(lambda *_, i=i: seen.append(i))
 
-    def since() -> list[int]:
+    def since_last_call() -> list[int]:
         found = seen.copy()
         seen.clear()
         return found
 
-    return since
+    return since_last_call
 
 
 def one_by_one(model: PreTrainedModel, rows: list[Batch], layers: dict[str, nn.Linear]) -> dict[str, torch.Tensor]:
     return {name: gram_matrices(Passes(model, rows), {name: layer})[name].matrix for name, layer in layers.items()}
 
 
-@pytest.mark.parametrize("memory", [1, 2 * 8 * 32**2, 10**9], ids=["a layer a group", "two", "one group"])
+@pytest.mark.parametrize("memory", [1, 2 * 8 * 32**2, 10**9], ids=["one layer per group", "two", "one group"])
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -66,7 +66,7 @@ def one_by_one(model: PreTrainedModel, rows: list[Batch], layers: dict[str, nn.L
         ("bert", {}),
     ],
 )
-def test_gram_matrices_of_any_groups_are_bit_for_bit_those_of_whole_passes(kind, settings, memory, rows) -> None:
+def test_gram_matrices_do_not_depend_on_the_groups(kind, settings, memory, rows) -> None:
     model = small(kind, **settings)
     targets = TrainConfig(target_modules=["query", "value"]) if kind == "bert" else TrainConfig()
     layers = target_layers(model, targets)
@@ -79,7 +79,7 @@ def test_gram_matrices_of_any_groups_are_bit_for_bit_those_of_whole_passes(kind,
         assert torch.equal(found[name].matrix, matrix), name
 
 
-def test_a_pass_starts_at_the_last_block_seen_and_ends_with_the_last_block_asked_for(model, rows, blocks_run) -> None:
+def test_a_pass_runs_only_the_blocks_between_the_last_pass_and_the_last_layer(model, rows, blocks_run) -> None:
     layers = [block.mlp.down_proj for block in model.model.layers]
     passes = Passes(model, rows)
     blocks_run()
@@ -89,15 +89,15 @@ def test_a_pass_starts_at_the_last_block_seen_and_ends_with_the_last_block_asked
     assert blocks_run() == [1, 2]
     passes.run(0, layers[2:])
     assert blocks_run() == [2, 3]
-    passes.run(1, layers[2:3])  # another batch has been nowhere yet
+    passes.run(1, layers[2:3])  # this batch has no saved output yet
     assert blocks_run() == [0, 1, 2]
-    passes.run(1, layers[:1])  # before what was kept: from the beginning
+    passes.run(1, layers[:1])  # before the saved output: from the first block
     assert blocks_run() == [0]
-    passes.run(1, [layers[3], model.lm_head])  # outside the blocks: all of it
+    passes.run(1, [layers[3], model.lm_head])  # a layer outside the blocks needs the whole pass
     assert blocks_run() == [0, 1, 2, 3]
 
 
-def test_a_model_whose_blocks_hand_on_more_than_their_output_runs_whole_passes(rows) -> None:
+def test_dependent_blocks_are_not_skipped(rows) -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -128,7 +128,7 @@ def test_a_model_whose_blocks_hand_on_more_than_their_output_runs_whole_passes(r
         assert torch.equal(found[name], matrix)
 
 
-def test_a_block_called_several_times_a_pass_is_never_left_out(rows) -> None:
+def test_blocks_that_run_several_times_per_pass_are_not_skipped(rows) -> None:
     torch.manual_seed(0)
     settings = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 200}
     config = AutoConfig.for_model("albert", **settings, num_hidden_layers=4, num_hidden_groups=2, embedding_size=16)
@@ -140,7 +140,7 @@ def test_a_block_called_several_times_a_pass_is_never_left_out(rows) -> None:
         assert torch.equal(found[name], matrix)
 
 
-def test_the_model_is_left_as_it_was(model, rows) -> None:
+def test_the_model_is_unchanged(model, rows) -> None:
     passes = Passes(model, rows)
     before = model(**{k: v for k, v in rows[0].items() if k != "labels"}).logits
     hooks = [len(module._forward_hooks) for module in model.modules()]

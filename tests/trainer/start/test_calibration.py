@@ -1,4 +1,4 @@
-"""Gram matrices: what is measured, and what must not change it."""
+"""The Gram matrices: their definition, and the properties of a batch that must not change them."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from trainer.calibration import Gram, gram_matrices, layer_groups
 from trainer.data import IGNORED, Batch, Example, batches
-from trainer.passes import Passes
+from trainer.start.calibration import Gram, gram_matrices, layer_groups
+from trainer.start.passes import Passes
 
 LAYER = "model.layers.1.mlp.down_proj"  # 32 outputs of 48 inputs
 TALL = "model.layers.1.mlp.up_proj"  # 48 outputs of 32 inputs
@@ -38,8 +38,8 @@ def gram(model: PreTrainedModel, rows: list[Batch], name: str = LAYER) -> torch.
     return gram_matrices(Passes(model, rows), {name: model.get_submodule(name)})[name].matrix
 
 
-def seen(model: PreTrainedModel, rows: list[Example], name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and outputs of a layer for all rows, one at a time: no padding at all."""
+def activations(model: PreTrainedModel, rows: list[Example], name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the inputs and outputs of a layer for all rows, one row at a time, so without padding."""
     inputs, outputs = [], []
 
     def hook(_module: nn.Module, x: tuple[torch.Tensor], y: torch.Tensor) -> None:
@@ -54,17 +54,17 @@ def seen(model: PreTrainedModel, rows: list[Example], name: str) -> tuple[torch.
     return torch.cat(inputs), torch.cat(outputs)
 
 
-def test_gram_matrix_is_the_second_moment_of_the_outputs_of_real_tokens(model, pad) -> None:
+def test_the_gram_matrix_is_the_second_moment_of_the_outputs(model, pad) -> None:
     rows = examples([7, 3, 12])
-    _, y = seen(model, rows, LAYER)
+    _, y = activations(model, rows, LAYER)
     torch.testing.assert_close(gram(model, pad(rows, 3)), y.T @ y / 22, rtol=1e-5, atol=1e-9)
 
 
-def test_of_a_tall_layer_the_inputs_are_measured_and_give_the_outputs_second_moment(model, pad) -> None:
+def test_the_gram_matrix_of_a_tall_layer_is_that_of_its_inputs(model, pad) -> None:
     rows = examples([7, 3, 12])
     layer = model.get_submodule(TALL)
     found = gram_matrices(Passes(model, pad(rows, 2)), {TALL: layer})[TALL]
-    x, y = seen(model, rows, TALL)
+    x, y = activations(model, rows, TALL)
     assert found.of_inputs
     torch.testing.assert_close(found.matrix, x.T @ x / 22, rtol=1e-4, atol=1e-6)
     w = layer.weight.double()
@@ -72,27 +72,27 @@ def test_of_a_tall_layer_the_inputs_are_measured_and_give_the_outputs_second_mom
     assert found.energy == pytest.approx(float(y.square().sum() / 22), rel=1e-5)
 
 
-def test_answer_tokens_alone_are_measured_where_that_is_asked_for(model, pad) -> None:
+def test_answers_only_excludes_the_prompt(model, pad) -> None:
     rows = examples([7, 3])
     for row in rows:
         row["labels"] = [IGNORED, IGNORED, *row["input_ids"][2:]]
-    _, y = seen(model, rows, LAYER)
+    _, y = activations(model, rows, LAYER)
     answers = torch.cat([y[2:7], y[9:10]])
     found = gram_matrices(Passes(model, pad(rows, 2)), {LAYER: model.get_submodule(LAYER)}, answers_only=True)[LAYER]
     assert found.n_tokens == 6
     torch.testing.assert_close(found.matrix, answers.T @ answers / 6, rtol=1e-5, atol=1e-9)
 
 
-def test_calibration_may_stop_after_1_2_4_rounds_once_there_are_as_many_tokens_as_dimensions(model, pad) -> None:
-    asked: list[int] = []
+def test_the_stop_is_checked_after_1_2_4_rounds_with_enough_tokens(model, pad) -> None:
+    checks: list[int] = []
 
-    def enough(grams: Iterator[tuple[str, Gram]]) -> bool:
-        asked.append({name: gram.n_tokens for name, gram in grams}[LAYER])
-        return len(asked) == 2
+    def should_stop(grams: Iterator[tuple[str, Gram]]) -> bool:
+        checks.append({name: gram.n_tokens for name, gram in grams}[LAYER])
+        return len(checks) == 2
 
     layer = {LAYER: model.get_submodule(LAYER)}
-    found = gram_matrices(Passes(model, pad(examples([20] * 16), 1)), layer, is_enough=enough)[LAYER]
-    assert asked == [40, 80]  # not after 20 tokens: the matrix has 32 rows
+    found = gram_matrices(Passes(model, pad(examples([20] * 16), 1)), layer, should_stop=should_stop)[LAYER]
+    assert checks == [40, 80]  # not after 20 tokens: the matrix has 32 rows
     assert found.n_tokens == 80
 
 
@@ -107,7 +107,7 @@ def test_padding_batch_size_and_order_do_not_change_the_gram_matrix(
     torch.testing.assert_close(gram(model, pad(rows, size)), reference, rtol=1e-4, atol=1e-8)
 
 
-def test_the_layers_bias_is_left_out(pad) -> None:
+def test_the_bias_is_subtracted_from_the_outputs(pad) -> None:
     class OneLayer(nn.Module):
         device = torch.device("cpu")
 
@@ -128,8 +128,8 @@ def test_the_layers_bias_is_left_out(pad) -> None:
     assert found.n_tokens == 4
 
 
-def test_a_layer_that_sees_its_rows_flattened_is_masked_alike(pad) -> None:
-    """Mixture-of-experts models call layers with (rows * length, d); the mask must follow."""
+def test_padding_is_excluded_for_layers_with_flattened_inputs(pad) -> None:
+    """Mixture-of-experts models call layers with (rows * length, d)."""
 
     class Flattening(nn.Module):
         device = torch.device("cpu")
@@ -148,12 +148,12 @@ def test_a_layer_that_sees_its_rows_flattened_is_masked_alike(pad) -> None:
     torch.testing.assert_close(found.matrix, w.T @ w / 5, rtol=1e-5, atol=1e-6)
 
 
-def test_no_hook_stays_on_the_model(model, pad) -> None:
+def test_no_hook_remains_on_the_model(model, pad) -> None:
     gram(model, pad(examples([3]), 1))
     assert not model.get_submodule(LAYER)._forward_hooks
 
 
-def test_groups_hold_no_more_than_the_memory_allows_and_every_layer_once() -> None:
+def test_groups_fit_into_the_memory_limit() -> None:
     shapes = {str(i): (10, 12) for i in range(5)}  # 800 bytes each
     assert list(layer_groups(shapes, 1600)) == [["0", "1"], ["2", "3"], ["4"]]
     assert [len(group) for group in layer_groups(shapes, 1)] == [1] * 5

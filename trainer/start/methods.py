@@ -1,7 +1,8 @@
-"""Where the adapter of each method starts: A0 and B0 of every target layer.
+"""The initial A0 and B0 of every target layer, for each method.
 
-Astra's comes from a subspace of the outputs. The others' are PEFT's own initialisers, run on one layer's copy at a
-time: PEFT subtracts B0 A0 from the weight that it is given, and ours stay as they are. So all methods train alike.
+Astra's start is computed from a subspace of the layer's outputs, MiLoRA's from an SVD of W. The other methods use the
+initialisers of PEFT, on a copy of one layer at a time: PEFT subtracts B0 A0 from the weight, and the base must not
+change. All methods then train in the same way.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,8 +21,8 @@ from trainer.adapter import Start, peft_config, whole_weight
 from trainer.config import TrainConfig
 from trainer.data import Batch
 
-_PEFT_NAMES: dict[str, Any] = {"lora": True, "rslora": True}  # True is LoRA's own: A random, B zero
-_LEFT_BY_PEFT = ("eigens", "_peft_loraga_grad")  # what its calibrations leave on a layer for the initialiser
+_PEFT_NAMES: dict[str, Any] = {"lora": True, "rslora": True}  # True: A random, B zero
+_PEFT_ATTRIBUTES = ("eigens", "_peft_loraga_grad")  # results of PEFT's calibration, set on a layer for its initialiser
 
 
 @torch.no_grad()
@@ -38,33 +39,36 @@ def other_starts(
     config: TrainConfig,
     on_layer: Callable[[], None],
 ) -> dict[str, Start]:
-    """Return where `config.method` starts in every layer."""
+    """Return the start of each layer for `config.method`, any method but astra and full; call `on_layer` after each."""
     settings = peft_config(config, "", ranks)
     settings.init_lora_weights = _PEFT_NAMES.get(config.method, config.method)
-    measured = _measure(model, settings, calibration, config)
+    eva_a0 = _calibrate(model, settings, calibration, config)
     starts = {}
     for name, layer in layers.items():
         if config.method == "milora":
             starts[name] = _milora(whole_weight(layer).float(), ranks[name], config.scaling)
         else:
             starts[name] = _peft_start(layer, settings, ranks[name], config.scaling)
-        if name in measured:  # EVA finds A alone
-            starts[name] = Start(measured[name].float().cpu(), starts[name].b0)
-        for attribute in _LEFT_BY_PEFT:
+        if name in eva_a0:
+            starts[name] = Start(eva_a0[name].float().cpu(), starts[name].b0)
+        for attribute in _PEFT_ATTRIBUTES:
             if hasattr(layer, attribute):
                 delattr(layer, attribute)
         on_layer()
     return starts
 
 
-def _measure(
+def _calibrate(
     model: PreTrainedModel, settings: LoraConfig, calibration: list[Batch], config: TrainConfig
 ) -> Mapping[str, torch.Tensor]:
-    """Run the calibration that a method of PEFT needs; CorDA and LoRA-GA leave theirs on the layers, EVA returns A0."""
+    """Run PEFT's calibration for the method, if it has one; return EVA's A0 (r, d_in) by layer name.
+
+    The results for CorDA and LoRA-GA are attributes of the layers (see `_PEFT_ATTRIBUTES`).
+    """
     device = model.device
     on_device = [{key: value.to(device) for key, value in batch.items()} for batch in calibration]
 
-    def forward_row_by_row() -> None:  # CorDA reads one row at a time and knows no padding
+    def forward_row_by_row() -> None:  # CorDA does not support padding
         for batch in on_device:
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
                 model(input_ids=ids[mask.bool()][None])
@@ -78,21 +82,22 @@ def _measure(
         preprocess_corda(model, settings, forward_row_by_row)
     elif config.method == "lora_ga":
         settings.lora_ga_config = LoraGAConfig()
-        model.enable_input_require_grads()  # PEFT counts gradients where a layer's inputs have some
+        model.enable_input_require_grads()  # PEFT collects gradients only where a layer's input requires one
         preprocess_loraga(model, settings, backward)
         model.disable_input_require_grads()
         model.requires_grad_(False)
     elif config.method == "eva":
-        settings.eva_config = EvaConfig(rho=1.0)  # equal ranks, as every other method has
+        settings.eva_config = EvaConfig(rho=1.0)  # equal ranks, as for the other methods
         found: Mapping[str, torch.Tensor] = get_eva_state_dict(model, on_device, settings, show_progress_bar=False)
         return found
     return {}
 
 
 def _peft_start(layer: nn.Linear, settings: LoraConfig, rank: int, scaling: float) -> Start:
+    """Return the start that PEFT's initialiser gives to a float32 copy of `layer`."""
     copy = nn.Linear(layer.in_features, layer.out_features, bias=False)
     copy.weight = nn.Parameter(whole_weight(layer).float().cpu().clone(), requires_grad=False)
-    for attribute in _LEFT_BY_PEFT:
+    for attribute in _PEFT_ATTRIBUTES:
         if hasattr(layer, attribute):
             setattr(copy, attribute, getattr(layer, attribute))
     adapted = Linear(copy, "start", settings, r=rank, lora_alpha=scaling * rank)
@@ -101,7 +106,7 @@ def _peft_start(layer: nn.Linear, settings: LoraConfig, rank: int, scaling: floa
 
 
 def _milora(weight: torch.Tensor, rank: int, scaling: float) -> Start:
-    """Return the minor singular components of W, as PiSSA takes the principal ones (arXiv 2406.09044, section 3)."""
+    """Return the start of MiLoRA, the minor singular components of W (arXiv 2406.09044, section 3)."""
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     root = (s[-rank:] / scaling).sqrt()
     return Start((root[:, None] * vh[-rank:]).cpu(), (u[:, -rank:] * root).cpu())

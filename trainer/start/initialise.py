@@ -1,7 +1,7 @@
-"""From calibration rows to the start of every layer's adapter: the Gram matrices, the subspaces, A0 and B0.
+"""The initialisation: calibration rows -> Gram matrices -> subspaces -> A0 and B0 of every target layer.
 
-With several processes the vectors are computed by the first and broadcast. A base sharded by FSDP2 is never
-gathered as a whole: its layers are, one at a time.
+Layers are handled in groups whose Gram matrices fit into `calibration_memory`. With several processes, the first one
+computes the subspaces and broadcasts them. A base that FSDP2 shards is gathered one layer at a time, never as a whole.
 """
 
 import math
@@ -19,20 +19,24 @@ from rich.progress import Progress
 from torch import distributed, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainer import gram_cache
 from trainer.adapter import Start, whole_weight
-from trainer.calibration import Gram, gram_matrices, layer_groups
 from trainer.config import TrainConfig
 from trainer.data import Batch, Example, batches, digest
-from trainer.eigenspace import Spectrum, eigenvalues, overlap, spectrum, subspace
-from trainer.methods import astra_start, other_starts
-from trainer.passes import Passes
-from trainer.ranks import allocated_ranks, fixed_ranks
+from trainer.start import gram_cache
+from trainer.start.calibration import Gram, gram_matrices, layer_groups
+from trainer.start.eigenspace import Spectrum, eigenvalues, overlap, spectrum, subspace
+from trainer.start.methods import astra_start, other_starts
+from trainer.start.passes import Passes
+from trainer.start.ranks import allocated_ranks, fixed_ranks
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """How far the subspaces had moved when the tokens had doubled: mean squared cosines of the principal angles."""
+    """One check of the calibration's convergence, after `n_tokens` tokens, about twice those of the last check.
+
+    `lowest` and `median` are taken over the layers of a group, of the mean squared cosines of the principal angles
+    between a layer's old and new subspace.
+    """
 
     n_tokens: int
     lowest: float
@@ -41,18 +45,18 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Initialisation:
-    """Where every layer starts, and what calibration saw on the way (empty for other methods than Astra)."""
+    """The start of every layer, and the records of the calibration, which are empty for other methods than Astra."""
 
     starts: dict[str, Start]
     spectra: dict[str, Spectrum] = field(default_factory=dict)
-    eigenvalues: dict[str, torch.Tensor] = field(default_factory=dict)  # with `spectra` set
+    eigenvalues: dict[str, torch.Tensor] = field(default_factory=dict)  # ascending; may be empty (spectra=false)
     convergence: list[Estimate] = field(default_factory=list)
 
 
 def calibration_batches(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: TrainConfig
 ) -> list[Batch]:
-    """Return a seeded sample of the training rows."""
+    """Return a sample of the training rows, drawn with `config.seed`, in batches of one training step's micro-batch."""
     sample = random.Random(config.seed).sample(list(examples), min(config.calibration_rows, len(examples)))
     return batches(sample, max(1, config.batch_size // config.gradient_accumulation), tokenizer)
 
@@ -65,7 +69,7 @@ def initialise(
     base_digest: str,
     progress: Progress,
 ) -> Initialisation:
-    """Return the start of `config.method` for each of `layers`."""
+    """Return the start of `config.method` for each of `layers`. Raises ConfigError and TargetError for the ranks."""
     shapes = _shapes(layers)
     ranks = fixed_ranks(shapes, config)
     bar = progress.add_task("initialisation", total=len(layers))
@@ -75,18 +79,18 @@ def initialise(
 
     values: dict[str, torch.Tensor] = {}
     if config.rank_allocation != "none":
-        for name, gram in _measured(model, layers, ranks, calibration, config, base_digest, progress, []):
-            values[name] = _eigenvalues_once(gram, whole_weight(layers[name]))
+        for name, gram in _grams(model, layers, ranks, calibration, config, base_digest, progress, []):
+            values[name] = _broadcast_eigenvalues(gram, whole_weight(layers[name]))
         ranks = allocated_ranks(values, shapes, config)
 
     found = Initialisation({}, eigenvalues=values)
-    for name, gram in _measured(model, layers, ranks, calibration, config, base_digest, progress, found.convergence):
-        weight = whole_weight(layers[name])  # every process takes part when the base is sharded
-        q = _subspace_once(gram, weight, ranks[name], config, list(layers).index(name))
+    for name, gram in _grams(model, layers, ranks, calibration, config, base_digest, progress, found.convergence):
+        weight = whole_weight(layers[name])  # a collective operation when the base is sharded
+        q = _broadcast_subspace(gram, weight, ranks[name], config, list(layers).index(name))
         found.starts[name] = astra_start(weight, q)
         found.spectra[name] = spectrum(gram, weight, q)
         if config.spectra and name not in values:
-            values[name] = _eigenvalues_once(gram, weight)
+            values[name] = _broadcast_eigenvalues(gram, weight)
         progress.advance(bar)
     return found
 
@@ -99,7 +103,10 @@ def spectra_of(
     config: TrainConfig,
     progress: Progress,
 ) -> dict[str, torch.Tensor]:
-    """Return all eigenvalues of the outputs of `layers`, whose weights with their adapters `weight_of` gives."""
+    """Return the min(d_out, d_in) possibly nonzero eigenvalues of each layer's outputs, ascending, float32.
+
+    `layers` are linear or adapted; `weight_of` returns the weight (d_out, d_in) of a layer with its adapter.
+    """
     groups = list(layer_groups(_shapes(layers), config.calibration_memory))
     bar = progress.add_task("spectra", total=len(groups) * _rounds(calibration))
     passes = Passes(model, calibration)
@@ -112,7 +119,7 @@ def spectra_of(
     return found
 
 
-def _measured(
+def _grams(
     model: PreTrainedModel,
     layers: Mapping[str, nn.Linear],
     ranks: Mapping[str, int],
@@ -122,24 +129,24 @@ def _measured(
     progress: Progress,
     convergence: list[Estimate],
 ) -> Iterator[tuple[str, Gram]]:
-    """Yield every layer's Gram matrix, one group of layers in memory at a time; append to `convergence`."""
+    """Yield each layer's Gram matrix, with one group of layers in memory; append the checks to `convergence`."""
     groups = list(layer_groups(_shapes(layers), config.calibration_memory))
     bar = progress.add_task("calibration", total=len(groups) * _rounds(calibration))
     cache = _cache(calibration, config, base_digest, str(model.dtype))
     passes = Passes(model, calibration)
     for group in groups:
-        cached = [gram_cache.fetch(cache, name, model.device) for name in group] if cache else []
+        cached = [gram_cache.load(cache, name, model.device) for name in group] if cache else []
         grams = {name: gram for name, gram in zip(group, cached, strict=False) if gram is not None}
-        if not _everywhere(len(grams) == len(group)):
-            watch = (
-                None if cache or config.calibration_overlap == 1 else _Convergence(layers, ranks, config, convergence)
-            )
+        if not _on_all_processes(len(grams) == len(group)):
+            # A cached matrix serves other ranks and subspaces, so it is made of all rows.
+            reads_all_rows = cache is not None or config.calibration_overlap == 1
+            check = None if reads_all_rows else _ConvergenceCheck(layers, ranks, config, convergence)
             grams = gram_matrices(
                 passes,
                 {name: layers[name] for name in group},
                 answers_only=config.calibration_answers_only,
                 on_batch=partial(progress.advance, bar),
-                is_enough=watch or (lambda _: False),
+                should_stop=check or (lambda _: False),
             )
             if cache and PartialState().is_main_process:
                 gram_cache.store(cache, grams)
@@ -148,50 +155,53 @@ def _measured(
     progress.update(bar, completed=len(groups) * _rounds(calibration))
 
 
-class _Convergence:
-    """Decides whether a group's calibration has seen enough: asked again each time the tokens have doubled."""
+class _ConvergenceCheck:
+    """Decides whether the calibration of a group can stop; called each time the number of tokens has doubled."""
 
     def __init__(
         self,
         layers: Mapping[str, nn.Linear],
         ranks: Mapping[str, int],
         config: TrainConfig,
-        history: list[Estimate],
+        convergence: list[Estimate],
     ) -> None:
-        self._layers, self._ranks, self._config, self._history = layers, ranks, config, history
-        self._last: dict[str, torch.Tensor] = {}
+        self._layers, self._ranks, self._config, self._convergence = layers, ranks, config, convergence
+        self._previous: dict[str, torch.Tensor] = {}
 
     def __call__(self, grams: Iterator[tuple[str, Gram]]) -> bool:
-        """Whether every subspace that is no null space kept its principal angles since the last call."""
+        """Return whether the subspaces have changed little since the last call; null spaces do not count."""
         overlaps = []
         n_tokens = 0
         for name, gram in grams:
             n_tokens = gram.n_tokens
             d_out, d_in = self._layers[name].out_features, self._layers[name].in_features
             if self._config.subspace == "tail" and d_out - min(d_in, n_tokens) >= self._ranks[name]:
-                continue  # any basis of the null space is as good as another
+                continue  # every basis of the null space is equally good
             weight = whole_weight(self._layers[name])
-            q = _subspace_once(gram, weight, self._ranks[name], self._config, list(self._layers).index(name))
-            if name in self._last:
-                overlaps.append(overlap(self._last[name], q))
-            self._last[name] = q
+            q = _broadcast_subspace(gram, weight, self._ranks[name], self._config, list(self._layers).index(name))
+            if name in self._previous:
+                overlaps.append(overlap(self._previous[name], q))
+            self._previous[name] = q
         if overlaps:
-            self._history.append(Estimate(n_tokens, min(overlaps), median(overlaps)))
+            self._convergence.append(Estimate(n_tokens, min(overlaps), median(overlaps)))
         return bool(overlaps) and min(overlaps) >= self._config.calibration_overlap
 
 
-def _subspace_once(gram: Gram, weight: torch.Tensor, rank: int, config: TrainConfig, place: int) -> torch.Tensor:
-    """Return Q; what is random in it depends on the layer's `place` among all, whatever the groups."""
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + place)
-    return _once((len(weight), rank), lambda: subspace(gram, weight, rank, config.subspace, generator))
+def _broadcast_subspace(gram: Gram, weight: torch.Tensor, rank: int, config: TrainConfig, index: int) -> torch.Tensor:
+    """Return Q (d_out, rank) of the layer with this index among all target layers.
+
+    The random numbers depend on the seed and the index only, not on the groups of layers.
+    """
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
+    return _broadcast((len(weight), rank), lambda: subspace(gram, weight, rank, config.subspace, generator))
 
 
-def _eigenvalues_once(gram: Gram, weight: torch.Tensor) -> torch.Tensor:
-    return _once((len(gram.matrix),), lambda: eigenvalues(gram, weight).float())
+def _broadcast_eigenvalues(gram: Gram, weight: torch.Tensor) -> torch.Tensor:
+    return _broadcast((len(gram.matrix),), lambda: eigenvalues(gram, weight).float())
 
 
-def _once(shape: tuple[int, ...], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Return compute(), float32 of `shape` on the CPU, computed by the main process and broadcast."""
+def _broadcast(shape: tuple[int, ...], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Return compute() (float32, `shape`, CPU): the main process computes it and broadcasts it to the others."""
     state = PartialState()
     result = compute() if state.is_main_process else torch.empty(shape)
     if state.num_processes > 1:
@@ -200,14 +210,14 @@ def _once(shape: tuple[int, ...], compute: Callable[[], torch.Tensor]) -> torch.
     return result.cpu()
 
 
-def _everywhere(holds: bool) -> bool:
-    """Whether something holds in every process: they must all calibrate, or none."""
+def _on_all_processes(holds: bool) -> bool:
+    """Return whether `holds` is true on all processes: either all of them calibrate, or none."""
     state = PartialState()
     if state.num_processes == 1:
         return holds
-    in_all = torch.tensor(int(holds), device=state.device)
-    distributed.all_reduce(in_all, op=distributed.ReduceOp.MIN)
-    return bool(in_all)
+    on_all = torch.tensor(int(holds), device=state.device)
+    distributed.all_reduce(on_all, op=distributed.ReduceOp.MIN)
+    return bool(on_all)
 
 
 def _shapes(layers: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
@@ -216,11 +226,13 @@ def _shapes(layers: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def _rounds(calibration: list[Batch]) -> int:
+    """Return the number of rounds of one pass over the batches; a round is one batch per process."""
     processes: int = PartialState().num_processes
     return math.ceil(len(calibration) / processes)
 
 
 def _cache(calibration: list[Batch], config: TrainConfig, base_digest: str, dtype: str) -> Path | None:
+    """Return the folder of the cached matrices for these rows and this base, or None without a cache."""
     if config.calibration_cache is None:
         return None
     rows = digest({key: value.tolist() for key, value in batch.items()} for batch in calibration)

@@ -1,0 +1,1 @@
+"""From calibration rows to the initial A0 and B0 of every target layer."""
