@@ -4,8 +4,8 @@
 
 Every method searches its own learning rate with one seed (five values, factors of two, more until the best is not at
 the edge) and then runs with three seeds at the best one; data, their order, target layers, batch, schedule and steps
-are the same for all. A run is one JSON file in DIR/runs, named after its configuration; what is there is not run again,
-so the same command goes on where it was stopped. Tables and figures are drawn from the files: --redraw does only that.
+are the same for all. A run is one line of DIR/runs.jsonl; runs that are in the file are not repeated, so the same
+command continues where it was stopped. Tables and figures are drawn from that file: --redraw does only that.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out: {args.out} is a file; give a folder")
-    suite, results, failed = SUITES[args.suite], Results(args.out / "runs"), 0
+    suite, results, failed = SUITES[args.suite], Results(args.out / "runs.jsonl"), 0
     if not args.redraw:
         todo = missing(args.only, suite, results)
         for base in sorted({trial.base for trial in todo}):
@@ -48,7 +48,9 @@ def main() -> int:
     if left:
         console.print(f"{left} runs or more are still missing: the same command goes on")
     if results.ignored:
-        console.print(f"{len(results.ignored)} files of other versions are left alone, as {results.ignored[0]}")
+        console.print(f"{len(results.ignored)} runs of another protocol are ignored, for example {results.ignored[0]}")
+    if results.torn:
+        console.print(f"{results.torn} incomplete lines of {results.file} are ignored: their runs count as missing")
     return 1 if failed else 0
 
 

@@ -1,5 +1,6 @@
-"""One run of the comparison: what defines it, what it found, and the folder of JSON files that holds all of them."""
+"""One run of the comparison: its settings, its outcome, and the JSON-lines file that holds all runs of a suite."""
 
+import fcntl
 import hashlib
 import json
 import math
@@ -33,9 +34,9 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Return the name of the trial's file: readable, and with a digest of all that is not as usual.
+        """Return a readable name that ends with a digest of PROTOCOL and of every field that differs from its default.
 
-        So a new field with a default leaves the names of older runs as they are.
+        A new field with a default does not change the names of older runs.
         """
         unusual = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
         told = json.dumps([PROTOCOL, unusual], sort_keys=True)
@@ -63,22 +64,38 @@ class Outcome:
 
 
 class Results:
-    """The runs there are; a new one is on disk before it is here."""
+    """The runs of one suite: a JSON-lines file that is read once and then only appended to.
 
-    def __init__(self, folder: Path) -> None:
-        """Read every run of PROTOCOL in `folder`, which need not exist yet."""
-        self.folder = folder
-        self.environments: list[dict[str, Any]] = []
-        self.ignored: list[str] = []  # files of another PROTOCOL, or renamed ones
+    Each line is an object with `name`, `trial`, `outcome` and `env`. If a trial has several lines, the last one counts.
+    """
+
+    def __init__(self, file: Path) -> None:
+        """Read every run of PROTOCOL in `file`, which need not exist yet.
+
+        A line that a killed process wrote only in part is counted in `torn` and ignored, wherever it is in the file.
+        """
+        self.file = file
+        self.torn = 0
+        self.ignored: list[str] = []  # names of runs of another PROTOCOL
         self._found: dict[Trial, Outcome] = {}
-        for file in sorted(folder.glob("*.json")):
-            record = json.loads(file.read_text(encoding="utf-8"))
+        self._environments: dict[Trial, dict[str, Any]] = {}
+        lines = file.read_bytes().split(b"\n") if file.exists() else []
+        for line in filter(None, lines):
+            try:
+                record = json.loads(line)
+            except ValueError:  # no part of a JSON object is itself JSON
+                self.torn += 1
+                continue
             trial = Trial(**record["trial"])
-            if trial.name == file.stem:
-                self._found[trial] = _outcome(record["outcome"])
-                self.environments.append(record["env"])
+            if trial.name == record["name"]:
+                self._keep(trial, record["outcome"], record["env"])
             else:
-                self.ignored.append(file.name)
+                self.ignored.append(record["name"])
+
+    @property
+    def environments(self) -> list[dict[str, Any]]:
+        """Return the environment of every run."""
+        return list(self._environments.values())
 
     def __contains__(self, trial: Trial) -> bool:
         return trial in self._found
@@ -97,15 +114,36 @@ class Results:
         return len(self._found)
 
     def add(self, trial: Trial, outcome: Outcome, env: dict[str, Any]) -> None:
-        """Write a run's JSON and keep it; infinity, which JSON has not, becomes null."""
+        """Append a run to the file, then keep it in memory; infinity and NaN, which JSON does not have, become null.
+
+        Raises OSError.
+        """
         told = {key: _finite(value) for key, value in asdict(outcome).items()}
-        text = json.dumps({"trial": asdict(trial), "outcome": told, "env": env}, allow_nan=False)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{trial.name}.{os.getpid()}.partial"
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.rename(self.folder / f"{trial.name}.json")
+        record = {"name": trial.name, "trial": asdict(trial), "outcome": told, "env": env}
+        _append(self.file, json.dumps(record, allow_nan=False))
+        self._keep(trial, told, env)
+
+    def _keep(self, trial: Trial, told: dict[str, Any], env: dict[str, Any]) -> None:
         self._found[trial] = _outcome(told)
-        self.environments.append(env)
+        self._environments[trial] = env
+
+
+def _append(file: Path, line: str) -> None:
+    """Append `line` to `file` and wait until it is on disk. Raises OSError.
+
+    The lock keeps apart what several processes append. Where a killed process left part of a line, that part gets its
+    newline first, so that it spoils no other line.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab+") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        end = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, end - 1))
+        if stream.read() not in (b"", b"\n"):
+            line = "\n" + line
+        stream.write(f"{line}\n".encode())
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _outcome(told: dict[str, Any]) -> Outcome:

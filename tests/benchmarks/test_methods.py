@@ -4,6 +4,8 @@ import json
 import math
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from itertools import islice
@@ -27,7 +29,7 @@ ENV = {"machine": "none", "device": "cpu", "commit": "none"}
 
 def results_of(tmp_path: Path, loss: Callable[[Trial], float], trials: list[Trial]) -> Results:
     """The given trials as if they had been run."""
-    results = Results(tmp_path / "runs")
+    results = Results(tmp_path / "runs.jsonl")
     for trial in trials:
         results.add(trial, outcome(loss(trial)), ENV)
     return results
@@ -43,7 +45,7 @@ def outcome(loss: float) -> Outcome:
 
 def run_all(tmp_path: Path, loss: Callable[[Trial], float], parts: list[str]) -> Results:
     """Every trial that the parts ask for, as if it had been run."""
-    results = Results(tmp_path / "runs")
+    results = Results(tmp_path / "runs.jsonl")
     while todo := missing(parts, SMALL, results):
         for trial in todo:
             results.add(trial, outcome(loss(trial)), ENV)
@@ -100,46 +102,99 @@ def test_a_trials_name_changes_with_every_number_that_its_result_depends_on() ->
 def test_runs_come_back_from_disk_diverged_ones_too(tmp_path: Path) -> None:
     fine, diverged = TRIAL, replace(TRIAL, seed=1)
     results_of(tmp_path, lambda trial: math.inf if trial.seed else 1.5, [fine, diverged])
-    again = Results(tmp_path / "runs")
+    again = Results(tmp_path / "runs.jsonl")
     assert len(again) == 2
     assert again[fine] == outcome(1.5)
     assert again[diverged] == outcome(math.inf)
-    assert "Infinity" not in (tmp_path / "runs" / f"{diverged.name}.json").read_text()
+    assert "Infinity" not in (tmp_path / "runs.jsonl").read_text()
 
 
 def test_numbers_that_are_not_finite_are_the_same_in_memory_and_on_disk_and_never_the_best(tmp_path: Path) -> None:
-    results = Results(tmp_path)
+    results = Results(tmp_path / "runs.jsonl")
     broken = replace(outcome(1.5), validation=math.nan, gradients=[1.0, math.inf, math.nan])
     results.add(TRIAL, broken, ENV)
-    assert results[TRIAL] == Results(tmp_path)[TRIAL]
+    assert results[TRIAL] == Results(tmp_path / "runs.jsonl")[TRIAL]
     assert results[TRIAL].validation == math.inf
     assert results[TRIAL].gradients == [1.0, math.inf, math.inf]
 
 
-def test_a_run_that_is_killed_while_it_is_written_leaves_nothing_behind_that_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("length", [1, 20, -2])
+def test_a_torn_last_line_is_counted_and_costs_no_other_run(tmp_path: Path, length: int) -> None:
+    file = tmp_path / "runs.jsonl"
+    first, second, third = (replace(TRIAL, seed=seed) for seed in range(3))
+    results_of(tmp_path, lambda _: 1.5, [first, second])
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(lines[0] + lines[1][:length])  # as a kill in the middle of the write leaves it
+    torn = Results(file)
+    assert (list(torn), torn.torn) == ([first], 1)
+    torn.add(third, outcome(2.5), ENV)
+    torn.add(second, outcome(1.5), ENV)
+    again = Results(file)
+    assert (list(again), again.torn) == ([first, third, second], 1)
+    assert [again[trial].validation for trial in again] == [1.5, 2.5, 1.5]
 
-    monkeypatch.setattr(Path, "rename", killed)
-    with pytest.raises(KeyboardInterrupt):
-        Results(tmp_path).add(TRIAL, outcome(1.5), ENV)
-    assert len(Results(tmp_path)) == 0
 
-
-def test_files_of_another_version_are_left_alone_and_told_of(tmp_path: Path) -> None:
+def test_a_last_line_without_its_newline_is_a_whole_run(tmp_path: Path) -> None:
+    file = tmp_path / "runs.jsonl"
     results_of(tmp_path, lambda _: 1.5, [TRIAL])
-    (file,) = (tmp_path / "runs").iterdir()
-    file.rename(file.with_stem("embedded.math.tail.other"))
-    again = Results(tmp_path / "runs")
-    assert (len(again), again.ignored) == (0, ["embedded.math.tail.other.json"])
+    file.write_bytes(file.read_bytes().removesuffix(b"\n"))
+    Results(file).add(replace(TRIAL, seed=1), outcome(1.5), ENV)
+    again = Results(file)
+    assert (len(again), again.torn) == (2, 0)
+
+
+def test_the_last_of_two_runs_of_a_trial_counts(tmp_path: Path) -> None:
+    for loss in (1.5, 2.5):
+        results_of(tmp_path, lambda _, loss=loss: loss, [TRIAL])
+    again = Results(tmp_path / "runs.jsonl")
+    assert (len(again), len(again.environments), again[TRIAL].validation) == (1, 1, 2.5)
+
+
+APPEND = """
+import sys
+from pathlib import Path
+from benchmarks.methods.trial import Outcome, Results, Trial
+results = Results(Path(sys.argv[1]))
+for seed in range(int(sys.argv[2]), int(sys.argv[3])):
+    results.add(Trial("embedded", "math", "tail", 4, 4e-3, 2, 2, seed), Outcome(curve=[float(seed)] * 3000), {})
+    print(seed, flush=True)
+"""
+
+
+def appending(file: Path, first: int, end: int) -> subprocess.Popen[str]:
+    """Start a process that appends the runs of seeds `first` to `end` - 1 and prints each seed after its run."""
+    command = [sys.executable, "-c", APPEND, str(file), str(first), str(end)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+
+
+def test_several_processes_append_to_one_file_and_no_run_is_lost_when_one_is_killed(tmp_path: Path) -> None:
+    file = tmp_path / "runs.jsonl"
+    with appending(file, 0, 100) as whole, appending(file, 1000, 10**6) as killed:
+        assert killed.stdout is not None
+        printed = [int(next(killed.stdout)) for _ in range(50)]
+        killed.kill()
+        printed += [int(line) for line in killed.stdout]
+        assert whole.wait(120) == 0
+    found = Results(file)
+    seeds = {trial.seed for trial in found}
+    assert {*range(100), *printed} <= seeds
+    assert len(seeds) <= 100 + len(printed) + 1  # the process may be killed after it appended and before it printed
+    assert found.torn <= 1
+    assert all(found[trial].curve == [float(trial.seed)] * 3000 for trial in found)
+
+
+def test_runs_of_another_protocol_are_ignored_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results_of(tmp_path, lambda _: 1.5, [TRIAL])
+    name = TRIAL.name
+    monkeypatch.setattr("benchmarks.methods.trial.PROTOCOL", 2)
+    again = Results(tmp_path / "runs.jsonl")
+    assert (len(again), again.ignored) == (0, [name])
 
 
 @pytest.mark.parametrize("best", [-4, 0, 2, 5])
 def test_a_search_widens_until_its_best_rate_is_inside(tmp_path: Path, best: int) -> None:
     sweep = Sweep(TRIAL, first=0)
-    results = Results(tmp_path)
+    results = Results(tmp_path / "runs.jsonl")
     while todo := [trial for trial in sweep.trials(results) if trial not in results]:
         for trial in todo:
             results.add(trial, outcome(1 + abs(math.log2(trial.learning_rate / rate(best)))), ENV)
@@ -151,7 +206,7 @@ def test_a_search_widens_until_its_best_rate_is_inside(tmp_path: Path, best: int
 
 def test_a_search_takes_a_rate_that_did_not_diverge_and_asks_for_seeds_only_at_its_end(tmp_path: Path) -> None:
     sweep = Sweep(TRIAL, first=0)
-    results = Results(tmp_path)
+    results = Results(tmp_path / "runs.jsonl")
     assert sweep.best(results) is None
     assert with_seeds(sweep, results) == sweep.trials(results)
     for trial in [sweep.at(power) for power in range(-2, 5)]:
@@ -169,7 +224,7 @@ def test_every_part_ends_and_everything_is_drawn_from_the_files_without_a_run(tm
     assert missing(PARTS, SMALL, results) == []
     for method in CORE:
         assert len(at_best(SMALL.sweep("math", method), results)) == 3
-    summary.write(tmp_path, SMALL, Results(tmp_path / "runs"), Console(quiet=True))
+    summary.write(tmp_path, SMALL, Results(tmp_path / "runs.jsonl"), Console(quiet=True))
     figures = {f"figure{n}" for n in range(1, 6)} | {"rates", "forgetting", "tried"}
     assert {file.stem for file in tmp_path.glob("*.json")} == figures | {"summary"}
     assert {file.stem for file in tmp_path.glob("*.png")} == figures
@@ -183,7 +238,7 @@ def test_the_table_compares_seed_by_seed_at_each_methods_own_rate_and_counts_wha
         return (0.9 if trial.method == "tail" else 1.0) * (1 + away) * (10 + trial.seed)
 
     run_all(tmp_path, loss, ["core", "fixed_rate"])
-    summary.write(tmp_path, SMALL, Results(tmp_path / "runs"), Console(quiet=True))
+    summary.write(tmp_path, SMALL, Results(tmp_path / "runs.jsonl"), Console(quiet=True))
     cases = json.loads((tmp_path / "summary.json").read_text())["cases"]
     tail, eva = (next(c for c in cases if (c["task"], c["method"]) == ("math", name)) for name in ("tail", "eva"))
     assert (tail["rate"], tail["diverged"]) == (4e-3, 0)
@@ -196,7 +251,7 @@ def test_the_table_compares_seed_by_seed_at_each_methods_own_rate_and_counts_wha
 
 
 def test_the_methods_of_the_results_saw_the_same_rows_in_the_same_order_and_other_seeds_others() -> None:
-    results = Results(Path(summary.__file__).parents[1] / "results" / "methods" / "small" / "runs")
+    results = Results(Path(summary.__file__).parents[1] / "results" / "methods" / "small" / "runs.jsonl")
     first: dict[tuple[str, str, int], dict[int, set[float]]] = {}
     for trial in results:
         if trial.method != "full":  # in float32
