@@ -32,11 +32,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import demo, report
-from benchmarks.load import Answer, Load, ask, quantiles
-from benchmarks.server import Server, astra_serve, vllm_serve
+from benchmarks import report
 from converter import adapter_dir
 from converter.adapter_dir import LoraAdapter
+from tests.support import demo
+from tests.support.load import Answer, Load, ask, quantiles
+from tests.support.server import Server, astra_serve, vllm_serve
 from trainer.embedded import tasks
 
 SEED, CLIENTS, TOKENS, RANK = 0, 16, 16, 32

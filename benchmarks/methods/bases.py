@@ -34,7 +34,8 @@ from transformers import (
 )
 
 from benchmarks.methods import tasks
-from converter.adapter_dir import write_json
+from converter import atomic
+from converter.adapter_dir import new_folder, write_json
 from trainer.embedded import corpus, pretrain
 
 EMBEDDED = Path(pretrain.__file__).parent / "base"
@@ -84,12 +85,11 @@ def own_text(name: str) -> Path:
     """Return a JSONL file of rows of a base's own distribution, held out from its pre-training where that is real."""
     file = _cache() / f"{name}.own.jsonl"
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
         texts = corpus.documents(999) if name == "embedded" else _texts(BASES[name].texts, "test")
         rows = [json.dumps({"text": text}) for text in islice((t for t in texts if len(t) > 300), OWN_ROWS)]
-        partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text("\n".join(rows) + "\n", encoding="utf-8")
-        partial.rename(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.new_file(file) as partial:
+            partial.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return file
 
 
@@ -135,12 +135,10 @@ def _batches(
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any], out: Path) -> None:
-    """Write everything, then give it its name: a base that is there is whole."""
-    partial = out.with_suffix(".partial")
-    model.cpu().save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    write_json(partial / "pretraining.json", record)
-    partial.rename(out)
+    with new_folder(out) as partial:
+        model.cpu().save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_json(partial / "pretraining.json", record)
 
 
 def _texts(kind: str, split: tasks.Split) -> Iterator[str]:

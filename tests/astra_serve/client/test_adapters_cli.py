@@ -19,7 +19,7 @@ from astra_serve.control.control import Control
 from astra_serve.control.reconcile import Reconciler
 from astra_serve.document import desired
 from astra_serve.gateway.middleware import Gateway
-from benchmarks.server import BIN, free_port
+from tests.support.server import BIN, free_port
 
 TOKEN = "secret"  # noqa: S105
 

@@ -1,4 +1,4 @@
-"""A running `astra-serve` process, or a rival's, for the demo, the benchmarks and the end-to-end tests."""
+"""A running `astra-serve` process, or vLLM's own server, for the demo, the benchmarks and the end-to-end tests."""
 
 import os
 import socket
@@ -13,12 +13,12 @@ from pathlib import Path
 import httpx
 import psutil
 
-BIN = Path(sys.executable).parent  # where the console scripts of this environment are
+BIN = Path(sys.executable).parent  # the console scripts of this environment
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where a server listens, its process and its log."""
+    """A server's base URL, its process and its log file."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -26,7 +26,7 @@ class Server:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on, at any of this machine's addresses."""
+    """Return a port on which no process listens, at any address of this machine."""
     with socket.socket() as sock:
         sock.bind(("", 0))
         return int(sock.getsockname()[1])
@@ -34,10 +34,10 @@ def free_port() -> int:
 
 @contextmanager
 def astra_serve(options: list[str], log: Path, *, host: str = "127.0.0.1", timeout_s: float = 240) -> Iterator[Server]:
-    """Start `astra-serve` with `options` at `host`, wait until it answers, yield it, and stop it with SIGTERM.
+    """Start `astra-serve` with `options` at `host`, wait until /health answers, yield it, and stop it with SIGTERM.
 
-    Its store is beside the log, unless `options` say otherwise.
-    Raises RuntimeError with the end of the log when it exits or is not ready within `timeout_s` seconds.
+    Its store is beside the log, unless `options` set --store. Raises RuntimeError with the end of the log when the
+    server exits or is not ready within `timeout_s` seconds.
     """
     if "--store" not in options:
         options = [*options, "--store", str(log.with_suffix(".store"))]
@@ -49,7 +49,7 @@ def astra_serve(options: list[str], log: Path, *, host: str = "127.0.0.1", timeo
 def vllm_serve(
     options: list[str], log: Path, environment: dict[str, str], *, timeout_s: float = 240
 ) -> Iterator[Server]:
-    """Start vLLM's own server, the rival, on both cores."""
+    """Start vLLM's own server, which the benchmarks compare with, on all cores; otherwise as `astra_serve`."""
     environment = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **environment}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options]
     with _running([*command, "--kv-cache-memory-bytes", str(2**30)], environment, log, timeout_s) as server:

@@ -1,10 +1,10 @@
-"""Clients that ask a server without a pause, half of them streaming, and look at every answer.
+"""Clients that send requests without a pause, half of them streaming, and check every answer.
 
-Wrong answers are counted in kinds:
+Wrong answers are counted by kind:
 
-    failed   the request got an error, or was cut off
-    mixed    the answer is not that of the version it names, or the stream names several
-    stale    the version before answers a request that was sent after the swap had been confirmed
+    failed   the request got an error, or its stream ended early
+    mixed    the answer differs from the known answer of the version that it names, or its stream names several versions
+    stale    the previous version answers a request that was sent after the swap had been confirmed
 """
 
 import asyncio
@@ -21,24 +21,24 @@ import httpx
 
 @dataclass(frozen=True)
 class Answer:
-    """What a request got, and when: seconds of `time.perf_counter`."""
+    """The answer to one request; times are in seconds of `time.perf_counter`."""
 
-    names: frozenset[str]  # that the answer gives itself
+    names: frozenset[str]  # the `model` of the answer, or of every chunk of the stream
     text: str
     tokens: int
     sent: float
-    first: float  # its first token came; for an answer that is not streamed, the answer
+    first: float  # when the first token arrived; without streaming, when the answer arrived
     ended: float
 
 
 @dataclass
 class Load:
-    """What `clients` saw so far."""
+    """A number of clients, and the answers and faults that they have seen."""
 
     url: str
     clients: int
-    pick: Callable[[int, int], tuple[str, str]]  # the model and the prompt of a client's number and turn
-    judge: Callable[[str, str, Answer], str | None]  # what is wrong with an answer to these, if anything is
+    pick: Callable[[int, int], tuple[str, str]]  # (client number, turn) -> (model, prompt)
+    judge: Callable[[str, str, Answer], str | None]  # (model, prompt, answer) -> kind of fault, or None
     max_tokens: int
     requests: int = 0
     faults: dict[str, int] = field(default_factory=lambda: {"failed": 0, "mixed": 0, "stale": 0})
@@ -47,10 +47,11 @@ class Load:
     _turns: dict[int, int] = field(default_factory=dict)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Ask until `stop` is set; each client's last request ends."""
+        """Send requests until `stop` is set; the last request of each client is completed."""
         await asyncio.gather(*(self._client(number, stop) for number in range(self.clients)))
 
     def fault(self, kind: str, example: str) -> None:
+        """Count a fault, and keep the first five as examples."""
         self.faults[kind] += 1
         if len(self.examples) < 5:
             self.examples.append(f"{kind}: {example}"[:300])
@@ -59,7 +60,7 @@ class Load:
         async with httpx.AsyncClient(base_url=self.url, timeout=120) as client:
             for turn in itertools.count(self._turns.get(number, 0)):
                 if stop.is_set():
-                    self._turns[number] = turn  # where it goes on, if it does
+                    self._turns[number] = turn  # the next `run` continues here
                     return
                 model, prompt = self.pick(number, turn)
                 self.requests += 1
@@ -70,17 +71,17 @@ class Load:
                     await asyncio.sleep(0.05)
                     continue
                 self.answers.append(answer)
-                wrong = self.judge(model, prompt, answer)
-                if wrong:
-                    self.fault(wrong, f"{model}: {', '.join(answer.names)} said {answer.text!r}")
+                kind = self.judge(model, prompt, answer)
+                if kind:
+                    self.fault(kind, f"{model}: {', '.join(answer.names)} answered {answer.text!r}")
 
 
 async def ask(
     client: httpx.AsyncClient, model: str, prompt: str, max_tokens: int, *, stream: bool, salt: str | None = None
 ) -> Answer:
-    """Return a greedy answer. Raises for a status, and for an end without a finish.
+    """Return a greedy answer; a request with a `salt` shares no prefix-cache block with requests of another salt.
 
-    `salt` keeps it out of the prefix cache of others.
+    Raises httpx.HTTPError, and ValueError for an error in the stream or a stream without finish_reason.
     """
     body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
     body |= {"stream": stream, **({"cache_salt": salt} if salt else {})}
@@ -111,12 +112,12 @@ async def ask(
                 text += choice["text"]
                 finished = finished or choice["finish_reason"] is not None
     if not finished:
-        raise ValueError("the stream ended without a finish")
+        raise ValueError("the stream ended without a finish_reason")
     return Answer(frozenset(names), text, tokens, sent, first, time.perf_counter())
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
-    """Return p50, p99 and the largest; nothing of fewer than two."""
+    """Return p50, p99 and max of `values`; an empty dict for fewer than two values."""
     if len(values) < 2:
         return {}
     cuts = statistics.quantiles(values, n=100)
