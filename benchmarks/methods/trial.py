@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from trainer.config import TrainConfig
 
-PROTOCOL = 1  # raised when data or loop change so that older runs cannot stand beside newer ones
+PROTOCOL = 1  # increase it when a change of data or training makes older runs incomparable
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A base, a task, a method and every number that the result depends on."""
+    """The settings of one run: base, task, method and every number on which the outcome depends."""
 
     base: str
     task: str
@@ -27,10 +27,10 @@ class Trial:
     steps: int
     batch_size: int
     seed: int = 0
-    calibration: Literal["own", "other", "random"] = "own"  # whose text the method looks at before training
+    calibration: Literal["own", "other", "random"] = "own"  # the text for calibration
     calibration_rows: int = 128
     scaling: float = 1.0  # alpha / rank
-    spectra: bool = False  # also measure the effective rank of the outputs before and after
+    spectra: bool = False  # also measure the effective rank of the outputs before and after training
 
     @property
     def name(self) -> str:
@@ -38,27 +38,27 @@ class Trial:
 
         A new field with a default does not change the names of older runs.
         """
-        unusual = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
-        told = json.dumps([PROTOCOL, unusual], sort_keys=True)
-        digest = hashlib.sha256(told.encode()).hexdigest()[:10]
+        changed = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+        text = json.dumps([PROTOCOL, changed], sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         return f"{self.base}.{self.task}.{self.method}.r{self.rank}.{self.learning_rate:g}.s{self.seed}.{digest}"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run found. Losses are nats per target token (classification: per row), on held-out rows after training.
+    """The outcome of a run. Losses are nats per target token (classification: per row) on held-out rows.
 
-    A run that diverged has its reason in `error`, and infinite losses.
+    If the run diverged, `error` is the reason, and the losses are infinite.
     """
 
-    validation: float = math.inf  # by this the learning rate is chosen
-    test: float = math.inf  # and this is reported
+    validation: float = math.inf  # selects the learning rate
+    test: float = math.inf  # is reported
     metric: float | None = None  # share of exact answers (language model) or right classes, on test rows
-    forgetting: float = math.inf  # loss on the base's own text, after - before
+    forgetting: float = math.inf  # loss on the base's own text: after - before training
     curve: list[float] = field(default_factory=list)  # training loss of every step
-    gradients: list[float] = field(default_factory=list)  # global norm before clipping
-    effective_rank: dict[str, tuple[float, float]] = field(default_factory=dict)  # by layer, before and after
-    parameters: int = 0  # trained ones
+    gradients: list[float] = field(default_factory=list)  # global gradient norm of every step, before clipping
+    effective_rank: dict[str, tuple[float, float]] = field(default_factory=dict)  # by layer: before and after training
+    parameters: int = 0  # number of trained ones
     seconds: float = 0.0
     error: str | None = None
 
@@ -70,9 +70,10 @@ class Results:
     """
 
     def __init__(self, file: Path) -> None:
-        """Read every run of PROTOCOL in `file`, which need not exist yet.
+        """Read the runs in `file`, which need not exist yet.
 
-        A line that a killed process wrote only in part is counted in `torn` and ignored, wherever it is in the file.
+        Runs of another PROTOCOL are ignored. So are incomplete lines, which a killed process may have written; `torn`
+        counts them.
         """
         self.file = file
         self.torn = 0
@@ -83,7 +84,7 @@ class Results:
         for line in filter(None, lines):
             try:
                 record = json.loads(line)
-            except ValueError:  # no part of a JSON object is itself JSON
+            except ValueError:  # a part of a JSON object is never valid JSON
                 self.torn += 1
                 continue
             trial = Trial(**record["trial"])
@@ -118,21 +119,21 @@ class Results:
 
         Raises OSError.
         """
-        told = {key: _finite(value) for key, value in asdict(outcome).items()}
-        record = {"name": trial.name, "trial": asdict(trial), "outcome": told, "env": env}
+        recorded = {key: _finite(value) for key, value in asdict(outcome).items()}
+        record = {"name": trial.name, "trial": asdict(trial), "outcome": recorded, "env": env}
         _append(self.file, json.dumps(record, allow_nan=False))
-        self._keep(trial, told, env)
+        self._keep(trial, recorded, env)
 
-    def _keep(self, trial: Trial, told: dict[str, Any], env: dict[str, Any]) -> None:
-        self._found[trial] = _outcome(told)
+    def _keep(self, trial: Trial, recorded: dict[str, Any], env: dict[str, Any]) -> None:
+        self._found[trial] = _outcome(recorded)
         self._environments[trial] = env
 
 
 def _append(file: Path, line: str) -> None:
     """Append `line` to `file` and wait until it is on disk. Raises OSError.
 
-    The lock keeps apart what several processes append. Where a killed process left part of a line, that part gets its
-    newline first, so that it spoils no other line.
+    The lock separates the lines of several processes. If the file ends with an incomplete line, a newline comes first,
+    so that the new line is not damaged.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab+") as stream:
@@ -146,19 +147,19 @@ def _append(file: Path, line: str) -> None:
         os.fsync(stream.fileno())
 
 
-def _outcome(told: dict[str, Any]) -> Outcome:
-    """Return what `Results.add` wrote; a number of null was not finite, which none is better than."""
+def _outcome(recorded: dict[str, Any]) -> Outcome:
+    """Return the outcome that `Results.add` recorded; null was a number that is not finite, and becomes infinity."""
     numbers: dict[str, Any] = {}
     for key in ("validation", "test", "forgetting"):
-        numbers[key] = math.inf if told[key] is None else told[key]
+        numbers[key] = math.inf if recorded[key] is None else recorded[key]
     for key in ("curve", "gradients"):
-        numbers[key] = [math.inf if value is None else value for value in told[key]]
-    ranks = {name: (before, after) for name, (before, after) in told["effective_rank"].items()}
-    return Outcome(**{**told, **numbers, "effective_rank": ranks})
+        numbers[key] = [math.inf if value is None else value for value in recorded[key]]
+    ranks = {name: (before, after) for name, (before, after) in recorded["effective_rank"].items()}
+    return Outcome(**{**recorded, **numbers, "effective_rank": ranks})
 
 
 def config_of(trial: Trial, settings: dict[str, Any]) -> TrainConfig:
-    """Return the trainer's settings for a trial of a method with `settings`."""
+    """Return the trainer's configuration for `trial`, whose method has `settings`."""
     task: dict[str, Any] = {"task": "classification"} if trial.task == "topic" else {}
     return TrainConfig(
         rank=trial.rank,
