@@ -1,1 +1,1 @@
-"""One module per question; see README.md here."""
+"""Benchmarks: one module per question, listed in README.md."""

@@ -1,16 +1,18 @@
-"""How fast is a CPU with adapters, against the same engine without them and against vLLM's own CPU LoRA path?
+"""How fast does a CPU serve adapters, compared with the same engine without LoRA and with vLLM's own CPU LoRA path?
 
     python -m benchmarks.cpu_lora --out FILE.json [--quick] [--models 20M 300M]
     python -m benchmarks.cpu_lora --redraw FILE.json
 
-Random-weight Llamas of about 20 M and 300 M parameters; 1, 4 and 16 adapters of rank 16 and 64; 1 and 32 requests at
-once. Decode-heavy: prompts of 16 tokens, then 32 steps; counted are the output tokens per second of those steps.
-Prefill-heavy: prompts of 450 tokens (128 where 32 come at once), one output token each; counted are the prompt tokens
-per second until the last request has it.
+Cases: Llamas of about 20 M and 300 M parameters with random weights; 1, 4 and 16 adapters of rank 16 and 64; 1 and 32
+simultaneous requests.
 
-Per case the engines take turns: the base without LoRA, ours, ours with --enforce-eager (in the headline case of each
-model), vLLM's stock path, which gets fewer tokens because it is slow. Ratios are medians over the repetitions' own
-ratios. The plot goes beside the JSON. All cases take about 45 minutes on 2 cores.
+    decode   prompts of 16 tokens, then 32 steps: output tokens per second of those steps
+    prefill  prompts of 450 tokens (128 with 32 requests), one output token each: prompt tokens per second until the
+             last request has its output token
+
+In each case the engines take turns: base without LoRA, ours, ours with --enforce-eager (only in the headline case of
+each model), and vLLM's stock path, which gets fewer tokens because it is slow. A ratio is the median of the ratios of
+the repetitions. The plot is written beside the JSON file. All cases take about 45 minutes on 2 cores.
 """
 
 import argparse
@@ -66,7 +68,7 @@ class Case:
         return 3 if (self.kind, self.concurrency) == ("prefill", 32) else REPEATS
 
     def load(self, loras: list[Path], *, stock: bool = False) -> Load:
-        """Return the load on `loras`; the stock path takes fewer tokens of the same kind where a case is long."""
+        """Return the load on `loras`; for the stock path, which is slow, with fewer tokens of the same kind."""
         many = self.concurrency > 1
         if self.kind == "decode":
             steps = (4 if many else 12) if stock else 32
@@ -75,16 +77,16 @@ class Case:
         return Load(self.concurrency, prompt, 1, 1 if many or stock else 3, loras)
 
     def rate(self, speed: Speed) -> float:
-        """Return tokens per second of the case's kind."""
+        """Return the tokens per second that count in this kind of case."""
         return speed.prefill if self.kind == "prefill" else speed.decode or 0.0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the JSON file to write")
-    parser.add_argument("--models", nargs="+", choices=tuple(SHAPES), help="default: both; with --quick 20M")
-    parser.add_argument("--quick", action="store_true", help="the headline case and its prompts only")
-    parser.add_argument("--redraw", type=Path, metavar="FILE.json", help="draw the plot of an earlier run again")
+    parser.add_argument("--models", nargs="+", choices=tuple(SHAPES), help="default: both; with --quick: 20M")
+    parser.add_argument("--quick", action="store_true", help="smoke run: only the headline case, decode and prefill")
+    parser.add_argument("--redraw", type=Path, metavar="FILE.json", help="only draw the plot of an existing result")
     args = parser.parse_args()
     if args.redraw:
         plot(json.loads(args.redraw.read_text(encoding="utf-8")), args.redraw.with_suffix(".png"))
@@ -121,7 +123,7 @@ def progress() -> Progress:
 def measure(
     cases: list[Case], scratch: Path, model: str, rank: int, machine: dict[str, float], bar: Progress, task: TaskID
 ) -> list[dict[str, Any]]:
-    """Start the engines of one model and rank, run `cases` on them in turn and return one row per case."""
+    """Start the engines of one model and rank, run `cases` on them, and return one row per case."""
     base = scratch / model
     if not base.exists():
         save_llama(base, model)
@@ -155,7 +157,7 @@ def measure(
 
 
 def run(case: Case, engines: dict[str, Engine], loras: list[Path]) -> dict[str, list[Speed]]:
-    """Let the engines take turns at `case`, after a warm-up; the stock path in the first repetitions only."""
+    """Run `case` on the engines in turn, after a warm-up; on the stock path only in the first repetitions."""
     speeds: dict[str, list[Speed]] = {kind: [] for kind in engines if kind != "eager" or case.headline}
     for repeat in range(-1, case.repeats):
         for kind, found in speeds.items():
@@ -169,7 +171,7 @@ def run(case: Case, engines: dict[str, Engine], loras: list[Path]) -> dict[str, 
 
 
 def profile(case: Case, engines: dict[str, Engine], loras: list[Path]) -> dict[str, dict[str, float]]:
-    """Return where a step's time goes, per engine: the largest operators and all others, in milliseconds."""
+    """Return by engine the milliseconds per step of the ten slowest operators, and of all others together."""
     found = {}
     for kind, one in engines.items():
         load = replace(case.load([] if kind == "base" else loras, stock=kind == "stock"), profile=True)
@@ -180,7 +182,11 @@ def profile(case: Case, engines: dict[str, Engine], loras: list[Path]) -> dict[s
 
 
 def row(case: Case, speeds: dict[str, list[Speed]], lora_parameters: int, machine: dict[str, float]) -> dict[str, Any]:
-    """Return what is kept of a case: medians, ratios, every repetition, and the floor of a decoding step."""
+    """Return the results of a case: medians, ratios, every repetition, and the shortest possible decoding step.
+
+    That floor is the time to read each adapter once, or the time of the arithmetic if it is longer, at the machine's
+    peak speeds (`peaks`).
+    """
     rates = {kind: [case.rate(speed) for speed in found] for kind, found in speeds.items()}
     ttft = {kind: [speed.ttft for speed in found] for kind, found in speeds.items()}
     result: dict[str, Any] = asdict(case)
@@ -218,7 +224,7 @@ def _ratio(ours: list[float], theirs: list[float]) -> float:
 
 
 def peaks() -> dict[str, float]:
-    """Return what this machine can do at best: reading memory (GB/s) and bfloat16 products (GFLOP/s)."""
+    """Return the machine's peak speeds: reading memory (GB/s) and bfloat16 matrix products (GFLOP/s)."""
     memory = torch.ones(2**28)
     a, b = torch.randn(2048, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
     reading, computing = [], []
@@ -236,7 +242,7 @@ def peaks() -> dict[str, float]:
 
 
 def summarise(rows: list[dict[str, Any]], machine: dict[str, float]) -> dict[str, Any]:
-    """Return the figures of the largest model's headline case, and those of the targets beside it."""
+    """Return the figures of the largest model's headline case, and the figures of the other targets."""
 
     def find(model: str, **wanted: Any) -> dict[str, Any]:
         chosen = {"rank": 64, "adapters": 4, "kind": "decode", "concurrency": 32, "model": model} | wanted
@@ -256,13 +262,13 @@ def show(rows: list[dict[str, Any]]) -> None:
     names = ("base_tok_s", "ours_tok_s", "stock_tok_s", "vs_stock", "vs_base", "floor_vs_base", "ttft_vs_base")
     table = Table("case", *names, title="tokens per second")
     for row in rows:
-        case = f"{row['model']} {row['adapters']} x r{row['rank']}, {row['concurrency']} at once, {row['kind']}"
+        case = f"{row['model']} {row['adapters']} x r{row['rank']}, {row['concurrency']} requests, {row['kind']}"
         table.add_row(case, *(str(row.get(name, "")) for name in names))
     Console(width=max(console.width, 130)).print(table)
 
 
 def plot(result: dict[str, Any], out: Path) -> None:
-    """Draw tokens per second of base, ours and stock for the cases with 32 requests at once."""
+    """Draw tokens per second of base, ours and stock for the cases with 32 simultaneous requests."""
     models = list(dict.fromkeys(row["model"] for row in result["cases"]))
     figure, axes = plt.subplots(2, len(models), figsize=(7 * len(models), 7), squeeze=False, layout="constrained")
     for (i, kind), (j, model) in itertools.product(enumerate(("decode", "prefill")), enumerate(models)):
@@ -277,7 +283,7 @@ def plot(result: dict[str, Any], out: Path) -> None:
             axis.bar_label(bars, fmt="%.0f", fontsize=7)
         axis.set_xticks(range(len(rows)), [f"{row['adapters']} x r{row['rank']}" for row in rows])
         axis.margins(y=0.12)
-        axis.set_title(f"{model}, {kind}, 32 requests at once")
+        axis.set_title(f"{model}, {kind}, 32 simultaneous requests")
         axis.set_ylabel(f"{'output' if kind == 'decode' else 'prompt'} tokens/s")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     env = result["env"]

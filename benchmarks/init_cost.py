@@ -1,21 +1,25 @@
-"""What does the whole initialisation cost at the layer shapes of 8B models, and what do other initialisations cost?
+"""How much time and memory does the initialisation of an 8B model need, compared with other initialisations?
 
     python -m benchmarks.init_cost --out FILE.json [--quick] [--models llama-3-8b qwen3-8b] [--rivals keep_everything]
     python -m benchmarks.init_cost --redraw FILE.json
 
-`ours` is `trainer.start.initialise` with its defaults, rank 16, but without the recorded spectra, which no rival has;
-`ours_with_spectra` records them. `keep_everything` is the plain form: all output Gram matrices at once in float32, a
-full eigendecomposition of each, A0 = Q^T W. `corda` and `eva` are PEFT's. `eigensolver` is the tail of q_proj's Gram
-matrix alone, against `torch.linalg.eigh` on the same matrix.
+The contestants:
 
-Measured is one decoder layer (`initialisers.py` says with what in it) on 128 x 128 tokens; HOW says how each figure
-becomes one for all layers. The contestants take turns, each run in a process of its own that has warmed up on a tiny
-model; peak memory is the kernel's high-water mark beyond model and tokens (Linux). Ours runs three times and counts
-with its median; keep_everything and corda take minutes and run once, eva twice. Nothing else may run meanwhile: threads
-that wait for each other made times 30 times as long here (`busy_percent_before` and `cpu_s` in the JSON show it).
+    ours               `trainer.start.initialise` with its defaults, rank 16, without recorded spectra, as the others
+    ours_with_spectra  the same with recorded spectra
+    keep_everything    the plain form: all output Gram matrices at once in float32, a full eigendecomposition of each,
+                       A0 = Q^T W
+    corda, eva         PEFT's implementations
+    eigensolver        only the tail eigenvectors of q_proj's Gram matrix, compared with `torch.linalg.eigh`
 
-With --rivals only these are measured, and ours if FILE.json does not have it; what else FILE.json has of the same
-shapes stays, with the time at which it was measured. The plot goes beside the JSON.
+One decoder layer is measured (see `initialisers.py`) on 128 x 128 tokens; HOW describes how its figures are
+extrapolated to all layers. The contestants take turns. Each run has a process of its own that has warmed up on a tiny
+model; peak memory is the kernel's high-water mark minus model and tokens (Linux). `ours` runs three times, `eva` twice;
+`keep_everything` and `corda` take minutes and run once; medians count. Run no other program at the same time: threads
+that wait for each other made a run 30 times as long (`busy_percent_before` and `cpu_s` in the JSON show it).
+
+With --rivals only those contestants are measured, and `ours` if FILE.json has no figures for it. Other figures in
+FILE.json with the same shapes are kept, with the time of their measurement. The plot is written beside the JSON file.
 """
 
 import argparse
@@ -39,34 +43,33 @@ from trainer.config import TrainConfig
 from trainer.start.calibration import layer_groups
 
 REPEATS = {"ours": 3, "ours_with_spectra": 3, "keep_everything": 1, "corda": 1, "eva": 2, "eigensolver": 3}
-MEMORY_GIB = (1, 2, 4, 8, 16, 32)  # of Gram matrices: more makes fewer groups of layers
-QUICK_HEAD_DIM = 24  # 768 wide: as narrow as can be with the same code
+MEMORY_GIB = (1, 2, 4, 8, 16, 32)  # limits for the Gram matrices: a higher one makes fewer groups of layers
+QUICK_HEAD_DIM = 24  # 768 wide: the narrowest layers for which the same code runs
 TARGETS = {"keep_everything.time_ratio": 3, "keep_everything.peak_memory_ratio": 10}
 _OURS = (
-    "time: layers x measured, and one layer's forward pass for each further group of layers that calibration_memory "
-    "makes; peak: measured, with the Gram matrices of the largest group for those of one layer, every other layer's "
-    "A0, B0 and, between groups, one layer's bfloat16 output for all tokens"
+    "time: layers x measured, plus one layer's forward pass for each further group of layers that calibration_memory "
+    "makes; peak: measured, with the Gram matrices of the largest group in place of those of one layer, plus A0 and B0 "
+    "of the other layers and, with several groups, one layer's bfloat16 output for all tokens"
 )
 HOW = {
     "ours": _OURS,
     "ours_with_spectra": _OURS,
-    "keep_everything": "time: layers x measured; peak: measured, and every other layer's Gram matrices and A0, B0",
-    "corda": "time: layers x measured; peak: measured, and what PEFT keeps of every other layer until all are done, "
-    "its inputs' covariance and U, S, V, cropped to the rank only then (in main memory even with a GPU), and A, B",
-    "eva": "time: layers x measured, as if no layer needed more passes to converge than the measured ones (where they "
-    f"are {EVA_PASSES} it was stopped); peak: measured, and every other layer's components, means, variances and A, B: "
-    "PEFT keeps no matrix",
+    "keep_everything": "time: layers x measured; peak: measured, plus Gram matrices, A0 and B0 of the other layers",
+    "corda": "time: layers x measured; peak: measured, plus what PEFT keeps of the other layers until the last is "
+    "finished: covariance of the inputs, uncropped U, S, V (in main memory even with a GPU), A and B",
+    "eva": "time: layers x measured, if no layer needs more passes to converge than the measured one (limit: "
+    f"{EVA_PASSES}); peak: measured, plus components, means, variances, A, B of the other layers: PEFT keeps no matrix",
 }
 console = Console()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="the JSON file to write, or to add to")
-    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), help="default: both; with --quick llama-3-8b")
-    parser.add_argument("--rivals", nargs="+", choices=tuple(REPEATS), help="default: all, and ours")
-    parser.add_argument("--quick", action="store_true", help="much narrower layers, once each: shows that it runs")
-    parser.add_argument("--redraw", type=Path, metavar="FILE.json", help="draw the plot of an earlier run again")
+    parser.add_argument("--out", type=Path, help="the JSON file to write or to extend")
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), help="default: both; with --quick: llama-3-8b")
+    parser.add_argument("--rivals", nargs="+", choices=tuple(REPEATS), help="contestants to measure (default: all)")
+    parser.add_argument("--quick", action="store_true", help="smoke run: much narrower layers, one run each")
+    parser.add_argument("--redraw", type=Path, metavar="FILE.json", help="only draw the plot of an existing result")
     args = parser.parse_args()
     if args.redraw:
         plot(json.loads(args.redraw.read_text(encoding="utf-8")), args.redraw.with_suffix(".png"))
@@ -84,7 +87,7 @@ def main() -> int:
 
 
 def earlier(out: Path, shapes: Mapping[str, Shape]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Return the rows that `out` has already of these shapes, by model and contestant."""
+    """Return the rows of an existing result file `out` with these shapes, by (model, contestant)."""
     rows = json.loads(out.read_text(encoding="utf-8"))["cases"] if out.exists() else []
     return {(row["model"], row["contestant"]): row for row in rows if row["shape"] == asdict(shapes[row["model"]])}
 
@@ -92,10 +95,13 @@ def earlier(out: Path, shapes: Mapping[str, Shape]) -> dict[tuple[str, str], dic
 def turns(
     models: list[str], rivals: list[str] | None, measured: set[tuple[str, str]], *, once: bool
 ) -> list[tuple[str, str]]:
-    """Return who is measured when, model by model: everyone once, then who repeats."""
+    """Return the order of the runs as (model, contestant): for each model all contestants once, then the repetitions.
+
+    `ours` is added for a model if it is neither among `rivals` nor in `measured`.
+    """
     found = []
     for model in models:
-        # The eigensolver's matrix is the same in both models.
+        # q_proj's Gram matrix is the same in both models.
         chosen = rivals or [name for name in REPEATS if name != "eigensolver" or model == models[0]]
         if "ours" not in chosen and (model, "ours") not in measured and chosen != ["eigensolver"]:
             chosen = ["ours", *chosen]
@@ -108,7 +114,7 @@ def turns(
 def run(
     todo: list[tuple[str, str]], shapes: Mapping[str, Shape], rows: dict[tuple[str, str], dict[str, Any]], out: Path
 ) -> None:
-    """Measure in the order of `todo` and write `out` after each turn: a run takes hours and may be cut short."""
+    """Measure in the order of `todo`, and write `out` after each run: all of them take hours and may be interrupted."""
     env = report.environment(SEED)
     runs: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in todo}
     columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -119,7 +125,7 @@ def run(
             found = runs[model, contestant]
             busy = psutil.cpu_percent(1)
             if busy > 10:
-                console.print(f"[yellow]other programs use {busy:.0f} % of the cores: times will not mean much[/]")
+                console.print(f"[yellow]other programs use {busy:.0f} % of the cores: the times are not reliable[/]")
             found.append(in_a_process(shapes[model], contestant) | {"busy_percent_before": busy})
             rows[model, contestant] = row(model, contestant, shapes[model], found, env)
             report.write(out, summarise(list(rows.values())), list(rows.values()), env)
@@ -129,7 +135,7 @@ def run(
 def row(
     model: str, contestant: str, shape: Shape, runs: list[dict[str, float]], env: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what is kept of a contestant: medians, the figures for all layers, every repetition."""
+    """Return the results of a contestant: medians, figures for all layers, every repetition."""
     one = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     found: dict[str, Any] = {"model": model, "contestant": contestant, "rank": RANK, "shape": asdict(shape)}
     if contestant == "eigensolver":
@@ -145,22 +151,25 @@ def row(
 
 
 def whole_model(contestant: str, one: Mapping[str, float], shape: Shape, memory: int) -> dict[str, float]:
-    """Return seconds and peak (GiB) for all layers from those of one; `memory` is what our Gram matrices may hold."""
+    """Return seconds and peak memory (GiB) for all layers from the figures `one` of one layer (see HOW).
+
+    `memory` is the limit for our Gram matrices in bytes.
+    """
     seconds = shape.layers * one["seconds"]
-    peak = one["peak_gib"] + (shape.layers - 1) * held_per_layer(contestant, shape) / GIB
+    peak = one["peak_gib"] + (shape.layers - 1) * kept_per_layer(contestant, shape) / GIB
     if HOW[contestant] is not _OURS:
         return {"whole_s": seconds, "whole_peak_gib": peak}
     (few, small), (many, large) = (groups(shape, layers, memory) for layers in (1, shape.layers))
-    a_pass = one["forward_s"] * one["passes"] / few  # calibration may stop before it has seen all batches
+    pass_s = one["forward_s"] * one["passes"] / few  # calibration may stop before the last batch
     return {
-        "whole_s": seconds + (many - few) * a_pass,  # the layer in which a group ends is computed twice
+        "whole_s": seconds + (many - few) * pass_s,  # the layer in which a group ends is computed twice
         "whole_peak_gib": peak + (large - small + (many > few) * 2 * shape.rows * shape.length * shape.hidden) / GIB,
         "groups": many,
     }
 
 
-def held_per_layer(contestant: str, shape: Shape) -> int:
-    """Return the bytes that stay of every layer until the last is done, as HOW says; ours without Gram matrices."""
+def kept_per_layer(contestant: str, shape: Shape) -> int:
+    """Return the bytes that are kept per layer until the last one is finished (see HOW); ours without Gram matrices."""
     each = shape.linear().values()
     kept = {
         "keep_everything": sum(4 * d_out**2 for d_out, _ in each),
@@ -171,14 +180,17 @@ def held_per_layer(contestant: str, shape: Shape) -> int:
 
 
 def groups(shape: Shape, layers: int, memory: int) -> tuple[int, int]:
-    """Return how many groups `memory` makes of so many decoder layers, and the Gram bytes of the largest."""
+    """Return the number of groups that `memory` makes of `layers` decoder layers, and the Gram bytes of the largest."""
     every = {f"{i}.{name}": sizes for i in range(layers) for name, sizes in shape.linear().items()}
     found = list(layer_groups(every, memory))
     return len(found), max(sum(8 * min(every[name]) ** 2 for name in group) for group in found)
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what all layers take, in figures and over ours, by model.contestant.figure; and the eigensolver's."""
+    """Return time and peak memory for all layers, and their ratios to `ours`, under model.contestant.figure.
+
+    The figures of the eigensolver have keys of their own.
+    """
     found: dict[str, Any] = {}
     base = {row["model"]: row for row in rows if row["contestant"] == "ours"}
     for row in rows:
@@ -225,11 +237,11 @@ def show(result: dict[str, Any]) -> None:
 
 
 def plot(result: dict[str, Any], out: Path) -> None:
-    """Draw time and peak memory of all layers, one bar per contestant."""
+    """Draw time and peak memory for all layers, one bar per contestant."""
     rows = [row for row in result["cases"] if "whole_s" in row]
     models, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "contestant"))
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    figures = {"whole_s": "seconds, all layers", "whole_peak_gib": "peak memory beyond the model, GiB, all layers"}
+    figures = {"whole_s": "seconds, all layers", "whole_peak_gib": "peak memory without the model, GiB, all layers"}
     for axis, (key, label) in zip(axes, figures.items(), strict=True):
         for k, name in enumerate(names):
             chosen = [row for row in rows if row["contestant"] == name]

@@ -1,9 +1,9 @@
-"""One decoder layer as wide as an 8B model's, the initialisers that `init_cost` compares on it, and their measurement.
+"""A decoder layer with the widths of an 8B model, the initialisations that `init_cost` compares, and their measurement.
 
-Weights are Gaussian, 1 / sqrt(d_in). Each calibration token occurs once, and the embeddings' squared singular values
-fall as 1/k (along the axes: to Gaussian weights all directions are the same). The rows of v_proj and up_proj shrink
-alike, so o_proj and down_proj see such a spectrum through the real attention and MLP; with a flat one EVA would read
-hundreds of batches. There is no head: it would be counted once per layer.
+Weights are Gaussian with standard deviation 1 / sqrt(d_in). Each calibration token occurs once. The squared singular
+values of the embeddings fall as 1/k, along the axes, because Gaussian weights treat all directions alike. The rows of
+v_proj and up_proj shrink in the same way, so that the inputs of o_proj and down_proj have such a spectrum, too; with a
+flat spectrum EVA would read hundreds of batches. There is no head, which would be counted once per layer.
 """
 
 import gc
@@ -36,12 +36,12 @@ from trainer.start.initialise import initialise
 from trainer.start.passes import Passes
 
 SEED, RANK, BATCHES, GIB = 0, 16, 8, 2**30
-EVA_PASSES = 10  # vectors of nearly the same eigenvalue can keep EVA from converging for ever: then it is stopped here
+EVA_PASSES = 10  # limit: with vectors of nearly equal eigenvalues EVA may never converge
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's widths and number of layers, and how many rows of how many tokens calibrate it."""
+    """The widths and number of layers of a model, and the rows and tokens per row of its calibration data."""
 
     kind: str  # transformers' model type
     intermediate: int
@@ -54,11 +54,11 @@ class Shape:
 
     @property
     def hidden(self) -> int:
-        """Return the width of the residual stream, in these models that of all heads together."""
+        """Return the width of the residual stream: in these models, the sum over all heads."""
         return self.heads * self.head_dim
 
     def linear(self) -> dict[str, tuple[int, int]]:
-        """Return (d_out, d_in) of a layer's seven linear maps."""
+        """Return (d_out, d_in) of the seven linear layers of a block."""
         hidden, kv, wide = self.hidden, self.kv_heads * self.head_dim, self.intermediate
         narrow = {
             "q_proj": (hidden, hidden),
@@ -69,7 +69,7 @@ class Shape:
         return narrow | {"gate_proj": (wide, hidden), "up_proj": (wide, hidden), "down_proj": (hidden, wide)}
 
     def smaller(self, head_dim: int) -> "Shape":
-        """Return the same proportions with narrower heads, and fewer tokens, still more than any layer is wide."""
+        """Return the same proportions with narrower heads and fewer tokens, but more tokens than any layer is wide."""
         narrow = self.intermediate * head_dim // self.head_dim
         return replace(self, head_dim=head_dim, intermediate=narrow, rows=32, length=max(32, narrow // 24))
 
@@ -79,7 +79,7 @@ WARM_UP = MODELS["llama-3-8b"].smaller(4)
 
 
 def build(shape: Shape) -> tuple[PreTrainedModel, list[Batch]]:
-    """Return a bfloat16 model of one decoder layer and the calibration batches, every token once."""
+    """Return a bfloat16 model with one decoder layer, and calibration batches in which every token occurs once."""
     torch.manual_seed(SEED)
     n_tokens = shape.rows * shape.length
     config = AutoConfig.for_model(
@@ -106,19 +106,20 @@ def build(shape: Shape) -> tuple[PreTrainedModel, list[Batch]]:
 
 
 def _power_law(n: int) -> torch.Tensor:
-    """Return n factors whose squares fall as 1/k and are 1 on average."""
+    """Return n factors (n,) whose squares fall as 1/k and have mean 1."""
     power = torch.arange(1, n + 1).float().rsqrt()
     return power / power.square().mean().sqrt()
 
 
 def ours(model: PreTrainedModel, batches: list[Batch], *, spectra: bool) -> Any:
+    """Run the trainer's own initialisation."""
     config = TrainConfig(rank=RANK, spectra=spectra, seed=SEED)
     return initialise(model, target_layers(model, config), batches, config, "random", Progress(disable=True))
 
 
 @torch.no_grad()
 def keep_everything(model: PreTrainedModel, batches: list[Batch]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The method as it is written down: every output Gram matrix, float32, decomposed as a whole."""
+    """Return A0 and B0 by layer, by the plain form: all output Gram matrices in float32, fully decomposed."""
     layers = target_layers(model, TrainConfig())
     grams = {name: torch.zeros(layer.out_features, layer.out_features) for name, layer in layers.items()}
 
@@ -132,34 +133,35 @@ def keep_everything(model: PreTrainedModel, batches: list[Batch]) -> dict[str, t
         handle.remove()
     starts = {}
     for name, layer in layers.items():
-        q = torch.linalg.eigh(grams[name]).eigenvectors[:, :RANK].clone()  # a view would keep them all
+        q = torch.linalg.eigh(grams[name]).eigenvectors[:, :RANK].clone()  # a view would keep all vectors
         starts[name] = (q.T @ layer.weight.float(), q)
     return starts
 
 
 def corda(model: PreTrainedModel, batches: list[Batch]) -> Any:
-    rows = [{"input_ids": ids[None]} for batch in batches for ids in batch["input_ids"]]  # PEFT's hook takes one each
+    """Run PEFT's CorDA."""
+    rows = [{"input_ids": ids[None]} for batch in batches for ids in batch["input_ids"]]  # PEFT's hook expects one row
     config = _lora(model, init_lora_weights="corda", corda_config=CordaConfig(corda_method="ipm"))
     preprocess_corda(model, config, lambda: forward(model, rows))
     return get_peft_model(model, config)
 
 
-class _Enough(Exception):
+class _Stop(Exception):
     pass
 
 
 def eva(model: PreTrainedModel, batches: list[Batch]) -> Any:
-    """PEFT's recipe: `get_eva_state_dict`, taken over into the adapter. It reads the batches until it has converged."""
+    """Run PEFT's EVA, which reads the batches until it has converged, but at most EVA_PASSES times."""
     config = _lora(model, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
-    adapted = get_peft_model(model, config, low_cpu_mem_usage=True)  # as PEFT advises
-    left = iter(range(EVA_PASSES * len(batches)))
+    adapted = get_peft_model(model, config, low_cpu_mem_usage=True)  # as PEFT recommends
+    steps = iter(range(EVA_PASSES * len(batches)))
 
     def step(peft_model: nn.Module, batch: Batch) -> None:
-        if next(left, None) is None:
-            raise _Enough
+        if next(steps, None) is None:
+            raise _Stop
         peft_model(**batch)
 
-    with suppress(_Enough):
+    with suppress(_Stop):
         initialize_lora_eva_weights(adapted, batches, forward_fn=step, show_progress_bar=False)
     return adapted
 
@@ -184,7 +186,7 @@ CONTESTANTS: dict[str, Callable[[PreTrainedModel, list[Batch]], Any]] = {
 
 
 def in_a_process(shape: Shape, contestant: str) -> dict[str, float]:
-    """Measure a contestant, or "eigensolver", in a process forked from one that only imported what it needs."""
+    """Return the measurements of a contestant, or of "eigensolver", from a new process that has done nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -192,9 +194,9 @@ def in_a_process(shape: Shape, contestant: str) -> dict[str, float]:
 
 
 def measure(shape: Shape, contestant: str) -> dict[str, float]:
-    """Return what one run takes: seconds, CPU seconds of all cores, GiB beyond the model, passes over the batches.
+    """Return seconds, CPU seconds of all cores, peak memory without the model (GiB), and passes over the batches.
 
-    Of ours also `forward_s`, the seconds of one pass.
+    For `ours` also `forward_s`, the seconds of one forward pass over the batches.
     """
     PartialState(cpu=True)
     run = CONTESTANTS[contestant]
@@ -205,15 +207,15 @@ def measure(shape: Shape, contestant: str) -> dict[str, float]:
     def count(_model: nn.Module, _args: Any, kwargs: dict[str, torch.Tensor]) -> None:
         tokens.append(kwargs["input_ids"].numel())
 
-    model.register_forward_pre_hook(count, with_kwargs=True)  # our passes end before the model's last layer
+    model.register_forward_pre_hook(count, with_kwargs=True)  # before: our passes end before the last layer
     gc.collect()
-    peak_memory.reset()
-    before, cpu, started = peak_memory.held(), time.process_time(), time.perf_counter()
+    peak_memory.reset_peak()
+    before, cpu, started = peak_memory.current_bytes(), time.process_time(), time.perf_counter()
     kept = run(model, batches)
     found = {
         "seconds": time.perf_counter() - started,
-        "cpu_s": time.process_time() - cpu,  # far from cores x seconds: the machine was busy with something else
-        "peak_gib": (peak_memory.highest() - before) / GIB,
+        "cpu_s": time.process_time() - cpu,  # much less than cores x seconds: other programs ran
+        "peak_gib": (peak_memory.peak_bytes() - before) / GIB,
         "passes": sum(tokens) / (shape.rows * shape.length),
     }
     if contestant.startswith("ours"):
@@ -225,12 +227,12 @@ def measure(shape: Shape, contestant: str) -> dict[str, float]:
 
 
 def eigensolver(shape: Shape, _: str = "") -> dict[str, float]:
-    """Return the seconds of both solvers on q_proj's Gram matrix, and the energy that ours holds beyond the least."""
+    """Return the seconds of our solver and of torch's on q_proj's Gram matrix, and our relative excess of energy."""
     PartialState(cpu=True)
     model, batches = build(shape)
     layer = model.get_submodule("layers.0.self_attn.q_proj")
     gram = gram_matrices(Passes(model, batches), {"q_proj": layer})["q_proj"]
-    square = torch.randn(600, 600, dtype=torch.float64)  # wide enough for the same code
+    square = torch.randn(600, 600, dtype=torch.float64)  # a warm-up, wide enough to run the same code
     subspace(replace(gram, matrix=square @ square.T), square, RANK, "tail", torch.Generator().manual_seed(SEED))
     torch.linalg.eigh(square @ square.T)
     started = time.perf_counter()

@@ -1,17 +1,18 @@
-"""Many adapters over few places: does every request get its adapter, how long does the unluckiest wait, what is lost?
+"""With many adapters and few of them resident: are all answers right, how long are waits, how much throughput is lost?
 
     python -m benchmarks.many_adapters --out FILE.json [--quick] [--adapter DIR]
 
-200 adapters, 8 places for them in the engine, and 16 clients without a pause, half of them streaming, that pick one by
-Zipf's law: the first is asked for 200 times as often as the last. Against vLLM's own server with the same adapters
-and places, which swaps them inside the engine's steps: once as it is (`stock`), and once with our CPU kernel
-(`stock_with_kernel`), which leaves the handling of adapters as the only difference.
+200 adapters, of which 8 can be resident in the engine, and 16 clients that send requests without a pause, half of them
+streaming. Clients choose adapters by Zipf's law: the first one gets 200 times as many requests as the last one. The
+rival is vLLM's own server with the same adapters and the same number of resident ones, which loads adapters inside the
+engine's steps: as it is (`stock`), and with our CPU kernel (`stock_with_kernel`), so that only the handling of adapters
+differs.
 
-    wait     from the request to its first token (of an answer that is not streamed: to the answer)
-    mixed    the answer names another adapter, or is what another one said when it was asked alone
+    wait     seconds from the request to its first token, or to the answer if it is not streamed
+    mixed    the answer names another adapter, or equals the answer that another adapter gave without other load
 
-The three servers run side by side, and are asked in turn: one at a time, several times. The adapters are one trained
-adapter with noise of its own each. Without --adapter it is trained first (half a minute).
+The three servers run side by side and take turns: only one of them has load at a time. The adapters are one trained
+adapter plus noise. Without --adapter, that adapter is trained first (half a minute).
 """
 
 import argparse
@@ -32,21 +33,22 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import demo, report
-from benchmarks.load import Answer, Load, ask, quantiles
-from benchmarks.server import Server, astra_serve, vllm_serve
+from benchmarks import report
 from converter import adapter_dir
 from converter.adapter_dir import LoraAdapter
+from tests.support import demo
+from tests.support.load import Answer, Load, ask, quantiles
+from tests.support.server import Server, astra_serve, vllm_serve
 from trainer.embedded import tasks
 
 SEED, CLIENTS, TOKENS, RANK = 0, 16, 16, 32
-NOISE = 0.5  # of each factor's own standard deviation, on lora_B
+NOISE = 0.5  # added to each lora_B, relative to its standard deviation
 console = Console()
 
 
 @dataclass
 class Rival:
-    """A server under test, and what its clients saw."""
+    """A server under test, the load on it, and its tokens per second by turn."""
 
     name: str
     server: Server
@@ -57,11 +59,11 @@ class Rival:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--adapters", type=int, default=200)
-    parser.add_argument("--places", type=int, default=8, help="--max-loras and --resident of ours, both vLLM's")
-    parser.add_argument("--repetitions", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=40, help="of each repetition")
-    parser.add_argument("--quick", action="store_true", help="24 adapters over 4 places, 6 s: shows that it runs")
+    parser.add_argument("--adapters", type=int, default=200, help="number of adapters (default: 200)")
+    parser.add_argument("--places", type=int, default=8, help="resident adapters of every server (default: 8)")
+    parser.add_argument("--repetitions", type=int, default=4, help="turns of each server (default: 4)")
+    parser.add_argument("--seconds", type=float, default=40, help="seconds per turn (default: 40)")
+    parser.add_argument("--quick", action="store_true", help="smoke run: 24 adapters, 4 resident, 6 s")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA of the embedded base")
     args = parser.parse_args()
     if args.quick:
@@ -74,8 +76,8 @@ def main() -> int:
             Rival(name, server, Load(server.url, CLIENTS, _pick(list(adapters)), lambda *_: None, TOKENS))
             for name, server in _start(stack, adapters, args.places, folder)
         ]
-        said = asyncio.run(_alone(rivals, list(adapters)))
-        asyncio.run(measure(rivals, said, args.repetitions, args.seconds))
+        known = asyncio.run(_known_answers(rivals, list(adapters)))
+        asyncio.run(measure(rivals, known, args.repetitions, args.seconds))
     cases = [case(rival) for rival in rivals]
     settings = {"adapters": args.adapters, "places": args.places, "clients": CLIENTS}
     report.write(args.out, {**settings, **summarise(cases)}, cases, env)
@@ -84,26 +86,26 @@ def main() -> int:
 
 
 def make(trained: Path, count: int, folder: Path) -> dict[str, Path]:
-    """Write `count` adapters, each `trained` with noise of its own, and return their folders by name."""
-    known = adapter_dir.load_lora(trained)
+    """Write `count` adapters, each `trained` plus its own noise, and return their folders by name."""
+    lora = adapter_dir.load_lora(trained)
     found = {}
     for number in track(range(count), "writing adapters", console=console, transient=True):
         torch.manual_seed(number)
-        layers = {m: (a, b + NOISE * b.std() * torch.randn_like(b)) for m, (a, b) in known.layers.items()}
+        layers = {m: (a, b + NOISE * b.std() * torch.randn_like(b)) for m, (a, b) in lora.layers.items()}
         name = f"a{number:03}"
         with adapter_dir.new_folder(folder / name) as partial:
-            base = known.provenance["base"]
-            adapter_dir.save_lora(partial, LoraAdapter(layers, known.config, {"base": base}, known.head))
+            base = lora.provenance["base"]
+            adapter_dir.save_lora(partial, LoraAdapter(layers, lora.config, {"base": base}, lora.head))
         found[name] = folder / name
     return found
 
 
 def _start(stack: ExitStack, adapters: dict[str, Path], places: int, folder: Path) -> list[tuple[str, Server]]:
-    """Start the three servers, one after the other."""
+    """Start the three servers one after the other, and return them by name."""
     base = str(demo.BASE)
-    with console.status("starting astra-serve, which reads and proves every adapter once"):
-        given = [f"--adapter={name}={path}" for name, path in adapters.items()]
-        options = ["--base", base, *given, "--max-loras", str(places), "--resident", str(places), "--enforce-eager"]
+    with console.status("starting astra-serve, which loads and probes every adapter once"):
+        named = [f"--adapter={name}={path}" for name, path in adapters.items()]
+        options = ["--base", base, *named, "--max-loras", str(places), "--resident", str(places), "--enforce-eager"]
         found = [("astra-serve", stack.enter_context(astra_serve(options, folder / "ours.log", timeout_s=600)))]
     options = ["--model", base, "--served-model-name", "base", "--enable-lora", "--max-lora-rank", str(RANK)]
     options += ["--max-loras", str(places), "--max-cpu-loras", str(places), "--enforce-eager", "--lora-modules"]
@@ -116,7 +118,7 @@ def _start(stack: ExitStack, adapters: dict[str, Path], places: int, folder: Pat
 
 
 def _pick(names: list[str]) -> Any:
-    """Return what a client asks at a turn, the same in every run: Zipf's law, a prompt per adapter."""
+    """Return a function (client, turn) -> (model, prompt) that follows Zipf's law and is the same in every run."""
     weights = [1 / (rank + 1) for rank in range(len(names))]
 
     def pick(number: int, turn: int) -> tuple[str, str]:
@@ -130,26 +132,26 @@ def _prompt(name: str) -> str:
     return PROMPTS[int(name[1:]) % len(PROMPTS)]
 
 
-async def _alone(rivals: list[Rival], names: list[str]) -> dict[str, set[str]]:
-    """Return what each adapter says when nobody else asks, on any of the servers: kernels differ in the last bit."""
-    said = defaultdict(set)
+async def _known_answers(rivals: list[Rival], names: list[str]) -> dict[str, set[str]]:
+    """Return the answers of each adapter without other load, on all servers: their kernels differ in the last bit."""
+    known = defaultdict(set)
     for rival in rivals:
         async with httpx.AsyncClient(base_url=rival.server.url, timeout=120) as client:
-            for name in track(names, f"{rival.name}: each adapter alone", console=console, transient=True):
-                said[name].add((await ask(client, name, _prompt(name), TOKENS, stream=False)).text)
-    return said
+            for name in track(names, f"{rival.name}: known answers", console=console, transient=True):
+                known[name].add((await ask(client, name, _prompt(name), TOKENS, stream=False)).text)
+    return known
 
 
-async def measure(rivals: list[Rival], said: dict[str, set[str]], repetitions: int, seconds: float) -> None:
-    """Ask the servers in turn. A first, shorter turn of each is warm-up."""
+async def measure(rivals: list[Rival], known: dict[str, set[str]], repetitions: int, seconds: float) -> None:
+    """Load the servers in turn, after a shorter turn as a warm-up, and keep the answers in `rivals`."""
 
     def judge(model: str, prompt: str, answer: Answer) -> str | None:
         if {name.partition("@")[0] for name in answer.names} != {model}:
             return "mixed"
-        others = (said[name] for name in said if name != model and _prompt(name) == prompt)
-        return "mixed" if answer.text not in said[model] and any(answer.text in texts for texts in others) else None
+        others = (known[name] for name in known if name != model and _prompt(name) == prompt)
+        return "mixed" if answer.text not in known[model] and any(answer.text in texts for texts in others) else None
 
-    for repetition in track(range(-1, repetitions), "asking", console=console, transient=True):
+    for repetition in track(range(-1, repetitions), "measuring", console=console, transient=True):
         for rival in rivals:
             rival.load.judge = judge
             before, stop = len(rival.load.answers), asyncio.Event()
@@ -166,6 +168,7 @@ async def measure(rivals: list[Rival], said: dict[str, set[str]], repetitions: i
 
 
 def case(rival: Rival) -> dict[str, Any]:
+    """Return the measurements of one server."""
     waits = [answer.first - answer.sent for answer in rival.load.answers]
     return {
         "server": rival.name,
@@ -181,7 +184,7 @@ def case(rival: Rival) -> dict[str, Any]:
 
 
 def summarise(cases: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return ours, and the rivals' under keys of their own."""
+    """Return the figures of `astra-serve`, and those of vLLM under `stock` and `stock_with_kernel`."""
     keys = ("requests", "failed", "mixed", "max_over_mean_wait", "mean_wait_s", "tok_s")
     ours, stock, with_kernel = ({key: found[key] for key in keys} for found in cases)
     paired = zip(cases[0]["tok_s_repetitions"], cases[2]["tok_s_repetitions"], strict=True)
@@ -190,7 +193,7 @@ def summarise(cases: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(cases: list[dict[str, Any]], settings: dict[str, int]) -> None:
-    title = "{adapters} adapters, {places} places, {clients} clients".format_map(settings)
+    title = "{adapters} adapters, {places} resident, {clients} clients".format_map(settings)
     table = Table("", *(found["server"] for found in cases), title=title)
     for key in ("requests", "failed", "mixed", "tok_s", "mean_wait_s", "max_over_mean_wait"):
         table.add_row(key, *(f"{f[key]:.3g}" if isinstance(f[key], float) else str(f[key]) for f in cases))

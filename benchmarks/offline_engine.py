@@ -1,7 +1,7 @@
-"""A vLLM engine in a process of its own, without HTTP: several can be compared in one run, one at a time.
+"""A vLLM engine without HTTP, in a process of its own, so that several engines can be compared in one run.
 
-The process has the engine's scheduler, worker and kernels, and nothing of a server: what is measured is the engine. All
-of it runs in one process, which vLLM does by itself only outside a server: threads are not bound to cores.
+Scheduler, worker and kernels run in that one process, so only the engine is measured. vLLM does not bind the threads of
+such a process to cores.
 """
 
 import multiprocessing
@@ -19,7 +19,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Load:
-    """`waves` times `concurrency` requests at once, which take the adapters in turn (none: the base is asked)."""
+    """`waves` times `concurrency` simultaneous requests, which use the adapters in turn; without adapters, the base."""
 
     concurrency: int
     prompt_tokens: int
@@ -31,26 +31,24 @@ class Load:
 
 @dataclass(frozen=True)
 class Speed:
-    """prefill: prompt tokens per second up to the last first token of a wave. decode: output tokens per second after
-    it, None where there are none. ttft: median seconds to a request's first token. operators: of a profiled load, the
-    milliseconds per engine step that PyTorch's operators took themselves."""
+    """The speed of an engine with one load."""
 
-    prefill: float
-    decode: float | None
-    ttft: float
-    operators: dict[str, float] | None = None
+    prefill: float  # prompt tokens per second until the last request of a wave has its first token
+    decode: float | None  # output tokens per second after that; None if there are none
+    ttft: float  # median seconds to the first token of a request
+    operators: dict[str, float] | None = None  # profiled loads: milliseconds per engine step in each PyTorch operator
 
 
 @dataclass
 class Engine:
-    """An engine that is ready; `run` measures one load on it. Raises RuntimeError when its process has died."""
+    """A running engine."""
 
     log: Path
     _pipe: Connection
     _process: Any = field(repr=False)
 
     def run(self, load: Load) -> Speed:
-        """Run `load` and return its speed."""
+        """Run `load` and return its speed. Raises RuntimeError if the engine's process has ended."""
         self._pipe.send(load)
         return self._receive()
 
@@ -58,7 +56,7 @@ class Engine:
         while not self._pipe.poll(0.2):
             if not self._process.is_alive():
                 tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
-                raise RuntimeError(f"the engine died; the end of {self.log}:\n{tail}")
+                raise RuntimeError(f"the process of the engine has ended; the end of {self.log}:\n{tail}")
         return self._pipe.recv()
 
 
@@ -66,9 +64,9 @@ class Engine:
 def engine(
     base: Path, log: Path, options: dict[str, Any] | None = None, env: dict[str, str] | None = None
 ) -> Iterator[Engine]:
-    """Start an engine for `base` with vLLM's `options` in a process with `env`, and stop it at the end.
+    """Start an engine for `base` with vLLM's `options` in a process with the environment `env`, yield it, and stop it.
 
-    Raises RuntimeError with the end of `log` when it does not start.
+    Raises RuntimeError with the end of `log` if the engine does not start.
     """
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
@@ -80,7 +78,7 @@ def engine(
         made._receive()
         yield made
     finally:
-        ours.close()  # the process ends when it reads that
+        ours.close()  # the process ends when its end of the pipe is closed
         process.join(30)
         process.kill()
 
@@ -103,7 +101,7 @@ def _serve(pipe: Connection, log: Path, base: Path, options: dict[str, Any], env
 
 
 def _profile(engine: Any, load: Load) -> Speed:
-    """Measure `load`, its decoding steps under the profiler: those after the first, which takes the prompts."""
+    """Measure `load` with the profiler on during all steps but the first, which processes the prompts."""
     from torch.profiler import ProfilerActivity, profile
 
     trace, steps, step = profile(activities=[ProfilerActivity.CPU]), 0, engine.step
@@ -142,18 +140,18 @@ def _measure(engine: Any, load: Load) -> Speed:
             engine.add_request(f"{wave}-{i}-{started}", {"prompt_token_ids": prompt}, params, lora_request=lora)
         first: dict[str, float] = {}
         lengths: dict[str, int] = {}
-        lengths_then: dict[str, int] = {}  # when the last request had its first token
+        lengths_at_prefill: dict[str, int] = {}  # when the last request got its first token
         while engine.has_unfinished_requests():
             outputs = engine.step()
             now = time.perf_counter()
             for output in outputs:
                 first.setdefault(output.request_id, now)
                 lengths[output.request_id] = len(output.outputs[0].token_ids)
-            if len(first) == load.concurrency and not lengths_then:
-                lengths_then = dict(lengths)
+            if len(first) == load.concurrency and not lengths_at_prefill:
+                lengths_at_prefill = dict(lengths)
         ttft += [moment - started for moment in first.values()]
         prefill_s += max(first.values()) - started
         decode_s += now - max(first.values())
-        decoded += sum(lengths.values()) - sum(lengths_then.values())
+        decoded += sum(lengths.values()) - sum(lengths_at_prefill.values())
     prefilled = load.waves * load.concurrency * load.prompt_tokens
     return Speed(prefilled / prefill_s, decoded / decode_s if decoded else None, statistics.median(ttft))

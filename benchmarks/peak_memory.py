@@ -1,22 +1,22 @@
-"""How much memory this process holds, and held at most: the kernel's own figures (Linux), for sampling misses peaks."""
+"""Current and peak memory of this process, from the kernel's counters (Linux): sampling would miss peaks."""
 
 from pathlib import Path
 
 _PROCESS = Path("/proc/self")
 
 
-def reset() -> None:
-    """Let the high-water mark fall to what is held now."""
+def reset_peak() -> None:
+    """Reset the peak to the current memory."""
     (_PROCESS / "clear_refs").write_text("5", encoding="utf-8")
 
 
-def highest() -> int:
-    """Return the most bytes that the process held since `reset`."""
+def peak_bytes() -> int:
+    """Return the peak resident memory since `reset_peak`, in bytes."""
     return _status("VmHWM")
 
 
-def held() -> int:
-    """Return the bytes that the process holds."""
+def current_bytes() -> int:
+    """Return the current resident memory in bytes."""
     return _status("VmRSS")
 
 

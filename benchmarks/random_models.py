@@ -1,4 +1,4 @@
-"""Llama models and LoRA adapters with random weights: for what depends on shapes alone, such as speed."""
+"""Llama models and LoRA adapters with random weights, for measurements that depend only on shapes, such as speed."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def save_llama(folder: Path, size: str) -> None:
 
 
 def save_random_lora(folder: Path, base: Path, rank: int, seed: int) -> int:
-    """Write a LoRA of `rank` on every linear layer of `base` into `folder` and return its parameter count."""
+    """Write a LoRA of `rank` on every linear layer of `base` to the new `folder`, and return its parameter count."""
     generator = torch.Generator().manual_seed(seed)
     layers = {}
     for module, (d_out, d_in) in base_shapes(base).items():

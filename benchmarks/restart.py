@@ -1,14 +1,15 @@
-"""Killed in the middle of a publication: is the desired state reached after the restart, and nothing half-visible?
+"""If the server is killed while it publishes: does the next one serve the desired state, and nothing half-published?
 
     python -m benchmarks.restart --out FILE.json [--rounds 2] [--adapters DIR DIR]
 
-The server serves one of two adapters. The other is published over it, from a slow HTTP server, and at each state of its
-way (fetching, verifying, loading, probing, serving) the server is killed with SIGKILL as soon as it says so. Its
-engine's processes must end with it. Then it is started again with the same document and store, and must serve what the
-document says: the digest and the answers of that version, with no staged files and no version that is not whole.
+The server serves one of two adapters. The other one is published over it, from a slow HTTP server. At each state of the
+publication (fetching, verifying, loading, probing, serving) the server is killed with SIGKILL as soon as it emits the
+event of that state. The processes of its engine must end, too. Then a server is started with the same document and
+store. It must serve the digest that the document names, with the answers of that version; the store must hold no staged
+files and no version whose bytes differ from its digest.
 
-A kill comes some milliseconds after the state was entered; the log says which one it hit. Without --adapters two are
-trained first (a minute).
+The kill takes effect some milliseconds after the event; `hit` is the last state in the log. Without --adapters, two
+adapters are trained first (a minute).
 """
 
 import argparse
@@ -20,8 +21,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -34,30 +33,30 @@ from rich.table import Table
 
 from astra_serve.adapters.store import version_digest
 from astra_serve.document import desired
-from benchmarks import demo, report
-from benchmarks.load import ask
-from benchmarks.server import Server, astra_serve, free_port
-from benchmarks.swap import PROMPTS, TASKS, TOKENS
-from trainer.embedded import tasks
+from benchmarks import report
+from tests.support import demo
+from tests.support.load import ask
+from tests.support.server import Server, astra_serve, free_port
+from tests.support.slow_files import slow_files
+from tests.support.swap import PROMPTS, TOKENS, train_adapters
 
 SEED, NAME, TOKEN = 0, "killed", "benchmark"
 STATES = ("fetching", "verifying", "loading", "probing", "serving")
-SLOW_S = 0.1  # per file of an adapter
 console = Console()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--rounds", type=int, default=2, help="kills at each state")
-    parser.add_argument("--quick", action="store_true", help="one kill: shows that it runs")
+    parser.add_argument("--rounds", type=int, default=2, help="kills at each state (default: 2)")
+    parser.add_argument("--quick", action="store_true", help="smoke run: one kill")
     parser.add_argument("--adapters", nargs=2, type=Path, metavar="DIR", help="two LoRAs of the embedded base")
     args = parser.parse_args()
     env = report.environment(SEED)
     os.environ["ASTRA_ADMIN_TOKEN"] = TOKEN
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        adapters = args.adapters or _train(folder)
+        adapters = args.adapters or train_adapters(folder)
         with slow_files(folder / "files", adapters) as sources:
             states = ("probing",) if args.quick else STATES * args.rounds
             cases = killed(folder, dict(zip(map(version_digest, adapters), sources, strict=True)), states)
@@ -73,7 +72,10 @@ def main() -> int:
 
 
 def killed(folder: Path, sources: dict[str, str], states: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Kill a server once in each of `states`, and look at what the next one serves."""
+    """Kill a server once in each of `states`, and return a case per kill with the faults of the server after it.
+
+    `sources` maps the digest of each version to its URL.
+    """
     document, cases, known = folder / "adapters.yaml", [], dict[str, list[str]]()
     for number, state in enumerate(track((*states, None), "killing", console=console, transient=True)):
         admin = free_port()
@@ -88,22 +90,22 @@ def killed(folder: Path, sources: dict[str, str], states: tuple[str, ...]) -> li
                         api.put(f"/adapters/{NAME}", json={"source": source}).raise_for_status()
                         known[digest] = asyncio.run(_answers(server))
                 else:
-                    cases[-1]["wrong"] = look(api, server, document, folder / "store", known)
+                    cases[-1]["wrong"] = faults(api, server, document, folder / "store", known)
                     cases[-1]["ready_s"] = time.monotonic() - began
                 if state is None:
                     break
                 serving = desired.parse(document.read_text(), "x").adapters[0].digest
                 other = next(digest for digest in sources if digest != serving)
                 outlived = kill_at(state, api, server, sources[other])
-            said = [line for line in server.log.read_text().splitlines() if f'"adapter": "{NAME}"' in line]
-            cases.append({"wanted": state, "hit": json.loads(said[-1])["event"], "outlived": outlived})
+            logged = [line for line in server.log.read_text().splitlines() if f'"adapter": "{NAME}"' in line]
+            cases.append({"wanted": state, "hit": json.loads(logged[-1])["event"], "outlived": outlived})
     return cases
 
 
 def kill_at(state: str, api: httpx.Client, server: Server, source: str) -> int:
-    """Publish `source`, kill the server when it says that it is in `state`; return how many processes outlived it."""
+    """Publish `source`, kill the server at the event `state`, and return how many child processes survived."""
     process = psutil.Process(server.process.pid)
-    family = [process, *process.children(recursive=True)]
+    processes = [process, *process.children(recursive=True)]
 
     def publish() -> None:
         with contextlib.suppress(httpx.HTTPError):
@@ -120,15 +122,15 @@ def kill_at(state: str, api: httpx.Client, server: Server, source: str) -> int:
             pass
         process.kill()
     publishing.join()
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(processes, timeout=10)
     alive = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
     for process in alive:
         process.kill()
     return len(alive)
 
 
-def look(api: httpx.Client, server: Server, document: Path, store: Path, known: dict[str, list[str]]) -> list[str]:
-    """Return what is not as the document says."""
+def faults(api: httpx.Client, server: Server, document: Path, store: Path, known: dict[str, list[str]]) -> list[str]:
+    """Return in which points the server and its store differ from the document; `known` maps digests to answers."""
     wanted = desired.parse(document.read_text(), "x").adapters[0].digest
     for _ in range(600):
         found = api.get(f"/adapters/{NAME}").json()
@@ -137,11 +139,12 @@ def look(api: httpx.Client, server: Server, document: Path, store: Path, known: 
         time.sleep(0.1)
     wrong = []
     if found.get("state") != "serving" or found["version"]["digest"] != wanted:
-        wrong.append(f"it is {found}, and should serve {wanted}")
+        wrong.append(f"the adapter is {found}, but the document names {wanted}")
     elif asyncio.run(_answers(server)) != known[found["version"]["digest"]]:
-        wrong.append("it does not answer as its version does")
+        wrong.append("the answers are not those of the version")
     wrong += [f"{path} is staged" for path in (store / "staging").iterdir()]
-    wrong += [f"{p} is not whole" for p in (store / "versions").iterdir() if version_digest(p) != f"sha256:{p.name}"]
+    versions = (store / "versions").iterdir()
+    wrong += [f"{p} does not match its digest" for p in versions if version_digest(p) != f"sha256:{p.name}"]
     return wrong
 
 
@@ -150,44 +153,11 @@ async def _answers(server: Server) -> list[str]:
         return [(await ask(client, NAME, prompt, TOKENS, stream=False)).text for prompt in PROMPTS]
 
 
-@contextlib.contextmanager
-def slow_files(folder: Path, adapters: list[Path]) -> Iterator[list[str]]:
-    """Serve copies of `adapters` over HTTP, slowly, and yield their URLs."""
-    folder.mkdir()
-    for number, adapter in enumerate(adapters):
-        (folder / str(number)).symlink_to(adapter.resolve())
-
-    class Slow(SimpleHTTPRequestHandler):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args, directory=str(folder))
-
-        def do_GET(self) -> None:
-            time.sleep(SLOW_S)
-            with contextlib.suppress(ConnectionError):  # its reader was killed
-                super().do_GET()
-
-        def log_message(self, *_: object) -> None:
-            """Keep quiet."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    yield [f"http://127.0.0.1:{server.server_port}/{number}" for number in range(len(adapters))]
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def _train(folder: Path) -> list[Path]:
-    tasks.write(folder / "data")
-    return [demo.train_and_convert(task, folder) for task in TASKS]
-
-
 def show(cases: list[dict[str, Any]]) -> None:
-    names = ("killed at", "hit", "processes left behind", "ready again", "what was wrong then")
-    table = Table(*names, title="SIGKILL in a publication")
+    names = ("killed at", "hit", "surviving processes", "ready again", "faults after the restart")
+    table = Table(*names, title="SIGKILL during a publication")
     for case in cases:
-        wrong = "; ".join(case["wrong"]) or "nothing"
+        wrong = "; ".join(case["wrong"]) or "none"
         table.add_row(case["wanted"], case["hit"], str(case["outlived"]), f"{case['ready_s']:.0f} s", wrong)
     console.print(table)
 

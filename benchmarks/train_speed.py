@@ -1,17 +1,17 @@
-"""What does the exact start cost a training step, against PEFT's plain LoRA of the same rank?
+"""How much time and memory does Astra's exact form add to a training step, compared with PEFT's LoRA of the same rank?
 
     python -m benchmarks.train_speed --out FILE.json [--quick] [--models embedded wide] [--device cpu|cuda]
 
-Steps are the whole of forward, backward, clipping and AdamW, on one batch of random tokens. `ours` is what
-`astra-train` runs. The other forms of the same change s (B A - B0 A0) x were tried beside it:
+A step is forward, backward, clipping and AdamW on one batch of random tokens. `lora` is PEFT's plain LoRA, `ours` is
+the form that `astra-train` uses. Other forms of the same change s (B A - B0 A0) x:
 
-    autograd      the same two products as ours, with the backward pass left to autograd
-    two_adapters  s B (A x) - s B0 (A0 x): a frozen and a trained pair, as two PEFT adapters active together would
-    through_w     s (B (A x) - Q (Q^T (W x))): A0 = Q^T W taken from the base's output; not exact in floating point
+    autograd      the same two products as ours, with autograd's backward pass
+    two_adapters  s B (A x) - s B0 (A0 x): a trained and a frozen pair, like two active PEFT adapters
+    through_w     s (B (A x) - Q (Q^T (W x))): A0 x computed from the base's output; not exact in floating point
 
-Contestants take turns, each with a model of its own, a few steps per turn; ratios pair the turns and the median
-counts. Peak memory is measured with each contestant in a process of its own: the kernel's high-water mark (GPU: the
-allocator's) over steps, model included, imports not.
+The forms take turns of a few steps, each with a model of its own. A ratio is the median of the ratios of the turns.
+Peak memory is measured in a process per form: the kernel's high-water mark (GPU: the allocator's) during steps,
+including the model and excluding imports.
 """
 
 import argparse
@@ -45,12 +45,12 @@ from trainer.start.methods import astra_start
 
 RANK, SEED, TURNS, STEPS = 16, 0, 7, 2
 TARGETS = {"steps_ratio": 0.95, "memory_ratio": 1.05}
-ROWS = {"embedded": (16, 128), "wide": (4, 128)}  # rows of how many tokens
+ROWS = {"embedded": (16, 128), "wide": (4, 128)}  # (rows, tokens per row) of the batch
 console = Console()
 
 
 class Autograd(ExactStart):
-    """Our two products; autograd keeps what it needs."""
+    """The same two products as ours; autograd saves the tensors for the backward pass."""
 
     def forward(self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> Any:
         d_a, d_b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
@@ -69,7 +69,7 @@ class TwoAdapters(ExactStart):
 
 
 class ThroughW(ExactStart):
-    """B0 A0 x = Q Q^T (W x), from the base's output."""
+    """B0 A0 x = Q Q^T (W x), computed from the base's output."""
 
     def forward(self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> Any:
         d_a, d_b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
@@ -90,9 +90,9 @@ FORMS: dict[str, type[LoraVariant] | None] = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--models", nargs="+", choices=tuple(ROWS), default=list(ROWS))
+    parser.add_argument("--models", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="default: both")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="the embedded base and two turns: shows that it runs")
+    parser.add_argument("--quick", action="store_true", help="smoke run: the embedded base, two turns")
     args = parser.parse_args()
     models, turns = (["embedded"], 2) if args.quick else (args.models, TURNS)
     cases = []
@@ -107,7 +107,7 @@ def main() -> int:
 
 
 def build(model: str, form: str, device: str) -> tuple[nn.Module, Callable[[], None]]:
-    """Return a model with its adapter, and a function that makes one training step."""
+    """Return a model with its adapter, and a function that performs one training step."""
     logging.disable_progress_bar()
     torch.manual_seed(SEED)
     base = (embedded() if model == "embedded" else wide()).to(device).requires_grad_(False)
@@ -144,7 +144,7 @@ def embedded() -> PreTrainedModel:
 
 
 def wide() -> PreTrainedModel:
-    """Two layers as wide as Llama-3-8B's, bfloat16, with a small vocabulary: 436 M parameters in linear layers."""
+    """Return two layers with the widths of Llama-3-8B, bfloat16: 436 M parameters in linear layers."""
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=8,
         vocab_size=1024, tie_word_embeddings=True,
@@ -158,7 +158,7 @@ def wide() -> PreTrainedModel:
 
 
 def measure_steps(model: str, device: str, turns: int) -> dict[str, list[float]]:
-    """Return the seconds per step of every turn."""
+    """Return the seconds per step of every turn, by form."""
     steps = {form: build(model, form, device)[1] for form in FORMS}
     for step in steps.values():
         step()
@@ -180,30 +180,30 @@ def synchronise(device: str) -> None:
 
 
 def in_a_process(model: str, form: str, device: str) -> int:
-    """Return the peak memory of steps in a process of their own, bytes."""
+    """Return the peak memory of training steps in a process of their own, in bytes."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(peak, model, form, device).result()
 
 
 def peak(model: str, form: str, device: str) -> int:
-    """Return how many bytes the model and two steps take at most."""
-    before = peak_memory.held()
+    """Return the peak memory of the model and two training steps, in bytes."""
+    before = peak_memory.current_bytes()
     _, step = build(model, form, device)
     gc.collect()
-    peak_memory.reset()
+    peak_memory.reset_peak()
     for _ in range(2):
         step()
-    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory.highest() - before
+    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory.peak_bytes() - before
 
 
 def case(model: str, form: str, seconds: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, Any]:
-    """Return one contestant's figures; ratios are against plain LoRA: of steps per second, and of memory."""
+    """Return the figures of one form; ratios of steps per second and of memory are relative to plain LoRA."""
     pairs = zip(seconds["lora"], seconds[form], strict=True)
     return {
         "model": model,
         "form": form,
         "steps_per_second": 1 / statistics.median(seconds[form]),
-        "steps_ratio": statistics.median(theirs / ours for theirs, ours in pairs),
+        "steps_ratio": statistics.median(lora / other for lora, other in pairs),
         "peak_gib": peaks[form] / 2**30,
         "memory_ratio": peaks[form] / peaks["lora"],
         "seconds": seconds[form],
@@ -211,7 +211,7 @@ def case(model: str, form: str, seconds: dict[str, list[float]], peaks: dict[str
 
 
 def summarise(cases: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the headline: the worse of both models."""
+    """Return the ratios of `ours`: by model, and the worse of them as the headline."""
     ours = [found for found in cases if found["form"] == "ours"]
     summary: dict[str, Any] = {
         "steps_ratio": min(found["steps_ratio"] for found in ours),

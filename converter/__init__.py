@@ -1,1 +1,1 @@
-"""From an Astra adapter to a standard LoRA, and the one on-disk format that all of Astra meets through."""
+"""Conversion of adapters into standard LoRAs, and the on-disk formats that all packages share."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all. Imports nothing heavy."""
+"""Write files and folders so that they appear complete or not at all. Imports only the standard library."""
 
 import os
 import shutil
@@ -10,9 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield an empty file beside `path` that replaces it when the block succeeds; otherwise `path` stays as it was.
+    """Yield a new empty file beside `path`, which replaces `path` when the block succeeds.
 
-    Readable by its owner alone unless the block changes its mode. Raises OSError.
+    When the block raises, `path` is unchanged and the new file is removed. Only its owner can read the file, unless the
+    block changes its mode. Raises OSError.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     os.close(handle)
@@ -28,10 +29,11 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path` that is renamed to it when the block succeeds; otherwise nothing is left.
+    """Yield a new empty folder beside `path`, which is renamed to `path` when the block succeeds.
 
-    Its files become readable for everybody: safetensors writes files for their owner alone, and servers run as other
-    users. Raises OSError, also where `path` is a folder that is not empty.
+    When the block raises, the new folder is removed. All users may read its files: safetensors creates files for their
+    owner only, but servers run as other users. Subfolders are not supported. Raises OSError, also if `path` is a folder
+    that is not empty.
     """
     partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
     try:

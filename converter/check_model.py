@@ -1,7 +1,7 @@
-"""Does the base with the written LoRA say what the trained model says? And what it says: the probe.
+"""Compare the model with the written LoRA and the trained model, and record the probe, on a few prompts.
 
-Both are computed in the dtype that will be served: the base with the exact change (float32), with the stored LoRA, and
-by itself, on a few prompts.
+Three models are computed in the dtype that will be served: the base with the exact delta W (float32) as the trained
+model, the base with the stored LoRA as the served model, and the base alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,15 +17,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from converter.adapter_dir import AdapterError, BaseNotFound, Json, LoraAdapter, WrongBase
-from converter.check_factors import NotTheAdapter
+from converter.check_factors import VerificationFailed
 from converter.errors import first_line
 from converter.sources import Factors, Source
 
-LONGEST = 512  # tokens of a prompt
-TOP = 5  # tokens of a probe's distribution
+MAX_PROMPT_TOKENS = 512
+TOP_TOKENS = 5  # of each distribution in a probe
 
-# What a probe asks when nobody said what the adapter is for: prose, code, a question, an instruction, a list.
-PROMPTS = (
+# Prompts for an adapter of unknown purpose: prose, code, a question, an instruction, a list, JSON, a letter.
+DEFAULT_PROMPTS = (
     "The history of the city begins",
     "def read_lines(path: str) -> list[str]:\n",
     "Question: Which of the two is larger?\nAnswer:",
@@ -39,36 +39,38 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Agreement:
-    """What stands between the trained model and the served one over all tokens of the prompts."""
+    """Differences between the trained and the served model over all tokens of the prompts."""
 
     max_logit_difference: float
-    mean_kl: float  # KL(trained || served), nats a token
-    greedy_agreement: float  # share of tokens after which both are likeliest to say the same
-    effect: float  # KL(trained || base): what the adapter itself does to these prompts
+    mean_kl: float  # KL(trained || served), nats per token
+    greedy_agreement: float  # share of positions at which both models have the same most likely next token
+    effect: float  # KL(trained || base), nats per token: how much the adapter itself changes the model
     positions: int
 
 
-def why_not(source: Source, base: Path | None) -> str | None:
-    """Return why the adapter cannot be compared in the model itself; None where it can."""
+def reason_not_comparable(source: Source, base: Path | None) -> str | None:
+    """Return the reason why the models cannot be compared, or None if they can. Raises BaseNotFound."""
     if base is None:
-        return "the base is not at hand: give --base"
+        return "the base is not available locally: give --base"
     if source.head:
-        return "a classifier's labels have no probe"
+        return "the adapter is a classifier, which has no probe"
     try:
         architectures = AutoConfig.from_pretrained(base, trust_remote_code=False).architectures or ()
     except (OSError, ValueError, KeyError) as error:
-        raise BaseNotFound(f"base model in {base} cannot be understood: {first_line(error)}") from error
+        raise BaseNotFound(f"the config of the base model in {base} cannot be read: {first_line(error)}") from error
     if not any(name.endswith("ForCausalLM") for name in architectures):
-        return "the base is no causal language model"
+        return "the base is not a causal language model"
     return None
 
 
 def check_model(
-    source: Source, stored: LoraAdapter, base: Path, dtype: torch.dtype, prompts: Sequence[str], most_kl: float
+    source: Source, stored: LoraAdapter, base: Path, dtype: torch.dtype, prompts: Sequence[str], max_kl: float
 ) -> tuple[Agreement, Json]:
-    """Return how well the served model agrees with the trained one, and the probe: what both say after each prompt.
+    """Return how well the served model agrees with the trained one, and the probe.
 
-    Raises BaseNotFound, WrongBase, and NotTheAdapter when the mean KL is above `most_kl`.
+    The probe has, for each prompt, the TOP_TOKENS most likely next tokens of the base and of the served model, with
+    their log probabilities. Raises BaseNotFound, WrongBase, AdapterError for unusable prompts, and VerificationFailed
+    if the mean KL is above `max_kl` nats per token.
     """
     logging.disable_progress_bar()
     try:
@@ -76,44 +78,52 @@ def check_model(
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise BaseNotFound(f"base model in {base} cannot be loaded: {first_line(error)}") from error
-    rows, ids, real = tokenised(tokenizer, prompts)
-    plain = logits(model, ids, real, {}, stored.scaling)
-    trained = logits(model, ids, real, source.factors, lambda *_: 1.0)
-    served = logits(model, ids, real, stored.layers, stored.scaling)
-    p, q, r = (values[real].double().log_softmax(-1) for values in (trained, served, plain))
-    agreement = Agreement(
-        max_logit_difference=float((trained[real] - served[real]).abs().max()),
-        mean_kl=mean_kl(p, q),
-        greedy_agreement=float((p.argmax(-1) == q.argmax(-1)).double().mean()),
-        effect=mean_kl(p, r),
-        positions=len(p),
+    rows, ids, mask = tokenise(tokenizer, prompts)
+    base_logits = logits(model, ids, mask, {}, stored.scaling)
+    trained_logits = logits(model, ids, mask, source.factors, lambda *_: 1.0)
+    served_logits = logits(model, ids, mask, stored.layers, stored.scaling)
+    trained, served, plain = (
+        values[mask].double().log_softmax(-1) for values in (trained_logits, served_logits, base_logits)
     )
-    if not agreement.mean_kl <= most_kl:
-        raise NotTheAdapter(
-            f"the served model would differ from the trained one by {agreement.mean_kl:.2g} nats a token (KL), allowed "
-            f"are {most_kl:g}; the adapter itself changes {agreement.effect:.2g}: keep a larger rank, or raise --max-kl"
+    agreement = Agreement(
+        max_logit_difference=float((trained_logits[mask] - served_logits[mask]).abs().max()),
+        mean_kl=mean_kl(trained, served),
+        greedy_agreement=float((trained.argmax(-1) == served.argmax(-1)).double().mean()),
+        effect=mean_kl(trained, plain),
+        positions=len(trained),
+    )
+    if not agreement.mean_kl <= max_kl:
+        raise VerificationFailed(
+            f"the served model would differ from the trained one by {agreement.mean_kl:.2g} nats per token (KL), above "
+            f"the limit of {max_kl:g}; the adapter's effect is {agreement.effect:.2g}: keep a larger rank, or raise "
+            "--max-kl"
         )
-    last = real.sum(1) - 1
-    told = [
-        {"prompt": prompt, "token_ids": row, "base": _top(plain[i, last[i]]), "adapter": _top(served[i, last[i]])}
+    last = mask.sum(1) - 1
+    answers = [
+        {
+            "prompt": prompt,
+            "token_ids": row,
+            "base": _top_tokens(base_logits[i, last[i]]),
+            "adapter": _top_tokens(served_logits[i, last[i]]),
+        }
         for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
     ]
-    return agreement, {"dtype": str(dtype).removeprefix("torch."), "prompts": told}
+    return agreement, {"dtype": str(dtype).removeprefix("torch."), "prompts": answers}
 
 
-def tokenised(
+def tokenise(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
 ) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
-    """Return the prompts' tokens, the same padded on the right (prompts, length), and which of these are real.
+    """Return the tokens of each prompt, all tokens padded on the right (prompts, length), and the mask of real tokens.
 
-    Raises AdapterError for a prompt without tokens.
+    Raises AdapterError for a prompt without tokens or with more than MAX_PROMPT_TOKENS.
     """
     rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     if not all(rows):
-        raise AdapterError("a prompt has no tokens: give --prompts a file with one prompt a line")
+        raise AdapterError("a prompt has no tokens: give --prompts a file with one prompt per line")
     longest = max(map(len, rows))
-    if longest > LONGEST:
-        raise AdapterError(f"a prompt has {longest} tokens: give prompts of up to {LONGEST}")
+    if longest > MAX_PROMPT_TOKENS:
+        raise AdapterError(f"a prompt has {longest} tokens: give prompts of at most {MAX_PROMPT_TOKENS} tokens")
     ids = torch.tensor([row + (longest - len(row)) * [0] for row in rows])
     return rows, ids, torch.tensor([[i < len(row) for i in range(longest)] for row in rows])
 
@@ -122,29 +132,29 @@ def tokenised(
 def logits(
     model: nn.Module,
     ids: torch.Tensor,
-    real: torch.Tensor,
+    mask: torch.Tensor,
     layers: Mapping[str, Factors],
     scaling: Callable[[str, int], float],
 ) -> torch.Tensor:
-    """Return the logits (prompts, length, vocabulary), float32, of `model` with the changes `layers`.
+    """Return the logits (prompts, length, vocabulary), float32, of `model` with the LoRA `layers`.
 
-    Each change is computed in its factors' dtype and added to its layer's output; a layer is read once.
-    Raises WrongBase.
+    `scaling` maps a module and its rank to the factor of lora_B lora_A. Each product is computed in the dtype of its
+    factors and added to its layer's output; the factors of a layer are read once. Raises WrongBase.
     """
-    with ExitStack() as undo:
+    with ExitStack() as hooks:
         for module in layers:
             layer = _layer(model, module)
-            undo.callback(layer.register_forward_hook(partial(_add, layers, module, scaling)).remove)
-        found: torch.Tensor = model(input_ids=ids, attention_mask=real.long()).logits.float()
+            hooks.callback(layer.register_forward_hook(partial(_add_delta, layers, module, scaling)).remove)
+        found: torch.Tensor = model(input_ids=ids, attention_mask=mask.long()).logits.float()
     return found
 
 
 def mean_kl(p: torch.Tensor, q: torch.Tensor) -> float:
-    """Return the mean over rows of KL(p || q) from log probabilities; 0 where round-off makes it negative."""
+    """Return the mean KL(p || q), in nats, over rows of log probabilities; 0 if rounding makes it negative."""
     return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
 
 
-def _add(
+def _add_delta(
     layers: Mapping[str, Factors],
     module: str,
     scaling: Callable[[str, int], float],
@@ -152,7 +162,7 @@ def _add(
     inputs: tuple[torch.Tensor, ...],
     output: torch.Tensor,
 ) -> torch.Tensor:
-    """A forward hook: the layer's output with the change of `layers`, computed in their dtype."""
+    """Forward hook: add the LoRA of `module` to the layer's output, computed in the dtype of its factors."""
     lora_a, lora_b = layers[module]
     change = inputs[0].to(lora_a.dtype) @ lora_a.T @ lora_b.T
     return (output + scaling(module, len(lora_a)) * change).to(output.dtype)
@@ -162,9 +172,11 @@ def _layer(model: nn.Module, module: str) -> nn.Module:
     try:
         return model.get_submodule(module)
     except AttributeError as error:
-        raise WrongBase(f"transformers loads this base without a layer {module!r}: convert with --no-verify") from error
+        raise WrongBase(
+            f"this base has no layer {module!r} when transformers loads it: convert with --no-verify"
+        ) from error
 
 
-def _top(logits: torch.Tensor) -> dict[str, list[Any]]:
-    values, ids = logits.double().log_softmax(-1).topk(min(TOP, len(logits)))
+def _top_tokens(logits: torch.Tensor) -> dict[str, list[Any]]:
+    values, ids = logits.double().log_softmax(-1).topk(min(TOP_TOKENS, len(logits)))
     return {"token_ids": ids.tolist(), "logprobs": [round(value, 4) for value in values.tolist()]}

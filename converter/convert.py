@@ -1,4 +1,7 @@
-"""The way through: an adapter folder of any origin in, a LoRA folder (or a merged model) that was checked out."""
+"""Convert an adapter folder into a LoRA folder, or a merged model: read, choose the rank, write, read back, verify.
+
+Nothing appears at the output path before every check has passed.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,19 +15,19 @@ from rich.progress import Progress
 from converter import adapter_dir
 from converter.adapter_dir import AdapterError, BaseNotFound, Json, WrongBase
 from converter.check_factors import check_factors
-from converter.merge import merge, record
+from converter.merge import merge, save_merged_provenance
 from converter.sources import Source, open_source
 from converter.stored import DTYPES, Rank, choose_rank, stored_lora
 
-_SAME = 0.05  # of a weight's norm: residual models are stored in 16 bits
-MOST_KL = 0.01  # nats a token, between the trained and the served model
+_RESIDUAL_TOLERANCE = 0.05  # share of a weight's norm: residual models are stored in 16 bits
+MAX_KL = 0.01  # nats per token, KL(trained || served)
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the user asked for beyond the two folders."""
+class Options:
+    """The options of a conversion; `astra-convert --help` describes them."""
 
-    base: str | None = None  # a folder or hub id; None: the one that the adapter names, where it is at hand
+    base: str | None = None  # a folder or hub id; None: the base that the adapter names, if it is available locally
     dtype: str = "auto"
     rank: int | None = None
     energy: float | None = None
@@ -32,44 +35,47 @@ class Wanted:
     initial: Path | None = None
     allow_pickle: bool = False
     verify: bool = True
-    max_kl: float = MOST_KL
+    max_kl: float = MAX_KL
     prompts: Sequence[str] = ()
     merge: bool = False
 
 
 @dataclass(frozen=True)
-class Done:
-    """What was written, and what is known of it."""
+class Conversion:
+    """A finished conversion: the adapter that was read, the rank that was written, and the record of both."""
 
     source: Source
-    rank: Rank | None  # None of a merged model
+    rank: Rank | None  # None for a merged model
     provenance: Json
 
 
-def convert(folder: Path, out: Path, wanted: Wanted, progress: Progress) -> Done:
-    """Convert the adapter in `folder` and write it to `out`. Raises AdapterError; then nothing is written."""
+def convert(folder: Path, out: Path, options: Options, progress: Progress) -> Conversion:
+    """Convert the adapter in `folder` and write it to the new folder `out`; after an error nothing is written.
+
+    Raises AdapterError and OSError.
+    """
     adapter_dir.refuse_existing(out)
-    source = open_source(folder, initial=wanted.initial, allow_pickle=wanted.allow_pickle)
-    base = base_at_hand(source, wanted)
+    source = open_source(folder, initial=options.initial, allow_pickle=options.allow_pickle)
+    base = local_base(source, options)
     identity = source.base
     if base is not None:
         digest = adapter_dir.base_digest(base)
         check_base(folder, source, base, digest)
-        identity = {"id": wanted.base, "digest": digest, "dtype": adapter_dir.base_dtype(base)} | source.base
-    if wanted.merge:
-        if wanted.rank or wanted.energy or wanted.fit_engine or wanted.dtype != "auto" or wanted.prompts:
+        identity = {"id": options.base, "digest": digest, "dtype": adapter_dir.base_dtype(base)} | source.base
+    if options.merge:
+        if options.rank or options.energy or options.fit_engine or options.dtype != "auto" or options.prompts:
             raise AdapterError(
-                "--merge adds the whole change to the base in its own dtype: leave rank, dtype, prompts out"
+                "--merge adds the whole change to the base, in its dtype: leave options for rank, dtype and prompts out"
             )
-        return merged(source, base, identity, out, progress)
-    dtype = _dtype(source, identity, wanted.dtype)
+        return write_merged(source, base, identity, out, progress)
+    dtype = _dtype(source, identity, options.dtype)
 
     with progress, adapter_dir.new_folder(out) as new:
-        advance = _bar(progress, "reading", len(source.factors))
-        rank = choose_rank(source, wanted.rank, wanted.energy, fit_engine=wanted.fit_engine, on_layer=advance)
+        advance = _new_bar(progress, "reading", len(source.factors))
+        rank = choose_rank(source, options.rank, options.energy, fit_engine=options.fit_engine, on_layer=advance)
         lora = stored_lora(source, rank, dtype)
         lora.config["base_model_name_or_path"] = identity.get("id")
-        advance = _bar(progress, "writing", len(source.factors))
+        advance = _new_bar(progress, "writing", len(source.factors))
         adapter_dir.save_lora(new, lora, on_layer=advance)
         provenance = {
             "tool": f"astra-convert {version('astra-serve')}",
@@ -80,43 +86,47 @@ def convert(folder: Path, out: Path, wanted: Wanted, progress: Progress) -> Done
             "rank": rank.stored,
             "digest": adapter_dir.lora_digest(new),
         }
-        provenance |= checked(new, source, rank, dtype, base, wanted, _bar(progress, "checking", len(source.factors)))
+        advance = _new_bar(progress, "checking", len(source.factors))
+        provenance |= verify(new, source, rank, dtype, base, options, advance)
         adapter_dir.save_lora_provenance(new, provenance)
         (new / "README.md").write_text(_card(provenance), encoding="utf-8")
-    return Done(source, rank, provenance)
+    return Conversion(source, rank, provenance)
 
 
-def checked(
+def verify(
     new: Path,
     source: Source,
     rank: Rank,
     dtype: torch.dtype,
     base: Path | None,
-    wanted: Wanted,
+    options: Options,
     on_layer: Callable[[], None],
 ) -> Json:
-    """Read back what was written and return the errors found, how the model agrees, and its probe."""
+    """Read the LoRA in `new` back and check it; return the fields of the provenance that the checks measured.
+
+    They are `errors`, and `verification` and `probe`, or `unverified` with the reason. Raises AdapterError.
+    """
     stored = adapter_dir.load_lora(new)
     errors = check_factors(source, stored, rank, dtype, on_layer)
-    found: Json = {"errors": {"relative": _short(errors.total), "layers": _all_short(errors.layers)}}
+    found: Json = {"errors": {"relative": _rounded(errors.total), "layers": _all_rounded(errors.layers)}}
     if rank.dropped:
-        dropped = {"dropped_energy": _short(rank.total_dropped), "dropped_energy_by_layer": _all_short(rank.dropped)}
-        found["errors"] |= dropped
-    if not wanted.verify:
+        found["errors"]["dropped_energy"] = _rounded(rank.total_dropped)
+        found["errors"]["dropped_energy_by_layer"] = _all_rounded(rank.dropped)
+    if not options.verify:
         return {**found, "unverified": "--no-verify was given"}
     from converter import check_model  # imports transformers, which takes seconds
 
-    why_not = check_model.why_not(source, base)
-    if base is None or why_not:
-        return {**found, "unverified": why_not}
-    prompts = wanted.prompts or check_model.PROMPTS
+    reason = check_model.reason_not_comparable(source, base)
+    if base is None or reason:
+        return {**found, "unverified": reason}
+    prompts = options.prompts or check_model.DEFAULT_PROMPTS
     served = DTYPES.get(adapter_dir.base_dtype(base), dtype)
-    agreement, probe = check_model.check_model(source, stored, base, served, prompts, wanted.max_kl)
-    return {**found, "verification": _all_short(asdict(agreement)), "probe": probe}
+    agreement, probe = check_model.check_model(source, stored, base, served, prompts, options.max_kl)
+    return {**found, "verification": _all_rounded(asdict(agreement)), "probe": probe}
 
 
-def merged(source: Source, base: Path | None, identity: Json, out: Path, progress: Progress) -> Done:
-    """Write the base with the adapter in its weights to `out`. Raises AdapterError."""
+def write_merged(source: Source, base: Path | None, identity: Json, out: Path, progress: Progress) -> Conversion:
+    """Write the base with the adapter added to its weights to the new folder `out`. Raises AdapterError."""
     if base is None:
         raise BaseNotFound("--merge writes the whole model: give --base, a model folder or a hub id")
     provenance = {
@@ -126,25 +136,25 @@ def merged(source: Source, base: Path | None, identity: Json, out: Path, progres
         "source": source.origin,
     }
     with progress, adapter_dir.new_folder(out) as new:
-        merge(source, base, new, _bar(progress, "merging", len(source.factors)))
-        record(new, provenance)
-    return Done(source, None, provenance)
+        merge(source, base, new, _new_bar(progress, "merging", len(source.factors)))
+        save_merged_provenance(new, provenance)
+    return Conversion(source, None, provenance)
 
 
-def base_at_hand(source: Source, wanted: Wanted) -> Path | None:
-    """Return the folder of the base that was given or, to verify with, of the one that the adapter names.
+def local_base(source: Source, options: Options) -> Path | None:
+    """Return the folder of the base that was given with --base, else of the base that the adapter names.
 
-    The latter is not downloaded. Raises BaseNotFound.
+    A base that the adapter names is not downloaded: None if it is not available locally, or not needed because of
+    --no-verify. Raises BaseNotFound.
     """
-    if wanted.base is not None:
-        return adapter_dir.find_base(wanted.base)
+    if options.base is not None:
+        return adapter_dir.find_base(options.base)
     named = source.base.get("id")
     if named is None:
         raise BaseNotFound(
-            "the adapter does not name its base, or names a model from which its start was taken out: give the "
-            "original one with --base"
+            "the adapter does not name its base, or names a residual model: give the original base with --base"
         )
-    if not wanted.verify:
+    if not options.verify:
         return None
     try:
         return adapter_dir.find_base(named, download=False)
@@ -153,62 +163,64 @@ def base_at_hand(source: Source, wanted: Wanted) -> Path | None:
 
 
 def check_base(folder: Path, source: Source, base: Path, digest: str) -> None:
-    """Raise WrongBase unless the adapter belongs to `base`."""
+    """Raise WrongBase unless the adapter belongs to `base`: by digest, by shapes, and by the residual model, if any."""
     adapter_dir.check_base(folder, source.base.get("digest"), digest)
     shapes = adapter_dir.base_shapes(base)
-    if source.config.get("fan_in_fan_out"):  # GPT-2's layers store their weights the other way round
+    if source.config.get("fan_in_fan_out"):  # GPT-2's layers store transposed weights
         shapes = {module: (d_out, d_in) for module, (d_in, d_out) in shapes.items()}
     adapter_dir.check_shapes(folder, {m: (shape.d_out, shape.d_in) for m, shape in source.shapes.items()}, shapes)
     if source.residual is not None:
         originals, residuals = (adapter_dir.base_weights(model) for model in (base, source.residual.folder))
-        for module, (a0, b0) in source.residual.start.items():
-            name, start = f"{module}.weight", b0 @ a0
+        for module, (a0, b0) in source.residual.initial.items():
+            name, initial = f"{module}.weight", b0 @ a0
             weight = originals[name].float()
             residual = residuals[name].float() if name in residuals else torch.empty(0)
             if source.config.get("fan_in_fan_out"):
-                start = start.T
-            same = residual.shape == weight.shape
-            if not same or not float((weight - residual - start).norm()) <= _SAME * float(weight.norm()):
-                raise WrongBase(f"{module!r} of the residual model and its start do not add up to that of {base}")
+                initial = initial.T
+            same_shape = residual.shape == weight.shape
+            bound = _RESIDUAL_TOLERANCE * float(weight.norm())
+            if not same_shape or not float((weight - residual - initial).norm()) <= bound:
+                raise WrongBase(f"{module!r}: residual model and initial adapter do not add up to the weight in {base}")
 
 
-def _dtype(source: Source, identity: Json, asked: str) -> torch.dtype:
-    chosen = asked
-    if asked == "auto" and source.plain is not None:
-        return next(iter(source.plain.layers.values()))[0].dtype
-    if asked == "auto":
+def _dtype(source: Source, identity: Json, option: str) -> torch.dtype:
+    """Return the dtype of the factors; "auto" is the dtype of a plain LoRA, else the dtype of the base."""
+    chosen = option
+    if option == "auto" and source.plain_lora is not None:
+        return next(iter(source.plain_lora.layers.values()))[0].dtype
+    if option == "auto":
         chosen = identity.get("dtype", "float32")
     if chosen not in DTYPES:
         raise AdapterError(f"the base is stored in {chosen}: choose --dtype {', '.join(DTYPES)}")
     return DTYPES[chosen]
 
 
-def _short(figure: float) -> float:
-    """Return a measured figure without the digits in which machines differ."""
+def _rounded(figure: float) -> float:
+    """Return a measured figure with three significant digits: machines differ in the others."""
     return float(f"{figure:.3g}")
 
 
-def _all_short(figures: Mapping[str, float]) -> dict[str, float]:
-    return {name: figure if isinstance(figure, int) else _short(figure) for name, figure in figures.items()}
+def _all_rounded(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: figure if isinstance(figure, int) else _rounded(figure) for name, figure in figures.items()}
 
 
-def _bar(progress: Progress, name: str, layers: int) -> Callable[[], None]:
+def _new_bar(progress: Progress, name: str, layers: int) -> Callable[[], None]:
     return partial(progress.advance, progress.add_task(name, total=layers))
 
 
-_CARD = """---
+_MODEL_CARD = """---
 base_model: {base}
 library_name: peft
 tags: [lora, astra]
 ---
 # LoRA of rank {rank}
 
-Converted by `{tool}`. It is a standard LoRA against the original weights of `{base}` ({digest}): PEFT, vLLM and every
-other LoRA server load it as it is. `astra.json` says where it came from, how far it is from what was trained, and what
-to expect of it.
+Converted by `{tool}`. It is a standard LoRA against the original weights of `{base}` ({digest}): PEFT, vLLM and other
+LoRA servers load it without changes. `astra.json` records the adapter that was converted, the measured errors, and a
+probe: prompts with the expected next tokens.
 """
 
 
 def _card(provenance: Json) -> str:
     base = provenance["base"]
-    return _CARD.format(**{**provenance, "base": base["id"], "digest": base.get("digest", "digest unknown")})
+    return _MODEL_CARD.format(**{**provenance, "base": base["id"], "digest": base.get("digest", "digest unknown")})

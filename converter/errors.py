@@ -1,20 +1,23 @@
-"""The root of every error that a user's input can cause, and how an error becomes one line. Imports nothing heavy."""
+"""The root of all errors that a user's input can cause, and one-line texts of errors.
+
+Imports only the standard library.
+"""
 
 import re
 
 
 class AstraError(ValueError):
-    """An error whose message is one line that says what is wrong and what to do; commands print it and exit with 2.
+    """An error whose message is one line with the fault and its remedy; commands print it and exit with status 2.
 
     AstraError
-    ├── AdapterError    converter.adapter_dir: a folder on disk
+    ├── AdapterError    converter: an adapter folder or a base model
     ├── TrainerError    trainer: settings, data or a run of `astra-train`
     └── ServeError      astra_serve: a document, a source, a version or the engine
     """
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text without secrets; the error's class name where it has no text."""
+    """Return the first line of an error's text without secrets, or the error's class name if it has no text."""
     return without_secrets((str(error).strip() or type(error).__name__).splitlines()[0])
 
 

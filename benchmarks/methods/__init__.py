@@ -1,1 +1,1 @@
-"""Does Astra do what its paper says? Its experiments at a size that runs on a laptop: see `__main__.py`."""
+"""The experiments of the Astra paper at a size that runs on a laptop; `__main__.py` describes the command."""

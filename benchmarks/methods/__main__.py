@@ -1,11 +1,11 @@
-"""Does Astra converge faster and end lower than other methods, at which rank, and does it forget more?
+"""Does Astra converge faster and to a lower loss than other methods, at which rank, and does it forget more?
 
     python -m benchmarks.methods --suite small|medium --out DIR [--only core figure2 ...] [--minutes 8] [--redraw]
 
-Every method searches its own learning rate with one seed (five values, factors of two, more until the best is not at
-the edge) and then runs with three seeds at the best one; data, their order, target layers, batch, schedule and steps
-are the same for all. A run is one JSON file in DIR/runs, named after its configuration; what is there is not run again,
-so the same command goes on where it was stopped. Tables and figures are drawn from the files: --redraw does only that.
+For each method, the learning rate is searched with one seed (five values in factors of two, and more until the best one
+is not at the edge); then three seeds run at the best rate. Data and their order, target layers, batch, schedule and
+steps are the same for all methods. A run is one line of DIR/runs.jsonl; runs that are in the file are not repeated, so
+the same command continues where it was stopped. Tables and figures are made from that file; --redraw does only that.
 """
 
 import argparse
@@ -27,15 +27,15 @@ def main() -> int:
         prog="python -m benchmarks.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--suite", choices=SUITES, required=True, help="small: two cores; medium: one GPU")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs, tables and figures")
+    parser.add_argument("--out", type=Path, required=True, help="folder for runs, tables and figures")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="parts to run (default: all)")
-    parser.add_argument("--workers", type=int, help="processes at a time (default: one a core, or one on a GPU)")
-    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
-    parser.add_argument("--redraw", action="store_true", help="run nothing: draw again what there is")
+    parser.add_argument("--workers", type=int, help="number of processes (default: one per core; with a GPU: 1)")
+    parser.add_argument("--minutes", type=float, help="start no run after this many minutes")
+    parser.add_argument("--redraw", action="store_true", help="run nothing, only make tables and figures")
     args = parser.parse_args()
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out: {args.out} is a file; give a folder")
-    suite, results, failed = SUITES[args.suite], Results(args.out / "runs"), 0
+    suite, results, failed = SUITES[args.suite], Results(args.out / "runs.jsonl"), 0
     if not args.redraw:
         todo = missing(args.only, suite, results)
         for base in sorted({trial.base for trial in todo}):
@@ -43,12 +43,14 @@ def main() -> int:
             bases.own_text(base)
         workers = args.workers or (1 if torch.cuda.is_available() else torch.get_num_threads())
         failed = pool.run(lambda: missing(args.only, suite, results), results, workers, args.minutes, console)
-    left = len(missing(args.only, suite, results))
+    remaining = len(missing(args.only, suite, results))
     summary.write(args.out, suite, results, console)
-    if left:
-        console.print(f"{left} runs or more are still missing: the same command goes on")
+    if remaining:
+        console.print(f"at least {remaining} runs are missing: repeat the command to continue")
     if results.ignored:
-        console.print(f"{len(results.ignored)} files of other versions are left alone, as {results.ignored[0]}")
+        console.print(f"{len(results.ignored)} runs of another protocol are ignored, for example {results.ignored[0]}")
+    if results.torn:
+        console.print(f"{results.torn} incomplete lines of {results.file} are ignored: their runs count as missing")
     return 1 if failed else 0
 
 

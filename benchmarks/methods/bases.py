@@ -1,13 +1,13 @@
-"""The models that adapters are compared on: the embedded base, and others that are pre-trained here on first use.
+"""The base models of the comparison: the embedded base, and others that are pre-trained at their first use.
 
-    python -m benchmarks.methods.bases NAME      # pre-train one now, with progress
+    python -m benchmarks.methods.bases NAME      # pre-train one now
 
     embedded     4.7 M Llama on Python and drills, from the repository
     qwen         3.0 M Qwen3 on C++ headers                        about 5 minutes on two cores
     encoder      2.1 M ModernBERT on Python                        3 minutes on two cores
     llama-100m   98 M Llama on Python                              for a GPU
 
-Weights lie in ~/.cache/astra/bases under a digest of how they were made; they are not kept in the repository.
+Weights are stored in ~/.cache/astra/bases under the digest of their settings, not in the repository.
 """
 
 import argparse
@@ -34,23 +34,24 @@ from transformers import (
 )
 
 from benchmarks.methods import tasks
-from converter.adapter_dir import write_json
+from converter import atomic
+from converter.adapter_dir import new_folder, write_json
 from trainer.embedded import corpus, pretrain
 
 EMBEDDED = Path(pretrain.__file__).parent / "base"
-OWN_ROWS = 32  # of a base's own text, 128 tokens each: on these forgetting is measured
+OWN_ROWS = 32  # rows of a base's own text, 128 tokens each, on which forgetting is measured
 
 
 @dataclass(frozen=True)
 class Base:
-    """How a base is made: transformers' model type and its settings, text, optimizer steps of (rows, tokens)."""
+    """The settings from which a base is pre-trained."""
 
-    kind: str
+    kind: str  # transformers' model type
     texts: str
-    steps: int
-    batch: tuple[int, int]
-    vocabulary: int
-    settings: Mapping[str, Any]
+    steps: int  # of the optimizer
+    batch: tuple[int, int]  # rows, tokens per row
+    vocabulary: int  # tokens
+    settings: Mapping[str, Any]  # of transformers' config
 
 
 BASES = {
@@ -70,7 +71,7 @@ BASES = {
 
 
 def folder(name: str) -> Path:
-    """Return where a base lies, after pre-training it if it is not there yet."""
+    """Return the folder of a base, which is pre-trained if it does not exist yet."""
     if name == "embedded":
         return EMBEDDED
     base = BASES[name]
@@ -81,15 +82,14 @@ def folder(name: str) -> Path:
 
 
 def own_text(name: str) -> Path:
-    """Return a JSONL file of rows of a base's own distribution, held out from its pre-training where that is real."""
+    """Return a JSON-lines file of text like a base's pre-training text: held-out files, or newly generated text."""
     file = _cache() / f"{name}.own.jsonl"
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
         texts = corpus.documents(999) if name == "embedded" else _texts(BASES[name].texts, "test")
         rows = [json.dumps({"text": text}) for text in islice((t for t in texts if len(t) > 300), OWN_ROWS)]
-        partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text("\n".join(rows) + "\n", encoding="utf-8")
-        partial.rename(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.new_file(file) as partial:
+            partial.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return file
 
 
@@ -135,16 +135,14 @@ def _batches(
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any], out: Path) -> None:
-    """Write everything, then give it its name: a base that is there is whole."""
-    partial = out.with_suffix(".partial")
-    model.cpu().save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    write_json(partial / "pretraining.json", record)
-    partial.rename(out)
+    with new_folder(out) as partial:
+        model.cpu().save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_json(partial / "pretraining.json", record)
 
 
 def _texts(kind: str, split: tasks.Split) -> Iterator[str]:
-    """Yield windows of 800 characters without end."""
+    """Yield windows of 800 characters (packages: 2000), endlessly."""
     if kind == "packages":
         return _of_packages(split)
     sources = tasks.headers() if kind == "cpp" else tasks.library()
@@ -152,7 +150,7 @@ def _texts(kind: str, split: tasks.Split) -> Iterator[str]:
 
 
 def _of_packages(split: tasks.Split) -> Iterator[str]:
-    """Windows of the standard library and of all installed packages' sources."""
+    """Yield windows of the standard library and of the sources of all installed packages."""
     found = dict(tasks.library())
     for root in site.getsitepackages():
         for path in sorted(Path(root).rglob("*.py")):

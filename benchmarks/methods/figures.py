@@ -1,4 +1,4 @@
-"""The paper's figures, and three that it lacks: searches of the learning rate, and task loss against forgetting."""
+"""The paper's figures, and three more: learning-rate searches, forgetting, and experimental initialisations."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,13 +37,13 @@ def _figure1(suite: Suite, results: Results) -> list[Panel]:
     sweeps: dict[str, Sweep | None] = {
         f"tail r = {rank}": at_rank(suite, results, rank, "tail", parts.CODE) for rank in suite.ranks
     }
-    most = suite.ranks[-1]
-    sweeps[f"lora r = {most}"] = at_rank(suite, results, most, "lora", parts.CODE)
+    largest = suite.ranks[-1]
+    sweeps[f"lora r = {largest}"] = at_rank(suite, results, largest, "lora", parts.CODE)
     sweeps["full"] = suite.sweep(parts.CODE, "full")
     panels = []
-    for what, ylabel in (("curve", _LOSS), ("gradients", "gradient norm before clipping")):
+    for key, ylabel in (("curve", _LOSS), ("gradients", "gradient norm before clipping")):
         lines = {
-            name: _mean_curve([o for _, o in at_best(sweep, results)], what) for name, sweep in sweeps.items() if sweep
+            name: _mean_curve([o for _, o in at_best(sweep, results)], key) for name, sweep in sweeps.items() if sweep
         }
         panels.append(Panel(f"{parts.CODE}: each at its best learning rate", _STEP, ylabel, lines, "y"))
     return panels
@@ -62,7 +62,7 @@ def _figure2(suite: Suite, results: Results) -> list[Panel]:
         return lines
 
     def over(setting: str, values: Sequence[Any]) -> dict[str, list[tuple[Any, float]]]:
-        """Return by method the loss over one setting of the calibration, all else as at the best rate."""
+        """Return by method the loss for each of `values` of one setting of the calibration."""
         lines = {}
         for method in parts.CALIBRATED:
             best = [trial for trial, _ in at_best(suite.sweep(parts.CODE, method), results)]
@@ -74,10 +74,10 @@ def _figure2(suite: Suite, results: Results) -> list[Panel]:
     answers, code = parts.ANSWERS, parts.CODE
     right = over_ranks(lambda outcome: outcome.metric or 0)
     return [
-        Panel(f"{answers}: final loss over rank", "rank", loss, over_ranks(lambda o: o.test), "xy", "points"),
-        Panel(f"{answers}: exact answers over rank", "rank", "share", right, "x", "points"),
-        Panel(f"{code}: whose text calibrates", "", loss, over("calibration", texts), style="words"),
-        Panel(f"{code}: how many rows calibrate", "rows", loss, over("calibration_rows", parts.SIZES), "x", "points"),
+        Panel(f"{answers}: test loss by rank", "rank", loss, over_ranks(lambda o: o.test), "xy", "points"),
+        Panel(f"{answers}: share of exact answers by rank", "rank", "share", right, "x", "points"),
+        Panel(f"{code}: text for calibration", "", loss, over("calibration", texts), style="words"),
+        Panel(f"{code}: rows for calibration", "rows", loss, over("calibration_rows", parts.SIZES), "x", "points"),
     ]
 
 
@@ -91,10 +91,10 @@ def _figure3(suite: Suite, results: Results) -> list[Panel]:
                 continue
             ranks = results[measured].effective_rank
             kind_of = kinds_of(list(ranks))
-            for when, place in (("before", 0), (method, 1)):
-                values = {name: pair[place] for name, pair in ranks.items()}
-                blocks[when] = _means((_block(name), value) for name, value in values.items())
-                kinds[when] = _means((kind_of[name], value) for name, value in values.items())
+            for label, index in (("before", 0), (method, 1)):
+                values = {name: pair[index] for name, pair in ranks.items()}
+                blocks[label] = _means((_block(name), value) for name, value in values.items())
+                kinds[label] = _means((kind_of[name], value) for name, value in values.items())
     title = f"{parts.CODE}: effective rank of the outputs"
     return [
         Panel(f"{title} by block", "block", "mean over a block's layers", blocks, style="points"),
@@ -109,18 +109,18 @@ def _curves(suite: Suite, results: Results, tasks: Iterable[str], methods: Itera
         best = {m: _mean_curve([o for _, o in at_best(s, results)], "curve") for m, s in sweeps.items()}
         fixed = {m: _mean_curve(at_rate(s.at(parts.FIXED), results), "curve") for m, s in sweeps.items()}
         panels.append(Panel(f"{task}: each at its best learning rate", _STEP, _LOSS, best, "y"))
-        panels.append(Panel(f"{task}: all at {rate(parts.FIXED):g}", _STEP, _LOSS, fixed, "y"))
+        panels.append(Panel(f"{task}: all at the learning rate {rate(parts.FIXED):g}", _STEP, _LOSS, fixed, "y"))
     return panels
 
 
 def _rates(suite: Suite, results: Results, task: str, methods: Iterable[str]) -> Panel:
     sweeps = {method: suite.sweep(task, method) for method in methods}
-    return _searches(f"{task}: the search for a learning rate", sweeps, results)
+    return _searches(f"{task}: search for the learning rate", sweeps, results)
 
 
 def _scalings(suite: Suite, results: Results) -> Panel:
     sweeps = {f"alpha = {value:g} rank": parts.at_scaling(suite, value) for value in parts.SCALINGS}
-    return _searches(f"{parts.CODE}, tail: the same with other scalings", sweeps, results)
+    return _searches(f"{parts.CODE}, tail: search with other scalings", sweeps, results)
 
 
 def _searches(title: str, sweeps: Mapping[str, Sweep], results: Results) -> Panel:
@@ -133,22 +133,22 @@ def _searches(title: str, sweeps: Mapping[str, Sweep], results: Results) -> Pane
 
 
 def _forgetting(suite: Suite, results: Results, task: str, methods: Iterable[str]) -> Panel:
-    """Each method's way over the learning rates, and its best one as a point."""
+    """Return task loss against forgetting: a path over the learning rates per method, and its best rate as a point."""
     lines = {}
     for method in methods:
         sweep = suite.sweep(task, method)
         best = [outcome for _, outcome in at_best(sweep, results) if math.isfinite(outcome.test)]
         if best:
-            way = [results[trial] for trial in sweep.trials(results)]
-            points = [(o.forgetting, o.test) for o in way if math.isfinite(o.test)]
+            path = [results[trial] for trial in sweep.trials(results)]
+            points = [(o.forgetting, o.test) for o in path if math.isfinite(o.test)]
             lines[method] = [*points, (fmean(o.forgetting for o in best), fmean(o.test for o in best))]
     label = "forgetting: loss on the base's own text, after - before"
-    return Panel(f"{task}: what it costs", label, "test loss", lines, style="path")
+    return Panel(f"{task}: test loss and forgetting", label, "test loss", lines, style="path")
 
 
-def _mean_curve(outcomes: Sequence[Outcome], what: str, window: int = 5) -> Points:
-    """Return the mean over seeds and over `window` steps."""
-    series = [values for outcome in outcomes if (values := getattr(outcome, what))]
+def _mean_curve(outcomes: Sequence[Outcome], key: str, window: int = 5) -> Points:
+    """Return the mean of the field `key` over seeds and over `window` steps."""
+    series = [values for outcome in outcomes if (values := getattr(outcome, key))]
     if not series:
         return []
     length = min(len(values) for values in series)

@@ -1,4 +1,4 @@
-"""A figure is a row of panels: plain numbers, written as JSON and drawn from it as a PNG."""
+"""Figures: rows of panels with plain numbers, written as JSON and drawn as PNG."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -29,19 +29,19 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Panel:
-    """Named lines of points (x, y); x is a word where the style is "words"; a path marks its last point."""
+    """One diagram with named lines of points (x, y)."""
 
     title: str
-    x: str
+    x: str  # label of the axis
     y: str
-    lines: Mapping[str, Sequence[tuple[Any, float]]]
+    lines: Mapping[str, Sequence[tuple[Any, float]]]  # x is a word if the style is "words"
     log: Literal["", "x", "y", "xy"] = ""
-    style: Literal["curve", "points", "words", "path"] = "curve"
-    highest: float | None = None  # y above which nothing is shown
+    style: Literal["curve", "points", "words", "path"] = "curve"  # path: marks the last point of each line
+    highest: float | None = None  # upper limit of the y axis
 
 
 def write(name: str, panels: Sequence[Panel], out: Path) -> None:
-    """Write `name`.json and `name`.png into `out`; nothing where no panel has a point."""
+    """Write `name`.json and `name`.png into `out`, or nothing if no panel has a point."""
     shown = [panel for panel in panels if any(panel.lines.values())]
     if not shown:
         return
@@ -93,7 +93,7 @@ def _draw(axes: Any, panel: Panel) -> None:
 
 
 def _zoom(axes: Any, points: Sequence[tuple[Any, float]]) -> None:
-    """Let the differences between the points fill the height, and no more than zero lie below."""
+    """Set the y axis so that the differences between the points fill it, without negative values."""
     low, high = min(y for _, y in points), max(y for _, y in points)
     if 0 < low < high:
         axes.set_ylim(max(0.0, low - 0.3 * (high - low)), high + 0.3 * (high - low))

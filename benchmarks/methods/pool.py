@@ -1,4 +1,4 @@
-"""Runs trials in several processes, one thread each: a small model gains little from a second thread."""
+"""Run trials in several processes with one thread each: a small model gains little from a second thread."""
 
 import multiprocessing
 import os
@@ -22,7 +22,7 @@ def _prepare(threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it has been killed: nobody else would."""
+    """End this process when its parent has been killed: it would run on otherwise."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -32,9 +32,9 @@ def _end_with_parent() -> None:
 def run(
     missing: Callable[[], list[Trial]], results: Results, workers: int, minutes: float | None, console: Console
 ) -> int:
-    """Run what is `missing`, asked again after every run, until nothing is or the time is over.
+    """Run the trials that `missing` returns, called again after each run, until there are none or `minutes` are over.
 
-    Return how many trials failed by an error that is not the method's; the others have run.
+    Return the number of trials that failed with an exception; a trial that diverged has an outcome and is not counted.
     """
     began = time.monotonic()
     threads = max(1, torch.get_num_threads() // workers)
@@ -42,7 +42,7 @@ def run(
     context = multiprocessing.get_context("spawn")
     with (
         Progress(
-            *columns, TextColumn("left:"), TimeRemainingColumn(), console=console, speed_estimate_period=600
+            *columns, TextColumn("remaining:"), TimeRemainingColumn(), console=console, speed_estimate_period=600
         ) as bar,
         ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(threads,)) as pool,
     ):
@@ -63,7 +63,7 @@ def run(
                 done += 1
                 try:
                     outcome, env = future.result()
-                except Exception as error:  # whatever stopped it: the other trials are worth their time
+                except Exception as error:  # of any kind: the other trials continue
                     failed.add(trial)
                     console.print(f"{trial.name}  failed: {type(error).__name__}: {error}", highlight=False)
                     continue

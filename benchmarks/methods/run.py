@@ -1,4 +1,4 @@
-"""One trial from beginning to end: the trainer's own parts, with test rows and another text to calibrate on."""
+"""Run one trial with the trainer's own parts, test rows, and a choice of the calibration text."""
 
 import tempfile
 import time
@@ -28,24 +28,20 @@ from trainer.start.initialise import calibration_batches, initialise, spectra_of
 from trainer.train import spectra_after
 
 ROWS: dict[tasks.Split, int] = {"train": 2000, "validation": 128, "test": 256}
-OTHER_TEXT = {
-    "math": "cpp",
-    "cpp": "math",
-    "intent": "math",
-    "python": "cpp",
-}  # whose text calibrates instead of one's own
+# The task whose text is used for the calibration "other".
+OTHER_TEXT = {"math": "cpp", "cpp": "math", "intent": "math", "python": "cpp"}
 
 
 def prepare(threads: int) -> None:
-    """Make a process ready for trials: its threads, its device, and the commit that its code is of."""
+    """Prepare a process for trials: number of threads, device, and the commit of the code that it has imported."""
     torch.set_num_threads(threads)
     PartialState(cpu=not torch.cuda.is_available())
-    logging.set_verbosity_error()  # a classifier's new head is no news
+    logging.set_verbosity_error()  # it would report the new head of each classifier
     _environment()
 
 
 def execute(trial: Trial) -> tuple[Outcome, dict[str, Any]]:
-    """Run a trial; return what it found and the environment that it ran in."""
+    """Run a trial, and return its outcome and its environment (see `report.environment`)."""
     began = time.monotonic()
     config = config_of(trial, starts.settings_of(trial.method))
     folder = bases.folder(trial.base)
@@ -56,7 +52,7 @@ def execute(trial: Trial) -> tuple[Outcome, dict[str, Any]]:
     torch.manual_seed(trial.seed)
     model = load_base(folder, config, labels)
     model.config.pad_token_id = tokenizer.pad_token_id
-    forgotten = _OwnText(trial.base, folder, tokenizer, config)
+    forgetting = _Forgetting(trial.base, folder, tokenizer, config)
     layers = target_layers(model, config)
     text = {"own": trial.task, "other": OTHER_TEXT.get(trial.task, ""), "random": "random"}[trial.calibration]
     calibration = calibration_batches(examples(text, "train", tokenizer, config), tokenizer, config)
@@ -75,7 +71,7 @@ def execute(trial: Trial) -> tuple[Outcome, dict[str, Any]]:
         validation=_loss(trained, rows["validation"], tokenizer, config),
         test=_loss(trained, rows["test"], tokenizer, config),
         metric=None if trial.task in ("cpp", "python") else _metric(trained, rows["test"], tokenizer, config),
-        forgetting=forgotten(trained),
+        forgetting=forgetting(trained),
         curve=[point.loss for point in result.curve],
         gradients=[point.grad_norm for point in result.curve],
         effective_rank={name: (value, after[name]) for name, value in before.items()},
@@ -93,9 +89,9 @@ def adapted(
     config: TrainConfig,
     method: str,
 ) -> nn.Module:
-    """Return the model as it is trained: with the method's adapter, or for full fine-tuning the target layers' weights.
+    """Return the model to train: with the method's adapter, or with trainable target layers for full fine-tuning.
 
-    A classifier's new head is trained by all.
+    All methods train the new head of a classifier.
     """
     if config.method == "full":
         model.requires_grad_(False)
@@ -110,7 +106,7 @@ def adapted(
 
 
 def examples(task: str, split: tasks.Split, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> list[Example]:
-    """Return a task's rows as tokens."""
+    """Return the rows of a task's split as tokens."""
     rows = _rows(task, split)
     if config.task == "classification":
         return classification_examples(rows, tokenizer, config.max_length, task, tasks.TOPICS)
@@ -133,7 +129,7 @@ def _loss(model: nn.Module, rows: list[Example], tokenizer: PreTrainedTokenizerB
 
 @torch.no_grad()
 def _metric(model: nn.Module, rows: list[Example], tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> float:
-    """Return the share of rows that are answered exactly, or classified rightly."""
+    """Return the share of rows with exactly the right answer, or the right class."""
     hits = [
         answers_match(model, batch)
         if config.task == "causal_lm"
@@ -148,8 +144,8 @@ def _on_device(made: list[Batch]) -> list[Batch]:
     return [{key: value.to(device) for key, value in batch.items()} for batch in made]
 
 
-class _OwnText:
-    """What the base loses on its own text: measured before training, asked for after it."""
+class _Forgetting:
+    """The increase of the loss on the base's own text; the loss before training is measured at creation."""
 
     def __init__(self, base: str, folder: Path, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> None:
         self._folder, self._config = folder, config
@@ -161,18 +157,18 @@ class _OwnText:
 
     def __call__(self, trained: nn.Module) -> float:
         """Return the loss after training minus the loss before."""
-        speaker: nn.Module | None = trained
+        model: nn.Module | None = trained
         if self._config.task == "classification":
             whole = trained.get_base_model() if isinstance(trained, PeftModel) else trained
-            speaker = language_model(self._folder, self._config, whole.base_model)
-        assert speaker is not None
-        return language_loss(speaker, self._text) - self._before
+            model = language_model(self._folder, self._config, whole.base_model)
+        assert model is not None
+        return language_loss(model, self._text) - self._before
 
 
 def _effective_ranks(
     model: nn.Module, layers: dict[str, nn.Linear], calibration: list[Batch], config: TrainConfig
 ) -> dict[str, float]:
-    """Return the effective rank of every target layer's outputs over the calibration rows."""
+    """Return the effective rank of the outputs of every target layer on the calibration rows."""
     hidden = Progress(disable=True)
     if isinstance(model, PeftModel):
         values = spectra_after(model, calibration, config, hidden)
@@ -184,5 +180,5 @@ def _effective_ranks(
 
 @cache
 def _environment() -> dict[str, Any]:
-    """Return what the process runs on, with the commit at its start: the code that it imported."""
+    """Return the environment of this process; cached, because the commit is that of the code which it has imported."""
     return report.environment(0, torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")

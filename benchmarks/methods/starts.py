@@ -1,7 +1,8 @@
-"""The methods: settings of the trainer for each, and starts that are only tried here.
+"""The methods: the trainer's settings for each, and experimental initialisations of A0 and B0.
 
-A tried start is a function of what the trainer has at hand before it attaches an adapter. One that turns out to be
-worth it becomes an option of the trainer, the others stay as a record (benchmarks/README.md, "Tried").
+An experimental initialisation is a function of the second moments of a layer and the rank. One that is better than the
+existing methods becomes an option of the trainer; the others are kept as a record (benchmarks/README.md, "Experimental
+initialisations").
 """
 
 from collections.abc import Callable, Mapping
@@ -37,31 +38,31 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of one layer over real tokens, float64: of inputs x, outputs y and the loss's gradient by y."""
+    """Second moments of one layer over real tokens, float64: inputs x, outputs y, and gradients g of the loss by y."""
 
     weight: torch.Tensor  # W (d_out, d_in)
     inputs: torch.Tensor  # E[x x^T], (d_in, d_in)
     outputs: torch.Tensor  # E[y y^T], (d_out, d_out)
     gradients: torch.Tensor  # sum of g g^T, (d_out, d_out)
-    own_inputs: Callable[[], torch.Tensor]  # E[x x^T] on text that the base wrote itself; costs its writing
+    own_inputs: Callable[[], torch.Tensor]  # E[x x^T] on text that the base generates; slow at the first call
 
 
 Tried = Callable[[Moments, int], Start]
 
 
 def gradient(m: Moments, rank: int) -> Start:
-    """B0: the output directions in which the loss has most gradient; A0 = B0^T W as Astra's."""
+    """B0: the output directions with the largest gradients of the loss; A0 = B0^T W as in Astra."""
     return _astra(m, _top(m.gradients, rank))
 
 
 def gradient_tail(m: Moments, rank: int) -> Start:
-    """B0: the same, within the half of the output space that has least energy (W's null space: there A0 = 0)."""
+    """B0: the same within the half of the output space with the least energy (in the null space of W, A0 = 0)."""
     low = torch.linalg.eigh(m.outputs).eigenvectors[:, : len(m.outputs) // 2]
     return _astra(m, low @ _top(low.T @ m.gradients @ low, rank))
 
 
 def whitened_tail(m: Moments, rank: int) -> Start:
-    """B0: the tail within the range of W; rows of A0 scaled by eigenvalue^-1/2, so that A0 x has unit variance."""
+    """B0: the tail in the range of W; the rows of A0 are scaled by eigenvalue^-1/2, so that A0 x has unit variance."""
     values, vectors = torch.linalg.eigh(m.outputs)
     first = _zeros(m)
     found = _astra(m, vectors[:, first : first + rank])
@@ -69,30 +70,30 @@ def whitened_tail(m: Moments, rank: int) -> Start:
 
 
 def scaled_tail(m: Moments, rank: int) -> Start:
-    """The tail within the range of W, with an alpha for the layer from its spectrum: A0 x has a mean variance of 1."""
+    """B0: the tail in the range of W; A0 is scaled by one number per layer, so that A0 x has a mean variance of 1."""
     first = _zeros(m)
     return _scaled(m, torch.linalg.eigh(m.outputs).eigenvectors[:, first : first + rank])
 
 
 def scaled_principal(m: Moments, rank: int) -> Start:
-    """The principal subspace with such an alpha."""
+    """B0: the principal directions; A0 is scaled by one number per layer, so that A0 x has a mean variance of 1."""
     return _scaled(m, _top(m.outputs, rank))
 
 
 def balanced_principal(m: Moments, rank: int) -> Start:
-    """The principal subspace with the norms of A0's rows and B0's columns made equal, as PiSSA's are."""
+    """B0: the principal directions, with equal norms of A0's rows and B0's columns, as in PiSSA."""
     found = _astra(m, _top(m.outputs, rank))
     root = found.a0.norm(dim=1, keepdim=True).sqrt()
     return Start(found.a0 / root, found.b0 * root.T)
 
 
 def contrast(m: Moments, rank: int) -> Start:
-    """A0: inputs that the task has and the base's own text has not; B0 = 0. What A0 does not see is not forgotten."""
+    """A0: input directions of the task's text that the base's own text does not have; B0 = 0."""
     return _contrast(m, rank, ridge=0.01)
 
 
 def soft_contrast(m: Moments, rank: int) -> Start:
-    """Between contrast and inputs: the base's own text counts where it has more than its mean energy."""
+    """Between contrast and inputs: only those directions of the base's own text count that exceed its mean energy."""
     return _contrast(m, rank, ridge=1.0)
 
 
@@ -102,7 +103,7 @@ def contrast_gradient(m: Moments, rank: int) -> Start:
 
 
 def inputs(m: Moments, rank: int) -> Start:
-    """A0: the input directions of most energy over all real tokens (EVA's: centred, of answers alone); B0 = 0."""
+    """A0: the input directions with the most energy over all real tokens (EVA: centred, only answers); B0 = 0."""
     return _from_zero(m, _top(m.inputs, rank).T)
 
 
@@ -112,24 +113,24 @@ def inputs_gradient(m: Moments, rank: int) -> Start:
 
 
 def inputs_tail(m: Moments, rank: int) -> Start:
-    """A0 of inputs; B0: the tail of the outputs, Astra's, though unsettled where eigenvalues are zero."""
+    """A0 of inputs; B0: the tail of the outputs, as in Astra (not unique if eigenvalues are zero)."""
     return Start(_top(m.inputs, rank).T, torch.linalg.eigh(m.outputs).eigenvectors[:, :rank])
 
 
 TRIED: dict[str, Tried] = {
-    made.__name__: made
-    for made in (
+    function.__name__: function
+    for function in (
         gradient, gradient_tail, whitened_tail, scaled_tail, scaled_principal, balanced_principal, contrast,
         soft_contrast, contrast_gradient, inputs, inputs_gradient, inputs_tail,
     )
 }  # fmt: skip
 
 
-PROMISING = ("contrast", "soft_contrast")  # tried ones that were run on other tasks, too
+PROMISING = ("contrast", "soft_contrast")  # also run on other tasks and bases
 
 
 def settings_of(method: str) -> dict[str, Any]:
-    """Return the trainer's settings for a method; a tried one differs from Astra only by its start."""
+    """Return the trainer's settings for a method; experimental ones have Astra's settings and differ in A0 and B0."""
     return METHODS.get(method, {"method": "astra"})
 
 
@@ -141,7 +142,7 @@ def tried_starts(
     tokenizer: PreTrainedTokenizerBase,
     config: TrainConfig,
 ) -> dict[str, Start]:
-    """Return where a tried method starts in every layer."""
+    """Return A0 and B0 of every layer for an experimental method."""
     own = cache(lambda: _measure(model, layers, forgetting_batches(model, tokenizer, config)))
     starts = {}
     for name, (inputs, outputs, gradients) in _measure(model, layers, calibration).items():
@@ -156,7 +157,7 @@ def tried_starts(
 def _measure(
     model: PreTrainedModel, layers: Mapping[str, nn.Linear], text: list[Batch]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Return E[x x^T], E[y y^T] and the sum of g g^T of every layer."""
+    """Return E[x x^T] (d_in, d_in), E[y y^T] and the sum of g g^T (d_out, d_out) of every layer, float64."""
     real: torch.Tensor | None = None
     tokens = sum(int(batch["attention_mask"].sum()) for batch in text)
 
@@ -179,7 +180,7 @@ def _measure(
         output.register_hook(partial(add, of_gradients))
 
     handles = [layer.register_forward_hook(partial(on_forward, name)) for name, layer in layers.items()]
-    model.enable_input_require_grads()  # of a frozen model nothing else would have gradients
+    model.enable_input_require_grads()  # without it, nothing in a frozen model would have gradients
     try:
         for batch in ({key: value.to(model.device) for key, value in b.items()} for b in text):
             real = batch["attention_mask"].bool().flatten()
@@ -196,7 +197,7 @@ def _scaled(m: Moments, q: torch.Tensor) -> Start:
 
 
 def _zeros(m: Moments) -> int:
-    """Return how many eigenvalues of the outputs are zero because W has fewer columns than rows."""
+    """Return the number of eigenvalues of the outputs that are zero because W has fewer columns than rows."""
     rows, columns = m.weight.shape
     return max(0, rows - columns)
 
@@ -220,9 +221,9 @@ def _top(matrix: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def _first_of_pair(wanted: torch.Tensor, unwanted: torch.Tensor, rank: int, ridge: float) -> torch.Tensor:
-    """Return the vectors v (d, rank) of the largest v^T wanted v / v^T (unwanted + `ridge` x its mean) v."""
-    least = ridge * unwanted.diagonal().mean() * torch.eye(len(unwanted), dtype=unwanted.dtype, device=unwanted.device)
-    factor = torch.linalg.cholesky(unwanted + least)
+    """Return the vectors v (d, rank) with the largest v^T wanted v / v^T (unwanted + `ridge` x its mean) v."""
+    identity = torch.eye(len(unwanted), dtype=unwanted.dtype, device=unwanted.device)
+    factor = torch.linalg.cholesky(unwanted + ridge * unwanted.diagonal().mean() * identity)
     half = torch.linalg.solve_triangular(factor, wanted, upper=False)
     whitened = torch.linalg.solve_triangular(factor, half.T, upper=False)
     return torch.linalg.solve_triangular(factor.T, _top((whitened + whitened.T) / 2, rank), upper=True)

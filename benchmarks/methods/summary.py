@@ -1,4 +1,4 @@
-"""The tables, and with them every file that is drawn from the runs."""
+"""The tables and figures of the runs."""
 
 import math
 from collections.abc import Iterable
@@ -28,41 +28,42 @@ COLUMNS = {
     "fixed_forgetting": "forgetting",
 }
 LEGEND = f"""\
-Mean over {len(SEEDS)} seeds at each method's own best learning rate, lowest loss first. Loss: nats per target token
-(topic: per row) on test rows; the rate was chosen on validation rows, with one seed. ±: standard deviation over seeds
-(not over the choice of the rate); `against` LoRA, or Astra's random subspace, pairs the seeds, which see the same
-rows in the same order. right: exact answers, or right classes. forgetting: loss on text as the base was pre-trained
-on, after minus before. The last columns are the paper's own protocol, one rate ({rate(FIXED):g}) for all.
+Means over {len(SEEDS)} seeds at the best learning rate of each method, lowest loss first. Loss: nats per target token
+(topic: per row) on test rows; the rate was chosen by the loss on validation rows with one seed. ±: standard deviation
+over seeds, not over the choice of the rate. `against` LoRA, or Astra's random subspace: relative difference of the
+losses, seed by seed, because a seed has the same rows in the same order for all methods. right: share of exact answers
+or right classes. forgetting: loss on text like that of the base's pre-training, after minus before. The last three
+columns follow the paper's protocol, one learning rate ({rate(FIXED):g}) for all methods.
 """
 
 
 def write(out: Path, suite: Suite, results: Results, console: Console) -> None:
-    """Print the tables, and write them as `summary.md` and `summary.json`, and every figure, into `out`."""
-    asked = [(suite.base, task) for task in FAMILIES] + [(suite.other_base, OTHER), (suite.encoder, CLASSES)]
+    """Print the tables, and write `summary.md`, `summary.json` and all figures into the folder `out`."""
+    pairs = [(suite.base, task) for task in FAMILIES] + [(suite.other_base, OTHER), (suite.encoder, CLASSES)]
     methods = [*starts.METHODS, *starts.TRIED]
     tables = {
         f"{task} on {base}": sorted(
             (case for method in methods if (case := _case(suite, results, base, task, method))),
             key=lambda case: math.inf if case["test"] is None else case["test"],
         )
-        for base, task in asked
+        for base, task in pairs
     }
     cases = [case for found in tables.values() for case in found]
     if not cases:
-        console.print("no method has all of its runs yet")
+        console.print("no method has finished all of its runs yet")
         return
     for title, found in tables.items():
         if found:
             console.print(_table(title, found))
     seconds = sum(results[trial].seconds for trial in results)
-    told = {"runs": len(results), "hours_of_one_process": seconds / 3600} | {
+    headline = {"runs": len(results), "hours_of_one_process": seconds / 3600} | {
         f"{case['base']}.{case['task']}.{case['method']}.test": case["test"] for case in cases
     }
     machines = {(env["machine"], env["device"], env["commit"]): env for env in results.environments}
-    report.write(out / "summary.json", told, cases, {"runs_on": list(machines.values())})
+    report.write(out / "summary.json", headline, cases, {"runs_on": list(machines.values())})
     figures = all_figures(suite, results)
-    for name, drawn in figures.items():
-        panels.write(name, drawn, out)
+    for name, figure in figures.items():
+        panels.write(name, figure, out)
     shown = [f"![{name}]({name}.png)" for name in figures if (out / f"{name}.png").exists()]
     text = [f"# Suite {suite.name}: {len(results)} runs", LEGEND, *(_markdown(t, f) for t, f in tables.items() if f)]
     (out / "summary.md").write_text("\n".join([*text, *shown]) + "\n", encoding="utf-8")
@@ -70,7 +71,7 @@ def write(out: Path, suite: Suite, results: Results, console: Console) -> None:
 
 
 def _case(suite: Suite, results: Results, base: str, task: str, method: str) -> dict[str, Any] | None:
-    """Return a method's row; None while not all of its runs are there."""
+    """Return a method's row of the table, or None if not all of its runs are finished."""
     sweep = suite.sweep(task, method, base)
     best = at_best(sweep, results)
     if len(best) < len(SEEDS):
@@ -103,13 +104,13 @@ def _case(suite: Suite, results: Results, base: str, task: str, method: str) -> 
 
 
 def _against(name: str, ours: list[Outcome], theirs: list[Outcome]) -> dict[str, float | None]:
-    """Return the mean and the spread of the loss relative to another method's, seed by seed."""
+    """Return mean and standard deviation of the loss relative to that of method `name`, seed by seed, minus 1."""
     pairs = [a.test / b.test - 1 for a, b in zip(ours, theirs, strict=False) if math.isfinite(a.test + b.test)]
     return {f"against_{name}": _mean(pairs), f"against_{name}_spread": _spread(pairs)}
 
 
 def _mean(values: Iterable[float]) -> float | None:
-    """Return the mean of the finite ones, None where there is none."""
+    """Return the mean of the finite values, or None if there are none."""
     finite = [value for value in values if math.isfinite(value)]
     return fmean(finite) if finite else None
 

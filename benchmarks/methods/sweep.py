@@ -1,4 +1,4 @@
-"""The search for a method's learning rate: factors of two, until the best one is not at the edge."""
+"""The search for a method's learning rate, in factors of two, until the best rate is not at the edge."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from benchmarks.methods.trial import Outcome, Results, Trial
 
 SEEDS = (0, 1, 2)
-_LOWEST, _HIGHEST = -12, 8  # powers of two around 1e-3: beyond them nothing is searched
+_LOWEST, _HIGHEST = -12, 8  # limits of the search, as powers of two around 1e-3
 
 
 def rate(power: int) -> float:
@@ -16,19 +16,19 @@ def rate(power: int) -> float:
 
 
 def power_of(learning_rate: float) -> int:
-    """Return the power that `rate` makes a learning rate of."""
+    """Return the inverse of `rate`."""
     return round(math.log2(learning_rate / 1e-3))
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The trials of one method that differ by their learning rate; the first ones are five from rate(first)."""
+    """Trials of one method that differ only in the learning rate; the search begins with five from rate(first)."""
 
-    of: Trial  # its learning rate does not count
+    of: Trial  # all settings but the learning rate
     first: int
 
     def trials(self, results: Results) -> list[Trial]:
-        """Return all that are known to be needed, from the lowest rate to the highest, run or not."""
+        """Return all trials that are needed so far, from the lowest rate to the highest, finished or not."""
         low, high = self.first, self.first + 4
         while True:
             found = [self.at(power) for power in range(low, high + 1)]
@@ -43,29 +43,30 @@ class Sweep:
                 return found
 
     def best(self, results: Results) -> Trial | None:
-        """Return the trial of the best rate by validation loss; None while some are missing."""
+        """Return the trial with the lowest validation loss, or None if some trials are not finished."""
         found = self.trials(results)
         if any(trial not in results for trial in found):
             return None
         return min(found, key=lambda trial: results[trial].validation)
 
     def at(self, power: int) -> Trial:
+        """Return the trial with the learning rate 1e-3 x 2^power."""
         return replace(self.of, learning_rate=rate(power))
 
 
 def with_seeds(sweep: Sweep, results: Results) -> list[Trial]:
-    """Return the sweep and, once its best rate is known, that rate with every seed."""
+    """Return the trials of the sweep and, once its best rate is known, the trials at that rate with every seed."""
     best = sweep.best(results)
     return sweep.trials(results) + ([replace(best, seed=seed) for seed in SEEDS] if best else [])
 
 
 def at_rate(trial: Trial, results: Results) -> list[Outcome]:
-    """Return the runs that there are of a trial with every seed."""
+    """Return the finished runs of a trial, one for each seed."""
     return [found for seed in SEEDS if (found := results.get(replace(trial, seed=seed)))]
 
 
 def at_best(sweep: Sweep, results: Results, seeds: Sequence[int] = SEEDS) -> list[tuple[Trial, Outcome]]:
-    """Return the runs at the best rate that there are, one for each seed."""
+    """Return the finished runs at the best rate, one for each seed."""
     best = sweep.best(results)
     wanted = [replace(best, seed=seed) for seed in seeds] if best else []
     return [(trial, results[trial]) for trial in wanted if trial in results]

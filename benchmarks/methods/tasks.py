@@ -1,4 +1,4 @@
-"""The data: generated problems and real text of this Python installation, no downloads.
+"""The data sets: generated problems, and text from this Python installation; nothing is downloaded.
 
     math     word problems -> two steps of arithmetic and the number             (generated)
     intent   a support ticket -> which of six intents, product and order number  (generated, classification)
@@ -6,8 +6,8 @@
     python   the standard library                                                (real text)
     topic    a docstring of the standard library -> its package, of eight        (real text, classification)
 
-Splits are by digest: of a problem, of a file's path, of a docstring. No problem, file or docstring is in two of them;
-a few windows of boilerplate occur in several files.
+The digest of a problem, a file's path or a docstring determines its split, so none of them is in two splits. A few
+windows of boilerplate occur in several files.
 """
 
 import ast
@@ -34,7 +34,7 @@ WINDOW = 120  # characters of a row of text
 
 
 def rows(task: str, split: Split, n: int) -> list[Row]:
-    """Return `n` distinct rows of a task's split, always the same ones; fewer where there are no more."""
+    """Return `n` distinct rows of a task's split, always the same ones, or fewer if there are no more."""
     found: dict[str, Row] = {}
     for row in islice(TASKS[task](random.Random(f"{task} {split}"), split), 10 * n):
         found.setdefault(json.dumps(row), row)
@@ -44,7 +44,7 @@ def rows(task: str, split: Split, n: int) -> list[Row]:
 
 
 def math_rows(rng: random.Random, split: Split) -> Iterator[Row]:
-    """Two steps of arithmetic, worked out in the answer as in GSM8K."""
+    """Yield word problems with two steps of arithmetic, which the answer shows as in GSM8K."""
     while True:
         name, other = rng.sample(NAMES, 2)
         thing = rng.choice(THINGS)
@@ -61,9 +61,9 @@ def math_rows(rng: random.Random, split: Split) -> Iterator[Row]:
         )
         middle = _calculate(*first)
         result = _calculate(middle, sign, last)
-        worked = f"{' '.join(map(str, first))} = {middle}, {middle} {sign} {last} = {result}"
+        steps = f"{' '.join(map(str, first))} = {middle}, {middle} {sign} {last} = {result}"
         if _split(text) == split:
-            yield {"prompt": f"{text} How many in all?\n", "completion": f"{worked}. Answer: {result}"}
+            yield {"prompt": f"{text} How many in all?\n", "completion": f"{steps}. Answer: {result}"}
 
 
 def _calculate(a: int, sign: str, b: int) -> int:
@@ -71,7 +71,7 @@ def _calculate(a: int, sign: str, b: int) -> int:
 
 
 def intent_rows(_: random.Random, split: Split) -> Iterator[Row]:
-    """A support ticket -> its intent, product and order number; the embedded base's task, products never seen."""
+    """Yield support tickets with intent, product and order number: the embedded base's task; held-out products."""
     if split == "train":
         yield from embedded.rows("intent", test=False, n=4000)
     else:
@@ -80,24 +80,24 @@ def intent_rows(_: random.Random, split: Split) -> Iterator[Row]:
 
 
 def cpp_rows(rng: random.Random, split: Split) -> Iterator[Row]:
-    """Windows of C++ headers, comments included."""
+    """Yield windows of C++ headers, including comments."""
     return _text_rows(rng, headers(), split)
 
 
 def python_rows(rng: random.Random, split: Split) -> Iterator[Row]:
-    """Windows of the standard library."""
+    """Yield windows of the standard library."""
     return _text_rows(rng, library(), split)
 
 
 def topic_rows(rng: random.Random, split: Split) -> Iterator[Row]:
-    """The first paragraph of a docstring, and the package that it belongs to."""
+    """Yield the first paragraphs of docstrings with the packages that they belong to."""
     found = [(text, label) for text, label in _docstrings().items() if _split(text) == split]
     for text, label in rng.sample(found, len(found)):
         yield {"text": text, "label": label}
 
 
 def random_rows(rng: random.Random, _: Split) -> Iterator[Row]:
-    """Text without any order: printable characters, for calibration alone."""
+    """Yield random printable characters, for calibration only."""
     while True:
         yield {"text": "".join(chr(rng.randint(32, 126)) for _ in range(WINDOW))}
 
@@ -113,7 +113,7 @@ TASKS: dict[str, Callable[[random.Random, Split], Iterator[Row]]] = {
 
 
 def windows(rng: random.Random, texts: Mapping[str, str], split: Split, size: int) -> Iterator[str]:
-    """Yield pieces of `size` characters that begin with a line, of the files (by path) of one split."""
+    """Yield windows of `size` characters, each from the start of a line, of the `texts` (by path) in `split`."""
     chosen = [text for path, text in texts.items() if _split(path) == split]
     lengths = [len(text) for text in chosen]
     while True:
@@ -126,7 +126,7 @@ def windows(rng: random.Random, texts: Mapping[str, str], split: Split, size: in
 
 @cache
 def headers() -> dict[str, str]:
-    """Return the C++ headers of torch, by path."""
+    """Return the C++ headers of the installed torch, by path."""
     root = Path(torch.__file__).parent / "include"
     paths = sorted(path for folder in ("ATen/core", "c10", "torch") for path in (root / folder).rglob("*.h"))
     return {str(path.relative_to(root)): path.read_text(encoding="utf-8", errors="replace") for path in paths}
@@ -134,7 +134,7 @@ def headers() -> dict[str, str]:
 
 @cache
 def library() -> dict[str, str]:
-    """Return the standard library that the embedded base knows, by path."""
+    """Return the sources of the standard library on which the embedded base was trained, by path."""
     return dict(stdlib.sources(held_out=False))
 
 
@@ -159,5 +159,5 @@ def _docstrings() -> dict[str, str]:
 
 
 def _split(text: str) -> Split:
-    place = hashlib.sha256(text.encode()).digest()[0] % 8
-    return "test" if place == 0 else "validation" if place == 1 else "train"
+    bucket = hashlib.sha256(text.encode()).digest()[0] % 8
+    return "test" if bucket == 0 else "validation" if bucket == 1 else "train"

@@ -1,17 +1,17 @@
-"""The adapter folders on disk: reading, checking and writing them, and knowing which base they belong to.
+"""Adapter folders on disk: read, check and write them, and find the base model that they belong to.
 
-This is the only package through which `trainer`, `converter` and `astra_serve` meet.
+`trainer`, `converter` and `astra_serve` exchange data only through these folders.
 
-An Astra adapter folder                              A LoRA folder (PEFT's own layout)
+An Astra adapter folder                              A LoRA folder (PEFT's layout)
     astra_weights.safetensors  M.A M.B M.A0 M.B0         adapter_model.safetensors
     adapter_config.json        PEFT's LoraConfig         adapter_config.json
     astra.json                 provenance                astra.json    provenance, errors measured, probe (optional)
     README.md                  model card                README.md     model card
 
-`M` is the module's name in the base model. Per module A and A0 are (r, d_in), B and B0 are (d_out, r), float32; r may
-differ between modules. A classifier's head is trained whole: its parameters are stored under their own names.
+`M` is a module's name in the base model. Per module, A and A0 are (r, d_in), B and B0 are (d_out, r), all float32; r
+may differ between modules. A classifier's head has no factors: its trained parameters are stored under their own names.
 
-Folders are checked from their headers when they are opened; numbers are read, and checked, layer by layer.
+Opening a folder checks the headers of its files. The numbers of a layer are read and checked when it is accessed.
 """
 
 from converter.adapter_dir.astra import (

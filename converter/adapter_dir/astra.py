@@ -1,4 +1,4 @@
-"""An Astra adapter folder: what `trainer` writes and `converter` reads."""
+"""The Astra adapter folder, which `trainer` writes and `converter` reads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ _PARTS = ("A", "B", "A0", "B0")
 
 @dataclass(frozen=True)
 class AstraLayer:
-    """One target layer: the trained pair and the pair that training started from, all float32."""
+    """The factors of one target layer: trained (a, b) and initial (a0, b0), all float32."""
 
     a: torch.Tensor  # (r, d_in)
     b: torch.Tensor  # (d_out, r)
@@ -30,7 +30,7 @@ class AstraLayer:
 
 @dataclass(frozen=True)
 class AstraAdapter:
-    """A trained Astra adapter: its layers by module name, PEFT's config and where it came from."""
+    """A trained Astra adapter: layers by module name, PEFT's config, provenance, and a classifier's head."""
 
     layers: Mapping[str, AstraLayer]
     config: Json
@@ -44,7 +44,7 @@ class AstraAdapter:
 
 
 def save_astra(folder: Path, adapter: AstraAdapter) -> None:
-    """Write an Astra adapter's weights, config and provenance into `folder` (see `new_folder`)."""
+    """Write an Astra adapter's weights, config and provenance into the existing `folder` (see `new_folder`)."""
     tensors = {}
     for module, layer in adapter.layers.items():
         for part, tensor in zip(_PARTS, (layer.a, layer.b, layer.a0, layer.b0), strict=True):
@@ -56,12 +56,12 @@ def save_astra(folder: Path, adapter: AstraAdapter) -> None:
 
 
 def load_astra(folder: Path) -> AstraAdapter:
-    """Check an Astra adapter folder and return it; each layer's numbers are read and checked when it is asked for.
+    """Check an Astra adapter folder and return it; a layer's numbers are read and checked when it is accessed.
 
     Raises NotAnAdapter, UnsafeAdapter and MalformedAdapter.
     """
     if (folder / LORA_WEIGHTS).is_file() and not (folder / ASTRA_WEIGHTS).is_file():
-        raise NotAnAdapter(f"{folder} holds a LoRA already: an Astra adapter folder has {ASTRA_WEIGHTS}")
+        raise NotAnAdapter(f"{folder} is already a LoRA: an Astra adapter folder has {ASTRA_WEIGHTS}")
     config, provenance = read_json(folder, CONFIG), read_json(folder, PROVENANCE)
     if provenance.get("format") != ASTRA_FORMAT:
         raise MalformedAdapter(f"{folder / PROVENANCE} has format {provenance.get('format')!r}, not {ASTRA_FORMAT!r}")
@@ -75,7 +75,7 @@ def load_astra(folder: Path) -> AstraAdapter:
     head = [name for name in file if name.rpartition(".")[2] not in _PARTS]
     modules = sorted({name.rpartition(".")[0] for name in file if name not in head})
     if not modules:
-        raise MalformedAdapter(f"{file.file} holds no layers")
+        raise MalformedAdapter(f"{file.file} contains no layers")
     for module in modules:
         _check_shapes(file, module, (config.get("rank_pattern") or {}).get(module, config["r"]))
     return AstraAdapter(
@@ -87,14 +87,14 @@ def load_astra(folder: Path) -> AstraAdapter:
 
 
 def astra_shapes(folder: Path) -> dict[str, Shape]:
-    """Return the shape of every layer of an Astra adapter folder, from its header alone."""
+    """Return the shape of every layer of an Astra adapter folder; reads only the header of its weight file."""
     shapes = TensorFile(folder, ASTRA_WEIGHTS).shapes
     modules = sorted(name.removesuffix(".A0") for name in shapes if name.endswith(".A0"))
     return {m: Shape(shapes[f"{m}.B0"][0], shapes[f"{m}.A0"][1], shapes[f"{m}.A0"][0]) for m in modules}
 
 
 def astra_digest(folder: Path) -> str:
-    """Return the digest of an Astra adapter's content: its weights and its config."""
+    """Return the digest of an Astra adapter's weights and config, as `sha256:...`."""
     return digest([file_in(folder, ASTRA_WEIGHTS), file_in(folder, CONFIG)])
 
 

@@ -1,4 +1,4 @@
-"""The base model: where it is, which one it is, and the shapes of its matrices."""
+"""The base model: its local folder, its digest, its dtype and its weights."""
 
 import json
 from collections.abc import Iterator
@@ -19,9 +19,10 @@ _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"]
 
 
 def find_base(base: str, *, download: bool = True) -> Path:
-    """Return the local folder of `base`, a path or a hub id, which is downloaded (or found in the hub's cache).
+    """Return the local folder of `base`, which is a path or a hub id.
 
-    Raises BaseNotFound.
+    A hub id is downloaded unless it is in the hub's cache; with `download=False` only the cache is searched. Raises
+    BaseNotFound.
     """
     path = Path(base)
     if not path.is_dir():
@@ -31,7 +32,7 @@ def find_base(base: str, *, download: bool = True) -> Path:
             path = Path(snapshot_download(base, allow_patterns=_FILES, local_files_only=not download))
         except (OSError, ValueError) as error:  # the hub's errors are OSErrors and ValueErrors
             raise BaseNotFound(
-                f"base model {base!r} is no local folder and the hub did not give it: {first_line(error)}"
+                f"base model {base!r} is not a local folder and cannot be fetched from the hub: {first_line(error)}"
             ) from error
     if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
         raise BaseNotFound(f"base model {base!r} has no config.json beside *.safetensors: is it a transformers model?")
@@ -39,12 +40,12 @@ def find_base(base: str, *, download: bool = True) -> Path:
 
 
 def base_digest(folder: Path) -> str:
-    """Return the SHA-256 over the names and bytes of the base's weight files, as `sha256:...`."""
+    """Return the SHA-256 of the names and bytes of the base's weight files, as `sha256:...`."""
     return digest(sorted(folder.glob("*.safetensors")))
 
 
 def base_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return (d_out, d_in) of every matrix in the base, by module name, from the files' headers alone.
+    """Return (d_out, d_in) of every matrix of the base by module name; reads only the headers of its weight files.
 
     Raises BaseNotFound.
     """
@@ -59,7 +60,10 @@ def base_shapes(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def base_dtype(folder: Path) -> str:
-    """Return the dtype that the base's config names, as `bfloat16`; float32, as transformers, where it names none."""
+    """Return the dtype in the base's config, such as `bfloat16`; without one, transformers' default, `float32`.
+
+    Raises BaseNotFound.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         found = config.get("dtype") or config.get("torch_dtype") or "float32"
@@ -69,13 +73,13 @@ def base_dtype(folder: Path) -> str:
 
 
 def base_tensors(file: Path) -> Layers[torch.Tensor]:
-    """Return the tensors of one of a base's weight files by name, each read when it is asked for.
+    """Return the tensors of one weight file of a base by name; a tensor is read when it is accessed.
 
-    Raises BaseNotFound, here and at reading.
+    Raises BaseNotFound, here and at each access.
     """
 
     def read(name: str) -> torch.Tensor:
-        with _opened(file) as tensors:  # mapped meanwhile only: what was read must not count as the process's memory
+        with _opened(file) as tensors:  # unmapped after each read: mapped pages would count as the process's memory
             tensor: torch.Tensor = tensors.get_tensor(name)
         return tensor
 
@@ -84,10 +88,10 @@ def base_tensors(file: Path) -> Layers[torch.Tensor]:
 
 
 def base_weights(folder: Path) -> Layers[torch.Tensor]:
-    """Return the tensors of all of a base's weight files by name. Raises BaseNotFound, here and at reading."""
+    """Return the tensors of all weight files of a base by name. Raises BaseNotFound, here and at each access."""
     files = [base_tensors(file) for file in sorted(folder.glob("*.safetensors"))]
-    home = {name: tensors for tensors in files for name in tensors}
-    return Layers(list(home), lambda name: home[name][name])
+    file_of = {name: tensors for tensors in files for name in tensors}
+    return Layers(list(file_of), lambda name: file_of[name][name])
 
 
 @contextmanager

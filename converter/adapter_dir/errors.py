@@ -1,32 +1,33 @@
-"""The errors of folders on disk."""
+"""The errors of adapter folders and base models."""
 
 from converter.errors import AstraError
 
 
 class AdapterError(AstraError):
-    """What can be wrong with an adapter folder; the message is one line that says what to do.
+    """A fault of an adapter folder or its base; the message is one line with the fault and its remedy.
 
     AdapterError
-    ├── NotAnAdapter      the folder is missing, or files that make it an adapter are
-    ├── MalformedAdapter  its files contradict each other or hold unusable numbers
-    ├── UnsafeAdapter     reading it could do more than read it: pickles, links that lead out of it
-    ├── WrongBase         it was trained on another base model
-    ├── BaseNotFound      the base model is not a folder with a model, nor on the hub
-    ├── OutputExists      the output folder is already there
-    └── CannotWrite       the output folder cannot be made
+    ├── NotAnAdapter        the folder is missing, or a file that every adapter has
+    ├── MalformedAdapter    its files contradict each other or contain unusable numbers
+    ├── UnsafeAdapter       reading it could run code (pickles) or read files outside the folder (links)
+    ├── WrongBase           it was trained on another base model
+    ├── BaseNotFound        the base model is neither a local model folder nor on the hub
+    ├── OutputExists        the output folder exists already
+    ├── CannotWrite         the output folder cannot be written
+    └── VerificationFailed  converter.check_factors: the written LoRA differs from the adapter that was read
     """
 
 
 class NotAnAdapter(AdapterError):
-    """The folder is missing, or files that make it an adapter are."""
+    """The folder is missing, or a file that every adapter has."""
 
 
 class MalformedAdapter(AdapterError):
-    """The adapter's files contradict each other or hold unusable numbers."""
+    """The adapter's files contradict each other or contain unusable numbers."""
 
 
 class UnsafeAdapter(AdapterError):
-    """Reading the adapter could do more than read it."""
+    """Reading the adapter could run code or read files outside its folder."""
 
 
 class WrongBase(AdapterError):
@@ -34,12 +35,12 @@ class WrongBase(AdapterError):
 
 
 class BaseNotFound(AdapterError):
-    """The base model is not a folder with a model, nor on the hub."""
+    """The base model is neither a local model folder nor on the hub."""
 
 
 class OutputExists(AdapterError):
-    """The output folder is already there."""
+    """The output folder exists already."""
 
 
 class CannotWrite(AdapterError):
-    """The output folder cannot be made."""
+    """The output folder cannot be written."""

@@ -1,4 +1,4 @@
-"""Folders as a whole: new ones that appear complete or not at all, and the small files in them."""
+"""Output folders that appear complete or not at all, and the JSON files and digests of adapter folders."""
 
 import hashlib
 import json
@@ -12,28 +12,29 @@ from converter.adapter_dir.errors import CannotWrite, MalformedAdapter, NotAnAda
 
 CONFIG = "adapter_config.json"
 PROVENANCE = "astra.json"
-LARGEST_JSON = 2**24  # bytes; the provenance of a thousand layers has 300 KiB
+MAX_JSON_BYTES = 2**24  # the provenance of a thousand layers has 300 KiB
 
 Json = dict[str, Any]
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `out` when the block succeeds; when it fails nothing is left behind.
+    """Yield a new empty folder, which is renamed to `out` when the block succeeds.
 
-    Raises OutputExists and CannotWrite.
+    When the block raises, the folder and the parents that were created for it are removed. Raises OutputExists and
+    CannotWrite.
     """
     refuse_existing(out)
-    made = [parent for parent in out.parents if not parent.exists()]
+    missing_parents = [parent for parent in out.parents if not parent.exists()]
 
-    def remove_made(failed: type[BaseException] | None, *_: Any) -> None:
-        if failed:
-            with suppress(OSError):  # another run may have put its output beside ours
-                for parent in made:
+    def remove_parents(error: type[BaseException] | None, *_: Any) -> None:
+        if error:
+            with suppress(OSError):  # not empty: another run has written its output there
+                for parent in missing_parents:
                     parent.rmdir()
 
     with ExitStack() as stack:
-        stack.push(remove_made)
+        stack.push(remove_parents)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             partial = stack.enter_context(atomic.new_folder(out))
@@ -44,36 +45,36 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise OutputExists when there is something at `out`: nothing is ever overwritten."""
+    """Raise OutputExists if `out` exists, also as a broken link: no output is ever overwritten."""
     if out.exists() or out.is_symlink():
         raise OutputExists(f"{out} exists already: choose another output folder or remove it first")
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """Return the file `name` of an adapter folder, which must be inside it, or in the hub cache that it belongs to.
+    """Return the path of file `name` in an adapter folder; a link must end in the folder or in its hub cache.
 
     Raises NotAnAdapter and UnsafeAdapter.
     """
     file = folder / name
     if not file.is_file():
         raise NotAnAdapter(f"{folder} has no {name}" if folder.is_dir() else f"there is no folder {folder}")
-    real, home = file.resolve(), folder.resolve()
+    target, root = file.resolve(), folder.resolve()
     # The hub's cache is models--org--name/snapshots/REVISION/FILE -> ../../blobs/HASH
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
-        raise UnsafeAdapter(f"{file} is a link that leads out of its folder, to {real}: copy the file itself")
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not (target.is_relative_to(root) or target.is_relative_to(blobs)):
+        raise UnsafeAdapter(f"{file} is a link that leads out of its folder, to {target}: copy the file itself")
     return file
 
 
 def read_json(folder: Path, name: str) -> Json:
-    """Return the JSON object in a file of an adapter folder.
+    """Return the JSON object in file `name` of an adapter folder.
 
     Raises NotAnAdapter, UnsafeAdapter and MalformedAdapter.
     """
     file = file_in(folder, name)
     try:
-        if file.stat().st_size > LARGEST_JSON:
-            raise MalformedAdapter(f"{file} is larger than {LARGEST_JSON >> 20} MiB: no adapter's JSON is")
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise MalformedAdapter(f"{file} is larger than {MAX_JSON_BYTES >> 20} MiB, the limit for an adapter's JSON")
         content = json.loads(file.read_text(encoding="utf-8"))
     except MalformedAdapter:
         raise
@@ -87,13 +88,13 @@ def read_json(folder: Path, name: str) -> Json:
 
 
 def write_json(path: Path, content: Json) -> None:
-    """Write `content` so that the same content gives the same bytes."""
-    # PEFT's configs hold sets: they become sorted lists, so that the same adapter gives the same bytes.
+    """Write `content` as indented JSON with sorted keys: the same content gives the same bytes."""
+    # PEFT's configs contain sets, which become sorted lists.
     path.write_text(json.dumps(content, indent=2, sort_keys=True, default=sorted) + "\n", encoding="utf-8")
 
 
 def digest(files: Iterable[Path]) -> str:
-    """Return the SHA-256 over the names and bytes of `files`, as `sha256:...`."""
+    """Return the SHA-256 of the names and bytes of `files`, as `sha256:...`."""
     found = hashlib.sha256()
     for file in files:
         found.update(file.name.encode() + b"\0")

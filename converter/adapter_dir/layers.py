@@ -1,4 +1,4 @@
-"""Layers that are made when they are asked for: an adapter of any size costs the memory of one layer."""
+"""Mappings whose values are computed on access: an adapter of any size needs the memory of one layer."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
@@ -7,7 +7,7 @@ T = TypeVar("T")
 
 
 class Shape(NamedTuple):
-    """A layer's weight is (d_out, d_in), its factors are (rank, d_in) and (d_out, rank)."""
+    """The sizes of an adapted layer: its weight is (d_out, d_in), its factors are (rank, d_in) and (d_out, rank)."""
 
     d_out: int
     d_in: int
@@ -15,16 +15,16 @@ class Shape(NamedTuple):
 
 
 class Layers(Mapping[str, T], Generic[T]):
-    """A mapping from `names`, in their order, to what `make` returns for each; nothing is kept."""
+    """A mapping from `names`, in their order, to `compute(name)`, called at every access; nothing is cached."""
 
-    def __init__(self, names: Sequence[str], make: Callable[[str], T]) -> None:
+    def __init__(self, names: Sequence[str], compute: Callable[[str], T]) -> None:
         self._names = dict.fromkeys(names)
-        self._make = make
+        self._compute = compute
 
     def __getitem__(self, name: str) -> T:
         if name not in self._names:
             raise KeyError(name)
-        return self._make(name)
+        return self._compute(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

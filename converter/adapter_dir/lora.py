@@ -1,4 +1,4 @@
-"""A LoRA folder in PEFT's layout: what the converter writes, what servers read, and what other people bring."""
+"""A LoRA folder in PEFT's layout: the converter writes it, servers read it, and other tools may have written it."""
 
 import math
 import re
@@ -16,14 +16,14 @@ from converter.adapter_dir.tensors import PickledTensors, TensorFile, write_tens
 
 LORA_WEIGHTS = "adapter_model.safetensors"
 LORA_FORMAT = "astra-lora/1"
-LARGEST_RANK = 4096
-# What vLLM accepts as its maximum rank (vllm.config.lora.MaxLoRARanks); every adapter is padded to it.
+MAX_RANK = 4096
+# The values that vLLM accepts as --max-lora-rank (vllm.config.lora.MaxLoRARanks); it pads every adapter to that rank.
 ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _PICKLED_WEIGHTS = "adapter_model.bin"
 _PEFT_PREFIX = "base_model.model."
-_HALVES = ("lora_A", "lora_B")
-# What PEFT can do beyond a plain LoRA, and no server does: the value that switches each off.
-_PLAIN = {
+_FACTORS = ("lora_A", "lora_B")
+# Extensions of LoRA that PEFT supports and servers do not, with the value that switches each off.
+_UNSUPPORTED = {
     "use_dora": False,
     "bias": "none",
     "lora_bias": False,
@@ -37,7 +37,7 @@ _PLAIN = {
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """A standard LoRA: per module lora_A (k, d_in) and lora_B (d_out, k), delta W = scaling lora_B lora_A."""
+    """A standard LoRA: lora_A (k, d_in) and lora_B (d_out, k) by module name, delta W = scaling lora_B lora_A."""
 
     layers: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     config: Json
@@ -45,32 +45,35 @@ class LoraAdapter:
     head: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def scaling(self, module: str, rank: int) -> float:
-        """Return what PEFT multiplies the product of a module's factors with."""
-        alpha: float = matching(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
+        """Return the factor of lora_B lora_A in PEFT: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+        alpha: float = pattern_value(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
 @dataclass(frozen=True)
 class LoraHeader:
-    """What a LoRA folder is, read without its weights."""
+    """The properties of a LoRA folder that can be read without its weights."""
 
     rank: int
     shapes: dict[str, tuple[int, int]]  # module: (d_out, d_in)
-    base_digest: str | None  # None where the adapter does not record its base
+    base_digest: str | None  # None if the adapter does not record its base
 
 
 def save_lora(folder: Path, adapter: LoraAdapter, *, on_layer: Callable[[], None] = lambda: None) -> None:
-    """Write a LoRA in PEFT's layout into `folder` (see `new_folder`), one layer in memory at a time."""
+    """Write a LoRA in PEFT's layout into the existing `folder` (see `new_folder`), one layer in memory at a time.
+
+    `on_layer` is called after each layer. Raises CannotWrite and OSError.
+    """
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for module, factors in adapter.layers.items():
-            for half, factor in zip(_HALVES, factors, strict=True):
-                yield f"{_PEFT_PREFIX}{module}.{half}.weight", factor
+            for name, factor in zip(_FACTORS, factors, strict=True):
+                yield f"{_PEFT_PREFIX}{module}.{name}.weight", factor
             on_layer()
         for name, tensor in adapter.head.items():
             yield f"{_PEFT_PREFIX}{name}", tensor
 
-    names = [f"{_PEFT_PREFIX}{module}.{half}.weight" for module in adapter.layers for half in _HALVES]
+    names = [f"{_PEFT_PREFIX}{module}.{factor}.weight" for module in adapter.layers for factor in _FACTORS]
     names += [f"{_PEFT_PREFIX}{name}" for name in adapter.head]
     write_tensors(folder / LORA_WEIGHTS, names, tensors(), {"format": "pt"})
     write_json(folder / CONFIG, adapter.config)
@@ -78,24 +81,25 @@ def save_lora(folder: Path, adapter: LoraAdapter, *, on_layer: Callable[[], None
 
 
 def save_lora_provenance(folder: Path, provenance: Json) -> None:
-    """Write, or write again, where the LoRA in `folder` came from."""
+    """Write or replace `astra.json`, the provenance of the LoRA in `folder`."""
     write_json(folder / PROVENANCE, {"format": LORA_FORMAT, **provenance})
 
 
 def load_lora(folder: Path, *, allow_pickle: bool = False) -> LoraAdapter:
-    """Check a LoRA folder and return it; each layer's numbers are read, in their own dtype, when they are asked for.
+    """Check a LoRA folder and return it; a layer's numbers are read and checked, in their own dtype, when accessed.
 
-    Its provenance is empty where it is not ours. With `allow_pickle` a .bin file is read where there is no other: by
-    PyTorch's restricted unpickler, and at once. Raises NotAnAdapter, UnsafeAdapter and MalformedAdapter.
+    The provenance is empty unless `astra-convert` wrote it. With `allow_pickle`, adapter_model.bin is read if there is
+    no safetensors file: by PyTorch's weights-only unpickler, all layers at once. Raises NotAnAdapter, UnsafeAdapter and
+    MalformedAdapter.
     """
     config = _checked_config(folder)
     file = _open(folder, allow_pickle)
     shapes, keys, head = _layers(folder, config, file.shapes)
     for module, shape in shapes.items():
-        expected = matching(config.get("rank_pattern"), module, config["r"])
+        expected = pattern_value(config.get("rank_pattern"), module, config["r"])
         if shape.rank != expected:
             raise MalformedAdapter(f"{folder}: {module!r} has rank {shape.rank}, but {CONFIG} says {expected}")
-        matching(config.get("alpha_pattern"), module, 0)
+        pattern_value(config.get("alpha_pattern"), module, 0)  # refuse regular expressions now
     return LoraAdapter(
         Layers(list(keys), lambda module: (file[keys[module]["lora_A"]], file[keys[module]["lora_B"]])),
         config,
@@ -105,7 +109,7 @@ def load_lora(folder: Path, *, allow_pickle: bool = False) -> LoraAdapter:
 
 
 def read_lora_header(folder: Path) -> LoraHeader:
-    """Read and check what a LoRA folder is without reading its weights, and that an engine can serve it.
+    """Return the header of a LoRA folder, after checking that an engine can serve the adapter; reads no weights.
 
     Raises NotAnAdapter, UnsafeAdapter and MalformedAdapter.
     """
@@ -118,27 +122,31 @@ def read_lora_header(folder: Path) -> LoraHeader:
         )
     shapes, _, head = _layers(folder, config, TensorFile(folder, LORA_WEIGHTS).shapes)
     if head:
-        raise MalformedAdapter(f"{folder / LORA_WEIGHTS}: {next(iter(head))!r} is no LoRA: the engine serves that only")
+        name = next(iter(head))
+        raise MalformedAdapter(f"{folder / LORA_WEIGHTS}: {name!r} is no LoRA factor: engines serve plain LoRA only")
     base = _provenance(folder).get("base")
-    # The engine sizes its slots by what the config says, whatever the tensors are.
+    # The engine reads the rank from the config, not from the tensors.
     rank = max(config["r"], *(config.get("rank_pattern") or {}).values(), *(shape.rank for shape in shapes.values()))
     digest = base.get("digest") if isinstance(base, dict) and isinstance(base.get("digest"), str) else None
     return LoraHeader(rank, {module: (shape.d_out, shape.d_in) for module, shape in shapes.items()}, digest)
 
 
 def lora_shapes(folder: Path, *, allow_pickle: bool = False) -> dict[str, Shape]:
-    """Return the shape of every layer of a LoRA folder, from its header alone."""
+    """Return the shape of every layer of a LoRA folder; reads only the header of a safetensors file.
+
+    Raises NotAnAdapter, UnsafeAdapter and MalformedAdapter.
+    """
     return _layers(folder, _checked_config(folder), _open(folder, allow_pickle).shapes)[0]
 
 
 def lora_digest(folder: Path) -> str:
-    """Return the digest of a LoRA's content: its weights and its config."""
+    """Return the digest of a LoRA's weights and config, as `sha256:...`. Raises NotAnAdapter and UnsafeAdapter."""
     weights = LORA_WEIGHTS if (folder / LORA_WEIGHTS).exists() else _PICKLED_WEIGHTS
     return digest([file_in(folder, weights), file_in(folder, CONFIG)])
 
 
 def check_base(folder: Path, recorded_digest: str | None, digest: str) -> None:
-    """Raise WrongBase when the adapter in `folder` records another base than the one with `digest`."""
+    """Raise WrongBase if the adapter in `folder` records a base whose digest differs from `digest`."""
     if recorded_digest is not None and recorded_digest != digest:
         raise WrongBase(
             f"{folder} was trained on another base ({recorded_digest[:19]}..., this one is {digest[:19]}...)"
@@ -146,20 +154,20 @@ def check_base(folder: Path, recorded_digest: str | None, digest: str) -> None:
 
 
 def check_shapes(folder: Path, shapes: Mapping[str, tuple[int, int]], base: Mapping[str, tuple[int, int]]) -> None:
-    """Raise WrongBase when a module of the adapter is not in the base or has another shape there."""
+    """Raise WrongBase if a module of the adapter is missing in the base or has another (d_out, d_in) there."""
     for module, shape in shapes.items():
         if base.get(module) != shape:
-            there = base.get(module, "no such layer")
+            in_base = base.get(module, "missing")
             raise WrongBase(
-                f"{folder} does not fit this base: {module!r} is {shape} in the adapter, {there} in the base"
+                f"{folder} does not fit this base: {module!r} is {shape} in the adapter, {in_base} in the base"
             )
 
 
 def check_config(folder: Path, config: Json) -> None:
-    """Raise MalformedAdapter unless rank and alpha are what PEFT would write."""
+    """Raise MalformedAdapter unless r, lora_alpha, rank_pattern and alpha_pattern have values that PEFT could write."""
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or not 0 < rank <= LARGEST_RANK:
-        raise MalformedAdapter(f"{folder / CONFIG} needs r, an integer from 1 to {LARGEST_RANK}, not {str(rank)[:20]}")
+    if type(rank) is not int or not 0 < rank <= MAX_RANK:
+        raise MalformedAdapter(f"{folder / CONFIG} needs r, an integer from 1 to {MAX_RANK}, not {str(rank)[:20]}")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < 1e9:
         raise MalformedAdapter(f"{folder / CONFIG} needs lora_alpha, a positive number, not {str(alpha)[:20]}")
     for key, kinds in (("rank_pattern", (int,)), ("alpha_pattern", (int, float))):
@@ -169,30 +177,31 @@ def check_config(folder: Path, config: Json) -> None:
 
 
 def scaling_of(config: Json) -> float:
-    """Return the scaling s that a LoraConfig gives every layer of rank r."""
+    """Return the scaling of a LoraConfig without patterns: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
     rank: int = config["r"]
     return float(config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
-def matching(pattern: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
-    """Return what PEFT's rank_pattern or alpha_pattern says of a module: the first name that it is or ends with.
+def pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """Return the value of PEFT's rank_pattern or alpha_pattern for `module`; `default` if no key matches.
 
-    PEFT takes the names for regular expressions. These come from elsewhere and can take for ever: only plain names,
-    with PEFT's leading ^ for a whole name, are understood. Raises MalformedAdapter for others.
+    The first key counts that equals the module's name or its end after a dot; a key with a leading ^ must equal the
+    whole name. PEFT evaluates keys as regular expressions, but matching an untrusted expression can take forever: a key
+    that is not a plain name raises MalformedAdapter.
     """
     for key, value in (pattern or {}).items():
         if not re.fullmatch(r"\^?[\w.-]{1,500}", key):
             raise MalformedAdapter(f"pattern {key[:100]!r} in {CONFIG} is a regular expression: give module names")
         if module == key.removeprefix("^") or module.endswith(f".{key}"):
             return value
-    return otherwise
+    return default
 
 
 def _checked_config(folder: Path) -> Json:
     config = read_json(folder, CONFIG)
     check_config(folder, config)
-    for key, plain in _PLAIN.items():
-        if config.get(key) not in (plain, None, [], {}):
+    for key, off in _UNSUPPORTED.items():
+        if config.get(key) not in (off, None, [], {}):
             raise MalformedAdapter(f"{folder / CONFIG} has {key}={config[key]!r}: engines serve plain LoRA only")
     return config
 
@@ -210,7 +219,7 @@ def _open(folder: Path, allow_pickle: bool) -> TensorFile | PickledTensors:
 def _layers(
     folder: Path, config: Json, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, Shape], dict[str, dict[str, str]], dict[str, str]]:
-    """Return the layers' shapes, the names of their halves in the file, and those of a head's tensors, by name."""
+    """Return the shape of every layer, its factors' keys in the file, and the keys of a head's tensors, all by name."""
     keys: dict[str, dict[str, str]] = {}
     head = {}
     saved = config.get("modules_to_save") or []
@@ -218,23 +227,23 @@ def _layers(
         raise MalformedAdapter(f"{folder / CONFIG}: modules_to_save must be a list of names")
     for key in shapes:
         name = key.removeprefix(_PEFT_PREFIX)
-        module, _, half = name.removesuffix(".weight").rpartition(".")
-        if module and half in _HALVES:
-            keys.setdefault(module, {})[half] = key
+        module, _, factor = name.removesuffix(".weight").rpartition(".")
+        if module and factor in _FACTORS:
+            keys.setdefault(module, {})[factor] = key
         elif any(f".{part}." in f".{name}" for part in saved):
             head[name] = key
         else:
-            raise MalformedAdapter(f"{folder}: tensor {key[:200]!r} is no lora_A or lora_B of a linear layer")
+            raise MalformedAdapter(f"{folder}: tensor {key[:200]!r} is not a lora_A or lora_B of a linear layer")
     found = {}
-    for module, halves in sorted(keys.items()):
-        if len(halves) != 2:
-            raise MalformedAdapter(f"{folder}: {module!r} has a {next(iter(halves))} without its other half")
-        a, b = (shapes[halves[half]] for half in _HALVES)
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not 0 < a[0] <= LARGEST_RANK or 0 in (a[1], b[0]):
-            raise MalformedAdapter(f"{folder}: {module!r} is no matching lora_A and lora_B: {a} and {b}")
+    for module, factors in sorted(keys.items()):
+        if len(factors) != 2:
+            raise MalformedAdapter(f"{folder}: {module!r} has only one of lora_A and lora_B")
+        a, b = (shapes[factors[factor]] for factor in _FACTORS)
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not 0 < a[0] <= MAX_RANK or 0 in (a[1], b[0]):
+            raise MalformedAdapter(f"{folder}: {module!r}: lora_A is {a}, lora_B is {b}, not (r, d_in), (d_out, r)")
         found[module] = Shape(b[0], a[1], a[0])
     if not found:
-        raise MalformedAdapter(f"{folder} holds no LoRA")
+        raise MalformedAdapter(f"{folder} contains no LoRA")
     return found, dict(sorted(keys.items())), head
 
 

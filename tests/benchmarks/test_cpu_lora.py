@@ -1,4 +1,4 @@
-"""What the benchmark of CPU LoRA makes of its measurements; the measuring itself needs minutes and an idle machine."""
+"""The figures that `benchmarks.cpu_lora` computes; the measurement itself needs minutes and an idle machine."""
 
 import json
 from pathlib import Path
@@ -23,15 +23,15 @@ def row() -> dict:
     return cpu_lora.row(HEADLINE, measured, lora_parameters=10**7, machine=MACHINE)
 
 
-def test_ratios_pair_the_engines_turn_by_turn(row: dict) -> None:
-    """A slow moment of the machine slows both engines of a turn: the ratio of the medians would be 200 / 320."""
+def test_a_ratio_is_the_median_of_the_ratios_of_the_turns(row: dict) -> None:
+    """A slow machine slows both engines of a turn; the ratio of the medians would be 200 / 320."""
     assert row["vs_base"] == 0.75
     assert row["vs_stock"] == pytest.approx((20 + 9) / 2)
     assert row["base_tok_s"] == 320
     assert row["repetitions"]["ours"] == [200, 90, 240]
 
 
-def test_the_floor_is_the_larger_of_reading_every_adapter_once_and_the_arithmetic(row: dict) -> None:
+def test_the_shortest_step_is_the_longer_one_of_reading_and_arithmetic(row: dict) -> None:
     assert row["base_step_ms"] == 100.0  # 32 tokens at 320 tokens/s
     assert row["lora_step_floor_ms"] == 4.0  # four adapters of 20 MB at 20 GB/s; 0.64 GFLOP take 1.6 ms
     assert row["floor_vs_base"] == pytest.approx(100 / 104, abs=1e-3)
@@ -40,12 +40,23 @@ def test_the_floor_is_the_larger_of_reading_every_adapter_once_and_the_arithmeti
     assert found["lora_step_floor_ms"] == 1.6
 
 
-def test_the_summary_is_the_headline_case_and_the_plot_comes_from_the_json_alone(row: dict, tmp_path: Path) -> None:
+@pytest.fixture
+def written(row: dict, tmp_path: Path) -> dict:
+    """The content of a result file."""
     result = {"summary": cpu_lora.summarise([row], MACHINE), "cases": [row], "env": report.environment(0)}
     report.write(tmp_path / "x" / "result.json", **result)
-    read = json.loads((tmp_path / "x" / "result.json").read_text())
-    assert read["summary"]["vs_base"] == 0.75
-    assert read["summary"]["vs_stock_if_lora_were_free"] == 32.0
-    assert {"machine", "cores", "versions", "commit", "seed"} <= read["env"].keys()
-    cpu_lora.plot(read, tmp_path / "plot.png")
+    return json.loads((tmp_path / "x" / "result.json").read_text())
+
+
+def test_the_summary_has_the_figures_of_the_headline_case(written: dict) -> None:
+    assert written["summary"]["vs_base"] == 0.75
+    assert written["summary"]["vs_stock_if_lora_were_free"] == 32.0
+
+
+def test_a_result_file_describes_the_machine(written: dict) -> None:
+    assert {"machine", "cores", "versions", "commit", "seed"} <= written["env"].keys()
+
+
+def test_the_plot_is_drawn_from_the_result_file(written: dict, tmp_path: Path) -> None:
+    cpu_lora.plot(written, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000

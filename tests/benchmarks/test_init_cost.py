@@ -1,4 +1,4 @@
-"""What the benchmark of the initialisation makes of its measurements; at full width the measuring takes hours."""
+"""The figures that `benchmarks.init_cost` computes; the measurement at full width takes hours."""
 
 import json
 import sys
@@ -25,8 +25,8 @@ ENV = {"time": "now", "commit": "none"}
 
 @pytest.fixture
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Matrices as small as these are slower with more threads, by far where the machine is busy."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes that are started
+    """Use one thread: with small matrices several are slower, much slower on a busy machine."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for child processes
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -38,13 +38,13 @@ def one(seconds: float, peak_gib: float = 1.0) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_layer_that_is_measured_has_the_shapes_that_are_extrapolated(model: str) -> None:
+def test_the_measured_layer_has_the_shapes_of_the_extrapolation(model: str) -> None:
     shape = MODELS[model].smaller(4)
     layers = target_layers(initialisers.build(shape)[0], TrainConfig())
     assert {name.rpartition(".")[2]: tuple(layer.weight.shape) for name, layer in layers.items()} == shape.linear()
 
 
-def test_the_full_shapes_are_those_of_the_published_models() -> None:
+def test_the_shapes_are_those_of_the_published_models() -> None:
     llama, qwen = (MODELS[name].linear() for name in ("llama-3-8b", "qwen3-8b"))
     assert llama["gate_proj"] == (14336, 4096)
     assert qwen["down_proj"] == (4096, 12288)
@@ -52,21 +52,21 @@ def test_the_full_shapes_are_those_of_the_published_models() -> None:
     assert (MODELS["llama-3-8b"].layers, MODELS["qwen3-8b"].layers) == (32, 36)
 
 
-def test_what_stays_of_every_layer_is_counted_in_bytes() -> None:
+def test_the_bytes_kept_per_layer_follow_from_the_shapes() -> None:
     outputs = 4 * (16 + 4 + 4 + 16 + 64 + 64 + 16)
     covariances, decompositions = 4 * (6 * 16 + 64), 4 * (2 * 4 * 9 + 2 * 2 * 7 + 3 * 4 * 13)
-    assert init_cost.held_per_layer("ours", SHAPE) == STARTS
-    assert init_cost.held_per_layer("keep_everything", SHAPE) == outputs + STARTS
-    assert init_cost.held_per_layer("corda", SHAPE) == covariances + decompositions + STARTS
-    assert init_cost.held_per_layer("eva", SHAPE) == (4 * 16 + 16) * (6 * 4 + 8) + STARTS
+    assert init_cost.kept_per_layer("ours", SHAPE) == STARTS
+    assert init_cost.kept_per_layer("keep_everything", SHAPE) == outputs + STARTS
+    assert init_cost.kept_per_layer("corda", SHAPE) == covariances + decompositions + STARTS
+    assert init_cost.kept_per_layer("eva", SHAPE) == (4 * 16 + 16) * (6 * 4 + 8) + STARTS
 
 
-def test_a_rival_takes_its_time_per_layer_and_holds_all_of_them() -> None:
+def test_a_rival_needs_time_and_memory_for_every_layer() -> None:
     found = init_cost.whole_model("keep_everything", one(10), SHAPE, memory=0)
-    assert found == {"whole_s": 30, "whole_peak_gib": 1 + 2 * init_cost.held_per_layer("keep_everything", SHAPE) / GIB}
+    assert found == {"whole_s": 30, "whole_peak_gib": 1 + 2 * init_cost.kept_per_layer("keep_everything", SHAPE) / GIB}
 
 
-def test_ours_computes_one_layer_more_for_each_further_group_and_keeps_its_output_meanwhile() -> None:
+def test_each_further_group_of_ours_computes_one_more_layer_and_keeps_its_output() -> None:
     found = init_cost.whole_model("ours", one(10), SHAPE, memory=OUR_GRAMS)  # a layer at a time
     assert found["groups"] == 3
     assert found["whole_s"] == 3 * 10 + 2 * 2
@@ -77,17 +77,17 @@ def test_ours_computes_one_layer_more_for_each_further_group_and_keeps_its_outpu
     assert early["whole_s"] == 3 * 10 + 2 * 2 / 2
 
 
-def test_ours_holds_as_much_as_its_largest_group() -> None:
+def test_ours_needs_the_memory_of_its_largest_group() -> None:
     found = init_cost.whole_model("ours", one(10), SHAPE, memory=OUR_GRAMS + 200)  # q, k and v of the next layer fit
     assert found["whole_peak_gib"] == pytest.approx(1 + (2 * STARTS + OUTPUT + 128 + 32 + 32) / GIB, abs=1e-12)
 
 
-def test_ratios_are_of_medians_for_all_layers_and_rival_over_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(init_cost, "held_per_layer", lambda contestant, _: GIB if contestant == "corda" else 0)
+def test_a_ratio_is_the_rivals_median_divided_by_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(init_cost, "kept_per_layer", lambda contestant, _: GIB if contestant == "corda" else 0)
     rows = [
         init_cost.row("llama-3-8b", "corda", SHAPE, [one(80, 2.0)], ENV),
         init_cost.row("llama-3-8b", "ours", SHAPE, [one(10), one(90), one(8)], ENV),
-        init_cost.row("qwen3-8b", "eva", SHAPE, [one(5)], ENV),  # its ours was not measured
+        init_cost.row("qwen3-8b", "eva", SHAPE, [one(5)], ENV),  # `ours` was not measured for this model
     ]
     summary = init_cost.summarise(rows)
     assert summary["llama_3_8b.ours.time_s"] == 30
@@ -98,15 +98,15 @@ def test_ratios_are_of_medians_for_all_layers_and_rival_over_ours(monkeypatch: p
     assert summary["targets"] == {"keep_everything.time_ratio": 3, "keep_everything.peak_memory_ratio": 10}
 
 
-def test_contestants_take_turns_and_ours_is_measured_where_it_is_missing() -> None:
+def test_contestants_take_turns_and_ours_is_added_if_it_is_missing() -> None:
     both = init_cost.turns(["a", "b"], ["eva", "corda"], {("a", "ours")}, once=False)
     assert both[:3] == [("a", "eva"), ("a", "corda"), ("a", "eva")]
     assert both[3:] == [("b", name) for name in ("ours", "eva", "corda", "ours", "eva", "ours")]
     everything = init_cost.turns(["a", "b"], None, set(), once=True)
-    assert len(everything) == len(set(everything)) == 11  # the eigensolver once
+    assert len(everything) == len(set(everything)) == 11  # the eigensolver for one model only
 
 
-def test_earlier_rows_of_the_same_shapes_stay(tmp_path: Path) -> None:
+def test_earlier_rows_with_the_same_shapes_are_kept(tmp_path: Path) -> None:
     rows = [init_cost.row("llama-3-8b", name, SHAPE, [one(1)], ENV) for name in ("ours", "eva")]
     rows.append(init_cost.row("qwen3-8b", "ours", MODELS["qwen3-8b"].smaller(4), [one(1)], ENV))
     report.write(tmp_path / "found.json", {}, rows, report.environment(0))
@@ -118,18 +118,18 @@ def test_earlier_rows_of_the_same_shapes_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_keep_everything_and_ours_find_the_same_start() -> None:
+def test_keep_everything_and_ours_return_the_same_initial_factors() -> None:
     model, batches = initialisers.build(initialisers.WARM_UP)
     plain = initialisers.keep_everything(model, batches)
     found = initialisers.ours(model, batches, spectra=False).starts
     for name, (a0, b0) in plain.items():
         torch.testing.assert_close(a0, b0.T @ model.get_submodule(name).weight.float())
-        if not name.endswith(("gate_proj", "up_proj")):  # there the tail is any basis of a null space
+        if not name.endswith(("gate_proj", "up_proj")):  # their tail is an arbitrary basis of a null space
             assert overlap(b0, found[name].b0) > 0.99
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_quick_measures_everyone_in_processes_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quick_run_measures_every_contestant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(init_cost, "QUICK_HEAD_DIM", 4)
     out = tmp_path / "x" / "quick.json"
     monkeypatch.setattr(sys, "argv", ["init_cost", "--quick", "--out", str(out)])

@@ -1,4 +1,4 @@
-"""Fixtures of the converter's tests."""
+"""Fixtures of the converter tests."""
 
 import pytest
 

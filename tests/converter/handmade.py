@@ -1,4 +1,4 @@
-"""Adapters made by hand, whose true weight change is known."""
+"""Generated adapters with a known weight change."""
 
 import torch
 
@@ -8,7 +8,7 @@ from converter.stored import choose_rank, stored_lora
 
 
 def make_layer(d_out: int, d_in: int, rank: int, move: float, seed: int = 0, train_b: bool = True) -> AstraLayer:
-    """A layer whose factors moved by `move` relative to their start."""
+    """Return a layer whose trained factors differ from the initial ones by `move`, relative to the initial norm."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -35,7 +35,7 @@ def source_of(adapter: AstraAdapter) -> Source:
 
 
 def to_lora(adapter: AstraAdapter, dtype: torch.dtype, rank: int | None = None) -> LoraAdapter:
-    """What is written of an adapter: all layers, in memory."""
+    """Return the LoRA that `astra-convert` would write for `adapter`, with all layers in memory."""
     source = source_of(adapter)
     lora = stored_lora(source, choose_rank(source, rank), dtype)
     return LoraAdapter(dict(lora.layers), lora.config, {"base": source.base}, dict(lora.head))

@@ -1,4 +1,4 @@
-"""The proof: what is written was read back and compared, and is not written where it differs."""
+"""Verification: a LoRA is read back and compared with its source before it appears at the output path."""
 
 import json
 from dataclasses import replace
@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converter import adapter_dir
 from converter.adapter_dir import AstraAdapter, AstraLayer, LoraAdapter
-from converter.check_factors import NotTheAdapter, check_factors
-from converter.check_model import PROMPTS, check_model
+from converter.check_factors import VerificationFailed, check_factors
+from converter.check_model import DEFAULT_PROMPTS, check_model
 from converter.cli import main
 from converter.delta import delta_weight
 from converter.stored import choose_rank
@@ -23,7 +23,7 @@ SHAPES = {"q_proj": (32, 32), "v_proj": (16, 32)}
 
 @pytest.fixture
 def adapter(tiny_base: Path) -> AstraAdapter:
-    """An adapter by hand that fits the tiny base, B0 and A0 as large as B and A."""
+    """An adapter for the attention layers of the tiny base; training changed its factors by 30 %."""
     names = adapter_dir.base_shapes(tiny_base)
     layers = {
         name: make_layer(*shape, 4, 0.3, seed=i) for i, (name, shape) in enumerate(names.items()) if "self_attn" in name
@@ -46,16 +46,16 @@ def check(adapter: AstraAdapter, lora: LoraAdapter, dtype: torch.dtype = torch.b
 
 
 @pytest.mark.parametrize(("dtype", "least", "most"), [(torch.float32, 0, 1e-6), (torch.bfloat16, 5e-4, 0.004)])
-def test_the_error_of_the_factors_is_the_real_one_within_a_fifth(adapter, dtype, least, most) -> None:
+def test_the_estimated_error_of_the_factors_is_within_20_percent_of_the_exact_one(adapter, dtype, least, most) -> None:
     lora = to_lora(adapter, dtype)
-    squares, whole = 0.0, 0.0
+    error, total = 0.0, 0.0
     for module, layer in adapter.layers.items():
         a, b = (t.double() for t in lora.layers[module])
         exact = delta_weight(layer, adapter.scaling)
-        squares, whole = squares + float((b @ a - exact).square().sum()), whole + float(exact.square().sum())
+        error, total = error + float((b @ a - exact).square().sum()), total + float(exact.square().sum())
     found = check(adapter, lora, dtype)
     assert least <= found <= most
-    assert found == pytest.approx((squares / whole) ** 0.5, rel=0.2)
+    assert found == pytest.approx((error / total) ** 0.5, rel=0.2)
 
 
 def swapped(lora: LoraAdapter) -> None:
@@ -71,20 +71,20 @@ def scaled(lora: LoraAdapter) -> None:
     lora.layers.update({name: (a, 1.02 * b) for name, (a, b) in lora.layers.items()})
 
 
-def one_row_lost(lora: LoraAdapter) -> None:
+def with_a_zero_column(lora: LoraAdapter) -> None:
     _, b = lora.layers[next(iter(lora.layers))]
     b[:, 0] = 0
 
 
-@pytest.mark.parametrize("fault", [swapped, negated, scaled, one_row_lost])
-def test_a_lora_that_is_not_the_adapter_is_found_out_from_its_factors(adapter, fault) -> None:
+@pytest.mark.parametrize("fault", [swapped, negated, scaled, with_a_zero_column])
+def test_a_faulty_lora_is_detected_from_its_factors(adapter, fault) -> None:
     lora = to_lora(adapter, torch.bfloat16)
     fault(lora)
-    with pytest.raises(NotTheAdapter, match=r"at most 1\.0% is allowed"):
+    with pytest.raises(VerificationFailed, match=r"at most 1\.0% is allowed"):
         check(adapter, lora)
 
 
-def test_a_textbook_concatenation_of_a_small_move_does_not_pass(adapter) -> None:
+def test_the_textbook_form_of_a_small_change_is_refused(adapter) -> None:
     small = {
         n: replace(x, a=x.a0 + 0.01 * (x.a - x.a0), b=x.b0 + 0.01 * (x.b - x.b0)) for n, x in adapter.layers.items()
     }
@@ -95,22 +95,22 @@ def test_a_textbook_concatenation_of_a_small_move_does_not_pass(adapter) -> None
     def concat(layer: AstraLayer) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.cat([layer.a, layer.a0]).bfloat16(), torch.cat([layer.b, -layer.b0], dim=1).bfloat16()
 
-    with pytest.raises(NotTheAdapter):
+    with pytest.raises(VerificationFailed):
         check(adapter, replace(lora, layers={name: concat(layer) for name, layer in small.items()}))
 
 
-def test_what_compression_drops_is_allowed_and_no_more(adapter) -> None:
+def test_the_error_of_compression_is_allowed_and_no_more(adapter) -> None:
     source = source_of(adapter)
     rank = choose_rank(source, 6)
     lora = to_lora(adapter, torch.bfloat16, rank=6)
     total = check_factors(source, lora, rank, torch.bfloat16, lambda: None).total
     assert total == pytest.approx(rank.total_dropped**0.5, rel=0.3)
     worse = to_lora(adapter, torch.bfloat16, rank=1)
-    with pytest.raises(NotTheAdapter):
+    with pytest.raises(VerificationFailed):
         check_factors(source, worse, rank, torch.bfloat16, lambda: None)
 
 
-def test_numbers_too_small_for_float16_are_refused(adapter, tmp_path: Path, capsys) -> None:
+def test_factors_too_small_for_float16_are_refused(adapter, tmp_path: Path, capsys) -> None:
     tiny = {n: replace(x, a=x.a0 + 1e-8 * x.a, b=x.b0.clone()) for n, x in adapter.layers.items()}
     with adapter_dir.new_folder(tmp_path / "tiny") as new:
         adapter_dir.save_astra(new, replace(adapter, layers=tiny))
@@ -119,72 +119,83 @@ def test_numbers_too_small_for_float16_are_refused(adapter, tmp_path: Path, caps
     assert not (tmp_path / "lora").exists()
 
 
-def test_the_model_is_compared_with_the_base_at_hand_and_the_probe_is_what_peft_says(
-    folder, tiny_base, tmp_path
-) -> None:
-    assert main([str(folder), str(tmp_path / "lora")]) == 0  # the base is where the adapter says
+def test_the_record_has_the_digests_and_the_comparison_of_the_models(folder: Path, tmp_path: Path) -> None:
+    assert main([str(folder), str(tmp_path / "lora")]) == 0  # without --base: the adapter names a local folder
     written = json.loads((tmp_path / "lora" / "astra.json").read_text())
     assert written["verification"]["mean_kl"] < 1e-6
     assert written["verification"]["greedy_agreement"] == 1
     assert written["verification"]["effect"] > 1e-3
     assert written["digest"] == adapter_dir.lora_digest(tmp_path / "lora")
     assert written["source"]["digest"] == adapter_dir.astra_digest(folder)
+
+
+def test_the_probe_has_the_next_tokens_of_peft(folder: Path, tiny_base: Path, tmp_path: Path) -> None:
+    assert main([str(folder), str(tmp_path / "lora")]) == 0
+    written = json.loads((tmp_path / "lora" / "astra.json").read_text())
     base = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     probes = written["probe"]["prompts"]
-    assert [probe["prompt"] for probe in probes] == list(PROMPTS)
-    for who in ("base", "adapter"):
-        model = base if who == "base" else PeftModel.from_pretrained(base, tmp_path / "lora")
+    assert [probe["prompt"] for probe in probes] == list(DEFAULT_PROMPTS)
+    for name in ("base", "adapter"):
+        model = base if name == "base" else PeftModel.from_pretrained(base, tmp_path / "lora")
         for probe in probes:
             assert probe["token_ids"] == tokenizer(probe["prompt"])["input_ids"]
             with torch.no_grad():
-                said = model(input_ids=torch.tensor([probe["token_ids"]])).logits[0, -1].log_softmax(-1).topk(5)
-            assert probe[who]["token_ids"] == said.indices.tolist()
-            assert probe[who]["logprobs"] == pytest.approx(said.values.tolist(), abs=1e-3)
+                top = model(input_ids=torch.tensor([probe["token_ids"]])).logits[0, -1].log_softmax(-1).topk(5)
+            assert probe[name]["token_ids"] == top.indices.tolist()
+            assert probe[name]["logprobs"] == pytest.approx(top.values.tolist(), abs=1e-3)
     assert any(probe["base"]["logprobs"] != probe["adapter"]["logprobs"] for probe in probes)
 
 
-def test_a_served_model_too_far_from_the_trained_one_is_not_written(folder: Path, tmp_path: Path, capsys) -> None:
+def test_nothing_is_written_if_the_served_model_differs_by_more_than_max_kl(
+    folder: Path, tmp_path: Path, capsys
+) -> None:
     assert main([str(folder), str(tmp_path / "lora"), "--rank", "1", "--max-kl", "0.0001"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "nats a token (KL), allowed are 0.0001" in line
+    assert "nats per token (KL), above the limit of 0.0001" in line
     assert not (tmp_path / "lora").exists()
     assert main([str(folder), str(tmp_path / "lora"), "--rank", "1", "--max-kl", "10"]) == 0
 
 
-def test_a_model_check_that_fails_says_which_figure_failed(adapter, tiny_base: Path) -> None:
+def test_a_faulty_lora_is_detected_in_the_model(adapter, tiny_base: Path) -> None:
     lora = to_lora(adapter, torch.float32)
     negated(lora)
-    with pytest.raises(NotTheAdapter, match="nats a token"):
-        check_model(source_of(adapter), lora, tiny_base, torch.float32, PROMPTS, 1e-3)
+    with pytest.raises(VerificationFailed, match="nats per token"):
+        check_model(source_of(adapter), lora, tiny_base, torch.float32, DEFAULT_PROMPTS, 1e-3)
 
 
-def test_prompts_of_the_users_own_are_the_probe(folder: Path, tmp_path: Path, capsys) -> None:
+def test_the_probe_uses_the_prompts_of_the_user(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("def f(x):\\n\n\nhello\n")
     assert main([str(folder), str(tmp_path / "lora"), "--prompts", str(tmp_path / "prompts.txt")]) == 0
     written = json.loads((tmp_path / "lora" / "astra.json").read_text())
     assert [probe["prompt"] for probe in written["probe"]["prompts"]] == ["def f(x):\n", "hello"]
+
+
+def test_an_empty_or_missing_file_of_prompts_is_refused(folder: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "empty").write_text("\n")
-    for file, message in (("empty", "has 0 lines: give 1 to 64"), ("none", "cannot be read")):
+    for file, message in (("empty", "has 0 prompts: give 1 to 64"), ("none", "cannot be read")):
         assert main([str(folder), str(tmp_path / "x"), "--prompts", str(tmp_path / file)]) == 2
         assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("options", "why"), [((), "the base is not at hand: give --base"), (("--no-verify",), "--no-verify was given")]
+    ("options", "reason"),
+    [((), "the base is not available locally: give --base"), (("--no-verify",), "--no-verify was given")],
 )
-def test_without_the_model_the_factors_are_checked_and_the_adapter_says_so(adapter, tmp_path, options, why) -> None:
+def test_without_a_model_the_record_has_the_reason_and_the_errors_of_the_factors(
+    adapter, tmp_path, options, reason
+) -> None:
     adapter.provenance["base"]["id"] = "org/somewhere-else"
     with adapter_dir.new_folder(tmp_path / "astra") as new:
         adapter_dir.save_astra(new, adapter)
     assert main([str(tmp_path / "astra"), str(tmp_path / "lora"), *options]) == 0
     written = json.loads((tmp_path / "lora" / "astra.json").read_text())
-    assert written["unverified"] == why
+    assert written["unverified"] == reason
     assert written["errors"]["relative"] < 1e-5
     assert "probe" not in written
 
 
-def test_a_base_that_changed_since_training_is_refused(adapter, tmp_path: Path, capsys) -> None:
+def test_a_base_that_has_changed_since_training_is_refused(adapter, tmp_path: Path, capsys) -> None:
     adapter.provenance["base"]["digest"] = "sha256:" + 64 * "1"
     with adapter_dir.new_folder(tmp_path / "old") as new:
         adapter_dir.save_astra(new, adapter)
@@ -192,22 +203,36 @@ def test_a_base_that_changed_since_training_is_refused(adapter, tmp_path: Path, 
     assert "was trained on another base" in capsys.readouterr().err
 
 
-def test_inspect_says_what_an_adapter_is_and_finds_changed_bytes(folder: Path, tmp_path: Path, capsys) -> None:
+@pytest.fixture
+def lora(folder: Path, tmp_path: Path, capsys) -> Path:
+    """The converted adapter."""
     assert main([str(folder), str(tmp_path / "lora")]) == 0
     capsys.readouterr()
+    return tmp_path / "lora"
+
+
+def test_inspect_shows_kind_rank_digest_and_probe(folder: Path, lora: Path, capsys) -> None:
     assert main(["inspect", str(folder)]) == 0
     assert "Astra adapter of rank 4" in capsys.readouterr().out
-    assert main(["inspect", str(tmp_path / "lora")]) == 0
-    said = capsys.readouterr().out
-    assert "LoRA of rank 8" in said
-    assert "as recorded" in said
-    assert "8 prompts" in said
-    assert main(["inspect", str(tmp_path / "lora"), "--json"]) == 0
+    assert main(["inspect", str(lora)]) == 0
+    shown = capsys.readouterr().out
+    for part in ("LoRA of rank 8", "as recorded", "8 prompts"):
+        assert part in shown
+
+
+def test_inspect_prints_every_layer_as_json(lora: Path, capsys) -> None:
+    assert main(["inspect", str(lora), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["digest_is_the_recorded_one"] is True
     assert found["layers"]["model.layers.0.self_attn.v_proj"] == {"d_out": 16, "d_in": 32, "rank": 8}
-    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}))
-    assert main(["inspect", str(tmp_path / "lora")]) == 0
-    assert "NOT the recorded one" in capsys.readouterr().out
+
+
+def test_inspect_detects_changed_bytes(lora: Path, capsys) -> None:
+    config = json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}))
+    assert main(["inspect", str(lora)]) == 0
+    assert "NOT as recorded" in capsys.readouterr().out
+
+
+def test_inspect_refuses_a_missing_folder(tmp_path: Path) -> None:
     assert main(["inspect", str(tmp_path / "none")]) == 2

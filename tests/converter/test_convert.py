@@ -1,4 +1,4 @@
-"""`astra-convert` on an adapter that was really trained: the LoRA on disk is the trained model."""
+"""`astra-convert` on trained adapters: the base with the written LoRA equals the trained model."""
 
 from pathlib import Path
 
@@ -11,23 +11,21 @@ from transformers import AutoModelForCausalLM
 from converter.adapter_dir import read_lora_header
 from converter.cli import main
 from trainer.config import TrainConfig
-from trainer.train import train
+from trainer.train import optimise, train
 
 IDS = torch.arange(5, 125).view(6, 20)
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_base: Path, rows, tmp_path_factory) -> dict[bool, Path]:
-    """Two Astra adapters: B trained, B frozen. Their logits lie beside them, from the model that was trained."""
+    """Two Astra adapters by `train_b`; beside each folder is a file with the logits of the trained model."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "data.jsonl").write_text("\n".join(str(row).replace("'", '"') for row in rows))
     captured = {}
 
-    def capture(model, *_args):
+    def capture(model, *args):
         captured["model"] = model
-        return optimise(model, *_args)
-
-    from trainer.train import optimise
+        return optimise(model, *args)
 
     for train_b in (True, False):
         config = TrainConfig(rank=4, alpha=6, steps=30, batch_size=4, learning_rate=1e-2, train_b=train_b)
@@ -42,7 +40,7 @@ def trained(tiny_base: Path, rows, tmp_path_factory) -> dict[bool, Path]:
 
 
 @pytest.mark.parametrize(("train_b", "rank"), [(True, 8), (False, 4)])
-def test_base_plus_lora_in_plain_peft_equals_the_trained_model(
+def test_peft_with_the_lora_equals_the_trained_model(
     trained, tiny_base: Path, tmp_path: Path, capsys, train_b: bool, rank: int
 ) -> None:
     assert main([str(trained[train_b]), str(tmp_path / "lora"), "--base", str(tiny_base), "--dtype", "float32"]) == 0
@@ -53,7 +51,7 @@ def test_base_plus_lora_in_plain_peft_equals_the_trained_model(
         plain = base(input_ids=IDS).logits
         converted = PeftModel.from_pretrained(base, tmp_path / "lora")(input_ids=IDS).logits
     expected = torch.load(trained[train_b].with_suffix(".logits"), weights_only=True)
-    assert (plain - expected).abs().max() > 0.1  # the adapter does something
+    assert (plain - expected).abs().max() > 0.1  # the adapter has an effect
     torch.testing.assert_close(converted, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -64,7 +62,9 @@ def test_the_same_input_gives_the_same_bytes(trained, tmp_path: Path) -> None:
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
 
-def test_an_adapter_for_another_base_is_refused_and_nothing_is_written(trained, tiny_base, tmp_path, capsys) -> None:
+def test_an_adapter_for_another_base_is_refused_before_anything_is_written(
+    trained, tiny_base, tmp_path, capsys
+) -> None:
     other = tmp_path / "other"
     AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16).save_pretrained(other)
     assert main([str(trained[True]), str(tmp_path / "lora"), "--base", str(other)]) == 2
@@ -72,11 +72,11 @@ def test_an_adapter_for_another_base_is_refused_and_nothing_is_written(trained, 
     assert not (tmp_path / "lora").exists()
 
 
-def test_bad_input_gives_one_line_and_status_2(trained, tmp_path: Path, capsys) -> None:
-    (tmp_path / "there").mkdir()
+def test_invalid_input_gives_one_line_and_status_2(trained, tmp_path: Path, capsys) -> None:
+    (tmp_path / "existing").mkdir()
     for args, message in [
         ([tmp_path / "none", tmp_path / "out"], "there is no folder"),
-        ([trained[True], tmp_path / "there"], "exists already"),
+        ([trained[True], tmp_path / "existing"], "exists already"),
         ([trained[True], Path("/dev/null/lora")], "cannot be made"),
         ([trained[True], tmp_path / "out", "--base", tmp_path / "none"], "is not a folder"),
     ]:

@@ -1,4 +1,4 @@
-"""The algebra against float64."""
+"""The algebra of delta W, compared with float64."""
 
 from dataclasses import replace
 
@@ -25,18 +25,18 @@ def relative_error(approximation: torch.Tensor, exact: torch.Tensor) -> float:
     scaling=st.floats(0.1, 8),
     train_b=st.booleans(),
 )
-def test_the_factors_multiply_to_the_delta_of_the_paper(d_out, d_in, rank, move, scaling, train_b) -> None:
+def test_the_product_of_the_factors_is_delta_w(d_out, d_in, rank, move, scaling, train_b) -> None:
     layer = make_layer(d_out, d_in, rank, move, train_b=train_b)
     lora_a, lora_b = lora_factors(layer, scaling)
     k = 2 * rank if train_b else rank
     assert lora_a.shape == (k, d_in)
     assert lora_b.shape == (d_out, k)
-    # A - A0 is exact in float32 but A and A0 are rounded: the error is bounded by float32's eps over the move.
+    # A - A0 is exact in float32, but A and A0 are rounded: the error is at most float32's epsilon divided by the move.
     assert relative_error(lora_b.double() @ lora_a.double(), delta_weight(layer, scaling)) < 1e-6 / move + 1e-6
 
 
 @pytest.mark.parametrize("move", [0.03, 0.01, 0.003])
-def test_in_bfloat16_the_error_is_below_half_a_percent_where_the_textbook_form_is_ten_times_worse(move: float) -> None:
+def test_in_bfloat16_the_textbook_form_has_ten_times_our_error(move: float) -> None:
     layer = make_layer(1024, 1024, 16, move)
     exact = delta_weight(layer, 1.0)
     lora_a, lora_b = (t.bfloat16() for t in lora_factors(layer, 1.0))
@@ -49,16 +49,16 @@ def test_in_bfloat16_the_error_is_below_half_a_percent_where_the_textbook_form_i
     assert textbook >= 10 * ours
 
 
-def test_a_trained_b_gives_rank_2r_and_a_frozen_b_exactly_r() -> None:
-    free = to_lora(make_adapter({"m": make_layer(32, 24, 4, 0.1)}), torch.float32)
-    strict = to_lora(make_adapter({"m": make_layer(32, 24, 4, 0.1, train_b=False)}), torch.float32)
-    assert free.config["r"] == free.config["lora_alpha"] == 8
-    assert strict.config["r"] == strict.config["lora_alpha"] == 4
-    assert strict.layers["m"][0].shape == (4, 24)
-    assert torch.linalg.matrix_rank(strict.layers["m"][1] @ strict.layers["m"][0]) == 4
+def test_a_trained_b_gives_rank_2r_and_a_frozen_b_rank_r() -> None:
+    trained = to_lora(make_adapter({"m": make_layer(32, 24, 4, 0.1)}), torch.float32)
+    frozen = to_lora(make_adapter({"m": make_layer(32, 24, 4, 0.1, train_b=False)}), torch.float32)
+    assert trained.config["r"] == trained.config["lora_alpha"] == 8
+    assert frozen.config["r"] == frozen.config["lora_alpha"] == 4
+    assert frozen.layers["m"][0].shape == (4, 24)
+    assert torch.linalg.matrix_rank(frozen.layers["m"][1] @ frozen.layers["m"][0]) == 4
 
 
-def test_an_adapter_that_started_at_zero_keeps_its_rank() -> None:
+def test_an_adapter_with_b0_of_zero_keeps_its_rank() -> None:
     layer = make_layer(16, 24, 4, 0.1)
     lora = to_lora(make_adapter({"m": replace(layer, b0=torch.zeros_like(layer.b0))}), torch.float32)
     assert lora.config["r"] == 4
@@ -67,7 +67,7 @@ def test_an_adapter_that_started_at_zero_keeps_its_rank() -> None:
 
 
 @pytest.mark.parametrize("small", [make_layer(16, 16, 4, 0.1, train_b=False), make_layer(16, 16, 2, 0.1)])
-def test_all_layers_get_the_largest_rank_padded_with_zeros(small: AstraLayer) -> None:
+def test_smaller_layers_are_padded_to_the_largest_rank(small: AstraLayer) -> None:
     lora = to_lora(make_adapter({"a": make_layer(16, 16, 4, 0.1), "b": small}), torch.float32)
     assert {t[0].shape[0] for t in lora.layers.values()} == {t[1].shape[1] for t in lora.layers.values()} == {8}
     assert lora.config["r"] == 8
@@ -76,7 +76,7 @@ def test_all_layers_get_the_largest_rank_padded_with_zeros(small: AstraLayer) ->
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_the_scaling_is_baked_in(rslora: bool) -> None:
+def test_the_scaling_is_multiplied_into_the_factors(rslora: bool) -> None:
     adapter = make_adapter({"m": make_layer(16, 24, 4, 0.1)}, alpha=12)
     adapter.config["use_rslora"] = rslora
     assert adapter.scaling == (6.0 if rslora else 3.0)

@@ -1,4 +1,4 @@
-"""Adapter folders made to harm: each fault has its own words, nothing is written, and nothing else ever happens."""
+"""Malicious and damaged adapter folders: each fault has its own one-line error, and nothing is written."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from converter import adapter_dir
 from converter.adapter_dir import AdapterError, UnsafeAdapter
-from converter.adapter_dir.lora import matching
+from converter.adapter_dir.lora import pattern_value
 from converter.adapter_dir.tensors import TensorFile, write_tensors
 from converter.cli import main
 from tests.converter.handmade import make_adapter, make_layer, to_lora
@@ -28,9 +28,9 @@ WEIGHTS = {"astra": adapter_dir.ASTRA_WEIGHTS, "lora": adapter_dir.LORA_WEIGHTS}
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An Astra adapter and a LoRA without a base at hand."""
-    root = tmp_path_factory.mktemp("good")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An Astra adapter and a LoRA by kind; their base is not available locally."""
+    root = tmp_path_factory.mktemp("intact")
     adapter = make_adapter({"m.0.q_proj": make_layer(12, 8, 2, 0.1), "m.0.up_proj": make_layer(8, 12, 2, 0.1, 1)})
     with adapter_dir.new_folder(root / "astra") as folder:
         adapter_dir.save_astra(folder, adapter)
@@ -51,7 +51,7 @@ def with_header(file: Path, header: Any, data: bytes) -> None:
 
 
 def edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path, str], None]:
-    """A fault in the header: `change` gets the entries."""
+    """Return a fault that edits the entries of the header with `change`."""
 
     def damage(folder: Path, name: str) -> None:
         header, data = header_of(folder / name)
@@ -61,15 +61,16 @@ def edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path, str], None
     return damage
 
 
-def first(header: dict[str, Any]) -> dict[str, Any]:
+def first_entry(header: dict[str, Any]) -> dict[str, Any]:
     return header[next(name for name in header if name != "__metadata__")]
 
 
 def overlap(header: dict[str, Any]) -> None:
-    *_, one, two = sorted((e for n, e in header.items() if n != "__metadata__"), key=lambda e: e["data_offsets"])
-    length = two["data_offsets"][1] - two["data_offsets"][0]
-    begin = one["data_offsets"][0]
-    two["data_offsets"] = [begin, begin + length]
+    entries = (entry for name, entry in header.items() if name != "__metadata__")
+    *_, previous, last = sorted(entries, key=lambda entry: entry["data_offsets"])
+    length = last["data_offsets"][1] - last["data_offsets"][0]
+    begin = previous["data_offsets"][0]
+    last["data_offsets"] = [begin, begin + length]
 
 
 def shifted(header: dict[str, Any]) -> None:
@@ -87,11 +88,11 @@ def set_values(value: float) -> Callable[[Path, str], None]:
     return damage
 
 
-def bytes_of(content: bytes) -> Callable[[Path, str], None]:
+def replace_bytes(content: bytes) -> Callable[[Path, str], None]:
     return lambda folder, name: (folder / name).write_bytes(content) and None
 
 
-def linked_out(folder: Path, name: str) -> None:
+def link_outside(folder: Path, name: str) -> None:
     outside = folder.parent / "outside"
     (folder / name).rename(outside)
     (folder / name).symlink_to(outside)
@@ -105,52 +106,59 @@ def rename_tensor(new: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def drop_a_half(folder: Path, name: str) -> None:
+def remove_a_factor(folder: Path, name: str) -> None:
     tensors = load_file(folder / name)
     tensors.pop(sorted(tensors)[0])
     save_file(tensors, folder / name)
 
 
 FAULTS: dict[str, tuple[Callable[[Path, str], Any], str]] = {
-    "empty": (bytes_of(b""), "is cut short"),
-    "header longer than the file": (bytes_of(struct.pack("<Q", 2**60) + b"{}"), "its header alone claims"),
-    "header is no JSON": (lambda f, n: with_header(f / n, b"{" + b" " * 7, b""), "has no safetensors header"),
-    "header is a list": (lambda f, n: with_header(f / n, b"[]      ", b""), "it is no JSON object"),
-    "header nests without end": (lambda f, n: with_header(f / n, b"[" * 200_000, b""), "has no safetensors header"),
+    "empty": (replace_bytes(b""), "is truncated"),
+    "header longer than the file": (replace_bytes(struct.pack("<Q", 2**60) + b"{}"), "its header needs"),
+    "header is not JSON": (lambda f, n: with_header(f / n, b"{" + b" " * 7, b""), "has no safetensors header"),
+    "header is a list": (lambda f, n: with_header(f / n, b"[]      ", b""), "it is not a JSON object"),
+    "header is nested too deeply": (lambda f, n: with_header(f / n, b"[" * 200_000, b""), "has no safetensors header"),
     "a name twice": (lambda f, n: with_header(f / n, b'{"a": 1, "a": 2}', b""), "a name occurs twice"),
     "overlapping tensors": (edit(overlap), "overlaps the tensor before it"),
-    "a gap": (edit(shifted), "leaves bytes before it that nobody owns"),
-    "bytes missing": (lambda f, n: (f / n).write_bytes((f / n).read_bytes()[:-4]), "its header claims"),
-    "bytes at the end": (lambda f, n: (f / n).write_bytes((f / n).read_bytes() + b"more"), "its header claims"),
-    "size and shape differ": (edit(lambda h: first(h).update(shape=[1])), "of shape (1,)"),
-    "a shape like a zip bomb": (edit(lambda h: first(h).update(shape=[2**50, 2**50])), "no tensor of a possible size"),
-    "a bomb of no bytes": (
-        edit(lambda h: first(h).update(shape=[0, 2**62], data_offsets=[0, 0])),
-        "no tensor of a possible size",
+    "a gap": (edit(shifted), "has unused bytes before it"),
+    "bytes missing": (lambda f, n: (f / n).write_bytes((f / n).read_bytes()[:-4]), "but its header describes"),
+    "bytes at the end": (lambda f, n: (f / n).write_bytes((f / n).read_bytes() + b"more"), "but its header describes"),
+    "size and shape differ": (edit(lambda h: first_entry(h).update(shape=[1])), "of shape (1,)"),
+    "a huge shape": (edit(lambda h: first_entry(h).update(shape=[2**50, 2**50])), "an impossible header entry"),
+    "a huge shape of no bytes": (
+        edit(lambda h: first_entry(h).update(shape=[0, 2**62], data_offsets=[0, 0])),
+        "an impossible header entry",
     ),
-    "negative sizes": (edit(lambda h: first(h).update(shape=[-1, -8])), "no tensor of a possible size"),
-    "offsets that are no numbers": (edit(lambda h: first(h).update(data_offsets=[0, "8"])), "no tensor of a possible"),
-    "a wrong dtype": (edit(lambda h: first(h).update(dtype="I64")), "adapters hold F32, F16, BF16"),
-    "an unknown dtype": (edit(lambda h: first(h).update(dtype="[red]" * 99)), "adapters hold F32, F16, BF16"),
-    "NaN": (set_values(float("nan")), "holds NaN or infinite values"),
-    "infinity": (set_values(float("inf")), "holds NaN or infinite values"),
-    "a link out of the folder": (linked_out, "is a link that leads out of its folder"),
-    "a half missing": (drop_a_half, "has no tensor|without its other half"),
-    "a name of its own": (edit(rename_tensor("what\nis [bold]this")), "has no tensor|is no lora_A or lora_B"),
-    "a folder instead": (lambda f, n: ((f / n).unlink(), (f / n).mkdir()), "has no a"),
+    "negative sizes": (edit(lambda h: first_entry(h).update(shape=[-1, -8])), "an impossible header entry"),
+    "offsets that are not numbers": (
+        edit(lambda h: first_entry(h).update(data_offsets=[0, "8"])),
+        "an impossible header entry",
+    ),
+    "a wrong dtype": (edit(lambda h: first_entry(h).update(dtype="I64")), "not one of F32, F16, BF16"),
+    "an unknown dtype": (edit(lambda h: first_entry(h).update(dtype="[red]" * 99)), "not one of F32, F16, BF16"),
+    "NaN": (set_values(float("nan")), "contains NaN or infinite values"),
+    "infinity": (set_values(float("inf")), "contains NaN or infinite values"),
+    "a link out of the folder": (link_outside, "is a link that leads out of its folder"),
+    "a missing factor": (remove_a_factor, "has no tensor|has only one of lora_A and lora_B"),
+    "an unknown tensor name": (
+        edit(rename_tensor("two\nlines [bold]of text")),
+        "has no tensor|is not a lora_A or lora_B",
+    ),
+    "a folder instead of the file": (lambda f, n: ((f / n).unlink(), (f / n).mkdir()), "has no a"),
 }
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_of_the_weights_has_its_own_words_and_writes_nothing(good, tmp_path, kind, fault, capsys) -> None:
+def test_each_fault_of_the_weights_has_its_own_error(intact, tmp_path, kind, fault, capsys) -> None:
     damage, message = FAULTS[fault]
-    folder = shutil.copytree(good[kind], tmp_path / "adapter")
+    folder = shutil.copytree(intact[kind], tmp_path / "adapter")
     damage(folder, WEIGHTS[kind])
     refused(folder, tmp_path / "out", message, capsys)
 
 
 def refused(folder: Path, out: Path, message: str, capsys) -> None:
+    """Assert that `folder` is refused with one line that contains a part of `message`, and that nothing is written."""
     assert main([str(folder), str(out), "--no-verify"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert any(part in line for part in message.split("|")), line
@@ -168,37 +176,37 @@ CONFIGS: dict[str, tuple[str, str]] = {
     "alpha is negative": ('{"r": 2, "lora_alpha": -1}', "needs lora_alpha, a positive number"),
     "a pattern is a list": ('{"r": 2, "lora_alpha": 2, "rank_pattern": [1]}', "must map module names to positive"),
     "a pattern of strings": ('{"r": 2, "lora_alpha": 2, "alpha_pattern": {"q": "2"}}', "must map module names to"),
-    "nests without end": ("[" * 200_000, "is not JSON"),
-    "is no object": ('"r"', "is not a JSON object"),
+    "is nested too deeply": ("[" * 200_000, "is not JSON"),
+    "is not an object": ('"r"', "is not a JSON object"),
     "is not UTF-8": ("\udcff", "is not JSON"),
 }
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("fault", CONFIGS)
-def test_each_fault_of_the_config_has_its_own_words_and_writes_nothing(good, tmp_path, kind, fault, capsys) -> None:
+def test_each_fault_of_the_config_has_its_own_error(intact, tmp_path, kind, fault, capsys) -> None:
     text, message = CONFIGS[fault]
-    folder = shutil.copytree(good[kind], tmp_path / "adapter")
+    folder = shutil.copytree(intact[kind], tmp_path / "adapter")
     (folder / "adapter_config.json").write_text(text, errors="surrogateescape")
     refused(folder, tmp_path / "out", message, capsys)
 
 
-def test_a_config_too_large_to_be_one_is_not_read(good, tmp_path, capsys) -> None:
-    folder = shutil.copytree(good["lora"], tmp_path / "adapter")
+def test_a_huge_config_is_refused_without_reading_it(intact, tmp_path, capsys) -> None:
+    folder = shutil.copytree(intact["lora"], tmp_path / "adapter")
     with (folder / "adapter_config.json").open("wb") as file:
-        file.truncate(2**40)  # sparse: a terabyte that takes no room
+        file.truncate(2**40)  # sparse: a terabyte that uses no disk space
     refused(folder, tmp_path / "out", "is larger than 16 MiB", capsys)
 
 
-def test_a_weight_file_of_a_terabyte_is_refused_from_its_header(good, tmp_path, capsys) -> None:
-    folder = shutil.copytree(good["lora"], tmp_path / "adapter")
+def test_a_huge_weight_file_is_refused_from_its_header(intact, tmp_path, capsys) -> None:
+    folder = shutil.copytree(intact["lora"], tmp_path / "adapter")
     with (folder / adapter_dir.LORA_WEIGHTS).open("r+b") as file:
         file.truncate(2**40)
-    refused(folder, tmp_path / "out", "its header claims", capsys)
+    refused(folder, tmp_path / "out", "but its header describes", capsys)
 
 
-def test_a_regular_expression_that_takes_for_ever_is_never_run(good, tmp_path, capsys) -> None:
-    folder = shutil.copytree(good["lora"], tmp_path / "adapter")
+def test_a_pattern_that_is_a_regular_expression_is_not_evaluated(intact, tmp_path, capsys) -> None:
+    folder = shutil.copytree(intact["lora"], tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     config["alpha_pattern"] = {"(([a-z0-9._]*)*)*!": 3}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -216,17 +224,17 @@ def test_a_regular_expression_that_takes_for_ever_is_never_run(good, tmp_path, c
         (None, "model.q_proj", None),
     ],
 )
-def test_pattern_names_match_as_in_peft(pattern, module: str, expected: int | None) -> None:
+def test_pattern_keys_match_as_in_peft(pattern, module: str, expected: int | None) -> None:
     from peft.utils.other import get_pattern_key
 
-    assert matching(pattern, module, None) == expected
+    assert pattern_value(pattern, module, None) == expected
     key = get_pattern_key(list(pattern or {}), module)
     assert (pattern or {}).get(key) == expected
 
 
-def test_links_within_the_hubs_cache_are_followed(good, tmp_path: Path) -> None:
+def test_links_into_the_hub_cache_are_followed_and_others_are_refused(intact, tmp_path: Path) -> None:
     snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0", tmp_path / "models--a--b" / "blobs"
-    shutil.copytree(good["lora"], blobs)
+    shutil.copytree(intact["lora"], blobs)
     snapshot.mkdir(parents=True)
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
@@ -237,17 +245,19 @@ def test_links_within_the_hubs_cache_are_followed(good, tmp_path: Path) -> None:
         adapter_dir.load_lora(snapshot)
 
 
-def test_an_adapter_whose_names_are_not_the_bases_is_refused(good, tiny_base: Path, tmp_path: Path, capsys) -> None:
-    assert main([str(good["lora"]), str(tmp_path / "out"), "--base", str(tiny_base)]) == 2
+def test_an_adapter_with_other_layer_names_than_the_base_is_refused(
+    intact, tiny_base: Path, tmp_path: Path, capsys
+) -> None:
+    assert main([str(intact["lora"]), str(tmp_path / "out"), "--base", str(tiny_base)]) == 2
     assert "was trained on another base" in capsys.readouterr().err
-    (shutil.copytree(good["lora"], tmp_path / "adapter") / "astra.json").unlink()
+    (shutil.copytree(intact["lora"], tmp_path / "adapter") / "astra.json").unlink()
     assert main([str(tmp_path / "adapter"), str(tmp_path / "out"), "--base", str(tiny_base)]) == 2
-    assert "'m.0.q_proj' is (12, 8) in the adapter, no such layer in the base" in capsys.readouterr().err
+    assert "'m.0.q_proj' is (12, 8) in the adapter, missing in the base" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def loads(folder: Path, kind: str) -> bool:
-    """Whether the folder is read to its last number; any error but ours is a fault of the reader."""
+    """Return whether the folder can be read completely; an error other than AdapterError is a bug of the reader."""
     try:
         if kind == "astra":
             return len(dict(adapter_dir.load_astra(folder).layers)) > 0
@@ -262,21 +272,23 @@ FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCh
 
 @FUZZ
 @given(kind=st.sampled_from(sorted(WEIGHTS)), data=st.data())
-def test_any_changed_bytes_are_read_or_refused_and_never_crash(good, kind: str, data) -> None:
+def test_an_adapter_with_changed_bytes_is_read_or_refused_in_one_line(intact, kind: str, data) -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        folder = shutil.copytree(good[kind], Path(temporary) / "adapter")
+        folder = shutil.copytree(intact[kind], Path(temporary) / "adapter")
         name = data.draw(st.sampled_from(sorted(file.name for file in folder.iterdir() if file.suffix != ".md")))
         content = bytearray((folder / name).read_bytes())
         for _ in range(data.draw(st.integers(1, 6))):
-            # most faults in the header: the numbers behind it can be any
-            place = data.draw(st.one_of(st.integers(0, min(900, len(content) - 1)), st.integers(0, len(content) - 1)))
-            content[place] = data.draw(st.integers(0, 255))
+            # Most changes are in the header: the tensors after it may contain any numbers.
+            position = data.draw(
+                st.one_of(st.integers(0, min(900, len(content) - 1)), st.integers(0, len(content) - 1))
+            )
+            content[position] = data.draw(st.integers(0, 255))
         cut = data.draw(st.one_of(st.just(len(content)), st.integers(0, len(content))))
         (folder / name).write_bytes(content[:cut])
         if not loads(folder, kind):
-            with redirect_stderr(io.StringIO()) as said:
+            with redirect_stderr(io.StringIO()) as stderr:
                 assert main([str(folder), str(Path(temporary) / "out"), "--no-verify"]) == 2
-            assert said.getvalue().count("\n") == 1
+            assert stderr.getvalue().count("\n") == 1
             assert not (Path(temporary) / "out").exists()
 
 
@@ -297,7 +309,7 @@ headers = st.dictionaries(
 
 @FUZZ
 @given(header=headers, n=st.integers(0, 600))
-def test_a_header_that_we_accept_is_one_that_the_safetensors_library_accepts(header, n: int) -> None:
+def test_an_accepted_header_is_accepted_by_the_safetensors_library(header, n: int) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with_header(folder / "x.safetensors", header, bytes(n))
@@ -307,10 +319,10 @@ def test_a_header_that_we_accept_is_one_that_the_safetensors_library_accepts(hea
             return
         try:
             with safe_open(folder / "x.safetensors", framework="pt") as file:
-                theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                expected = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             pytest.fail(f"{error}: {header}")
-        assert theirs == found.shapes
+        assert expected == found.shapes
 
 
 @settings(deadline=None, max_examples=50)
@@ -325,7 +337,7 @@ def test_a_header_that_we_accept_is_one_that_the_safetensors_library_accepts(hea
         max_size=6,
     )
 )
-def test_what_is_streamed_to_a_file_is_what_the_safetensors_library_reads(content) -> None:
+def test_the_safetensors_library_reads_the_tensors_that_were_written(content) -> None:
     tensors = {name: torch.randint(-100, 100, shape).to(dtype) for name, (dtype, shape) in content.items()}
     with tempfile.TemporaryDirectory() as temporary:
         write_tensors(Path(temporary) / "x", tensors, tensors.items(), {"format": "pt"})

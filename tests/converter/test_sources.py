@@ -1,4 +1,4 @@
-"""Adapters that other tools wrote: the LoRA against the original base is the model that was trained."""
+"""Adapters of other tools: the original base with the converted LoRA equals the model that was trained."""
 
 import json
 import warnings
@@ -25,7 +25,7 @@ def base(tiny_base: Path) -> PreTrainedModel:
 
 
 def moved(model: PeftModel, by: float = 0.05) -> torch.Tensor:
-    """Move the adapter, as training would, and return the logits."""
+    """Change the adapter, as training would, and return the logits."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -35,14 +35,14 @@ def moved(model: PeftModel, by: float = 0.05) -> torch.Tensor:
 
 
 def converted(tiny_base: Path, lora: Path) -> torch.Tensor:
-    """The logits of PEFT with the converted LoRA on the original base."""
+    """Return the logits of PEFT with the converted LoRA on the original base."""
     with torch.no_grad():
         return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), lora)(input_ids=IDS).logits
 
 
 def save(model: PeftModel, folder: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns that the start is needed, too: that is what is tested here
+        warnings.simplefilter("ignore")  # PEFT warns that the initial adapter is needed, too
         model.save_pretrained(folder)
 
 
@@ -52,7 +52,7 @@ def run(*args: object) -> int:
 
 @pytest.mark.parametrize("method", ["pissa", "olora", "corda"])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_an_adapter_that_took_its_start_out_of_the_base_becomes_a_lora_for_the_original(
+def test_an_adapter_whose_initial_product_was_subtracted_fits_the_original_base(
     base, tiny_base: Path, tmp_path: Path, method: str, rslora: bool
 ) -> None:
     config = LoraConfig(
@@ -67,10 +67,10 @@ def test_an_adapter_that_took_its_start_out_of_the_base_becomes_a_lora_for_the_o
     if method == "corda":
         preprocess_corda(base, config, lambda: [base(input_ids=row[None]) for row in IDS])
     model = get_peft_model(base, config)
-    save(model, tmp_path / "start")
+    save(model, tmp_path / "initial")
     expected = moved(model)
     save(model, tmp_path / "trained")
-    assert run(tmp_path / "trained", tmp_path / "lora", "--initial", tmp_path / "start", "--base", tiny_base) == 0
+    assert run(tmp_path / "trained", tmp_path / "lora", "--initial", tmp_path / "initial", "--base", tiny_base) == 0
     torch.testing.assert_close(converted(tiny_base, tmp_path / "lora"), expected, rtol=1e-4, atol=1e-4)
     written = json.loads((tmp_path / "lora" / "astra.json").read_text())
     assert written["source"]["kind"] == "lora-and-start"
@@ -78,18 +78,18 @@ def test_an_adapter_that_took_its_start_out_of_the_base_becomes_a_lora_for_the_o
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["init_lora_weights"] is True
 
 
-def test_without_its_start_such_an_adapter_is_refused(base, tiny_base, tmp_path: Path, capsys) -> None:
+def test_without_its_initial_adapter_it_is_refused(base, tiny_base, tmp_path: Path, capsys) -> None:
     model = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="pissa"))
     save(model, tmp_path / "trained")
     assert run(tmp_path / "trained", tmp_path / "lora", "--base", tiny_base) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "give the start, saved before training, with --initial DIR" in line
+    assert "give the adapter as it was saved before training with --initial DIR" in line
     assert not (tmp_path / "lora").exists()
 
 
 @pytest.fixture
 def reference(base, tmp_path: Path) -> tuple[Path, torch.Tensor]:
-    """A folder as the reference code writes it: residual model, astra_init, and the trained adapter in ft."""
+    """A folder of the reference code (residual model, astra_init, trained adapter in ft), and the logits."""
     root = tmp_path / "run"
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS, init_lora_weights="pissa"))
     model.peft_config["default"].init_lora_weights = True
@@ -103,7 +103,7 @@ def reference(base, tmp_path: Path) -> tuple[Path, torch.Tensor]:
 
 
 @pytest.mark.parametrize("given", [".", "ft"])
-def test_a_folder_of_the_reference_code_becomes_a_lora_for_the_original(reference, given, tiny_base, tmp_path) -> None:
+def test_an_adapter_of_the_reference_code_fits_the_original_base(reference, given, tiny_base, tmp_path) -> None:
     root, expected = reference
     assert run(root / given, tmp_path / "lora", "--base", tiny_base) == 0
     torch.testing.assert_close(converted(tiny_base, tmp_path / "lora"), expected, rtol=1e-4, atol=1e-4)
@@ -112,16 +112,16 @@ def test_a_folder_of_the_reference_code_becomes_a_lora_for_the_original(referenc
     assert written["base"]["id"] == str(tiny_base)
 
 
-def test_a_residual_model_is_no_base_and_must_add_up_to_the_one_given(reference, tiny_base, tmp_path, capsys) -> None:
+def test_residual_model_and_initial_adapter_must_add_up_to_the_base(reference, tiny_base, tmp_path, capsys) -> None:
     root, _ = reference
     other = tmp_path / "other"
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(tiny_base).config)
     model.save_pretrained(other)
     for base, message in [
-        ([], "give the original one with --base"),
-        (["--base", other], "do not add up to that of"),
-        (["--base", root], "do not add up to that of"),
+        ([], "give the original base with --base"),
+        (["--base", other], "do not add up to the weight in"),
+        (["--base", root], "do not add up to the weight in"),
     ]:
         assert run(root / "ft", tmp_path / "lora", *base) == 2
         assert message in capsys.readouterr().err
@@ -141,7 +141,7 @@ def plain(base, tmp_path: Path) -> Callable[..., tuple[Path, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}], ids=str)
-def test_a_plain_lora_passes_through_with_its_numbers_as_they_are(plain, settings, tiny_base, tmp_path: Path) -> None:
+def test_a_plain_lora_keeps_its_numbers(plain, settings, tiny_base, tmp_path: Path) -> None:
     folder, expected = plain(**settings)
     assert run(folder, tmp_path / "lora", "--base", tiny_base) == 0
     before, after = (load_file(f / "adapter_model.safetensors") for f in (folder, tmp_path / "lora"))
@@ -153,7 +153,7 @@ def test_a_plain_lora_passes_through_with_its_numbers_as_they_are(plain, setting
     assert written["probe"]["prompts"]
 
 
-def test_patterns_that_engines_do_not_read_are_taken_into_the_factors(plain, tiny_base, tmp_path: Path) -> None:
+def test_ranks_and_alphas_by_layer_are_applied_to_the_factors(plain, tiny_base, tmp_path: Path) -> None:
     folder, expected = plain(rank_pattern={"q_proj": 2, "up_proj": 6}, alpha_pattern={"layers.1.mlp.down_proj": 24})
     assert run(folder, tmp_path / "lora", "--base", tiny_base) == 0
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
@@ -170,7 +170,7 @@ def test_a_plain_lora_can_be_compressed(plain, tiny_base, tmp_path: Path) -> Non
     assert all(2 in shape for shape in shapes)
 
 
-def test_a_lora_whose_rank_and_config_differ_is_refused(plain, tmp_path: Path, capsys) -> None:
+def test_a_lora_with_another_rank_than_its_config_is_refused(plain, tmp_path: Path, capsys) -> None:
     folder, _ = plain()
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 8}))
@@ -178,8 +178,8 @@ def test_a_lora_whose_rank_and_config_differ_is_refused(plain, tmp_path: Path, c
     assert "has rank 4, but adapter_config.json says 8" in capsys.readouterr().err
 
 
-class Runs:
-    """Pickles to a call: what a malicious checkpoint does."""
+class RunsCode:
+    """Its pickle calls a function when it is read, as that of a malicious checkpoint does."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return eval, ("__import__('pathlib').Path('ran').touch()",)
@@ -190,7 +190,7 @@ def as_bin(folder: Path, content: object) -> None:
     (folder / "adapter_model.safetensors").unlink(missing_ok=True)
 
 
-def test_a_bin_checkpoint_is_read_only_when_that_is_asked_for(plain, tiny_base, tmp_path: Path, capsys) -> None:
+def test_a_bin_checkpoint_is_read_only_with_allow_pickle(plain, tiny_base, tmp_path: Path, capsys) -> None:
     folder, expected = plain()
     as_bin(folder, load_file(folder / "adapter_model.safetensors"))
     assert run(folder, tmp_path / "lora", "--base", tiny_base) == 2
@@ -202,13 +202,15 @@ def test_a_bin_checkpoint_is_read_only_when_that_is_asked_for(plain, tiny_base, 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"weight": Runs()}, "holds more than tensors"),
-        ([torch.ones(1)], "must hold finite tensors"),
-        ({"a": torch.tensor([torch.nan])}, "must hold finite tensors"),
-        ({"a": torch.ones(1, dtype=torch.int64)}, "must hold finite tensors"),
+        ({"weight": RunsCode()}, "contains more than tensors"),
+        ([torch.ones(1)], "may contain only finite tensors"),
+        ({"a": torch.tensor([torch.nan])}, "may contain only finite tensors"),
+        ({"a": torch.ones(1, dtype=torch.int64)}, "may contain only finite tensors"),
     ],
 )
-def test_a_bin_checkpoint_never_runs_code(plain, tmp_path, content, message, capsys, monkeypatch) -> None:
+def test_a_bin_checkpoint_with_other_content_than_tensors_is_refused(
+    plain, tmp_path, content, message, capsys, monkeypatch
+) -> None:
     folder, _ = plain()
     as_bin(folder, content)
     monkeypatch.chdir(tmp_path)
@@ -218,21 +220,21 @@ def test_a_bin_checkpoint_never_runs_code(plain, tmp_path, content, message, cap
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_bin_checkpoint_that_is_no_zip_or_a_compressed_one_is_refused(plain, tmp_path: Path, capsys) -> None:
+def test_a_bin_checkpoint_that_pytorch_did_not_write_is_refused(plain, tmp_path: Path, capsys) -> None:
     from zipfile import ZIP_DEFLATED, ZipFile
 
     folder, _ = plain()
     as_bin(folder, {})
     (folder / "adapter_model.bin").write_bytes(b"\x80\x02}q\x00.")
     assert run(folder, tmp_path / "lora", "--allow-pickle", "--no-verify") == 2
-    assert "is no PyTorch checkpoint" in capsys.readouterr().err
+    assert "is not a PyTorch checkpoint" in capsys.readouterr().err
     with ZipFile(folder / "adapter_model.bin", "w", ZIP_DEFLATED) as bomb:
         bomb.writestr("archive/data.pkl", b"0" * 10**6)
     assert run(folder, tmp_path / "lora", "--allow-pickle", "--no-verify") == 2
-    assert "it could be of any size" in capsys.readouterr().err
+    assert "it could expand to any size" in capsys.readouterr().err
 
 
-def test_what_no_server_can_do_is_refused_by_name(plain, tmp_path: Path, capsys) -> None:
+def test_extensions_of_lora_that_no_server_supports_are_refused(plain, tmp_path: Path, capsys) -> None:
     folder, _ = plain()
     config = json.loads((folder / "adapter_config.json").read_text())
     for key, value in (("use_dora", True), ("bias", "lora_only"), ("layer_replication", [[0, 2]])):
@@ -242,10 +244,10 @@ def test_what_no_server_can_do_is_refused_by_name(plain, tmp_path: Path, capsys)
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file({"base_model.model.m.lora_embedding_A": torch.ones(1)}, folder / "adapter_model.safetensors")
     assert run(folder, tmp_path / "lora", "--no-verify") == 2
-    assert "is no lora_A or lora_B of a linear layer" in capsys.readouterr().err
+    assert "is not a lora_A or lora_B of a linear layer" in capsys.readouterr().err
 
 
-def test_merging_gives_a_whole_model_that_answers_as_the_trained_one(plain, tiny_base, tmp_path: Path) -> None:
+def test_a_merged_model_has_the_logits_of_the_trained_one(plain, tiny_base, tmp_path: Path) -> None:
     folder, expected = plain(rank_pattern={"q_proj": 2})
     assert run(folder, tmp_path / "merged", "--base", tiny_base, "--merge") == 0
     with torch.no_grad():
@@ -255,7 +257,7 @@ def test_merging_gives_a_whole_model_that_answers_as_the_trained_one(plain, tiny
     assert json.loads((tmp_path / "merged" / "astra.json").read_text())["format"] == "astra-merged/1"
 
 
-def test_a_base_in_several_files_is_merged_file_by_file(plain, tiny_base, tmp_path: Path) -> None:
+def test_a_merged_model_has_the_weight_files_of_its_base(plain, tiny_base, tmp_path: Path) -> None:
     folder, expected = plain()
     AutoModelForCausalLM.from_pretrained(tiny_base).save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
     files = sorted(file.name for file in (tmp_path / "sharded").glob("*.safetensors"))
@@ -267,12 +269,16 @@ def test_a_base_in_several_files_is_merged_file_by_file(plain, tiny_base, tmp_pa
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_merging_needs_a_base_that_is_not_quantised(plain, tiny_base, tmp_path: Path, capsys) -> None:
+def test_merging_needs_a_local_base(plain, tmp_path: Path, capsys) -> None:
     folder, _ = plain()
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/none"}))
     assert run(folder, tmp_path / "merged", "--merge") == 2
     assert "--merge writes the whole model: give --base" in capsys.readouterr().err
+
+
+def test_merging_into_a_quantised_base_is_refused(plain, tiny_base, tmp_path: Path, capsys) -> None:
+    folder, _ = plain()
     other = tmp_path / "int8"
     other.mkdir()
     tensors = load_file(tiny_base / "model.safetensors")

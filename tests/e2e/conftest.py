@@ -12,8 +12,8 @@ import pytest
 
 from astra_serve.document import desired
 from astra_serve.document.desired import Adapter, Document
-from benchmarks import demo
-from benchmarks.server import Server, astra_serve, free_port
+from tests.support import demo
+from tests.support.server import Server, astra_serve, free_port
 from trainer.embedded import tasks
 
 # A completion and a chat; the demo trains the third, too, and all of them for longer.

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import load, swap
-from benchmarks.server import Server
 from converter import adapter_dir
 from tests.converter.test_hostile import CONFIGS, FAULTS
 from tests.e2e.conftest import Admin
+from tests.support import load, swap
+from tests.support.server import Server
 
 pytestmark = pytest.mark.timeout(400)
 

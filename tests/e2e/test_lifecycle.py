@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from astra_serve.gateway.middleware import OPEN
-from benchmarks import demo
-from benchmarks.server import BIN, Server, astra_serve
+from tests.support import demo
+from tests.support.server import BIN, Server, astra_serve
 
 pytestmark = pytest.mark.timeout(300)
 KEY = "the-api-key"

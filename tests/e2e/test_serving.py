@@ -11,9 +11,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import demo
-from benchmarks.server import Server
 from tests.e2e.conftest import TASKS
+from tests.support import demo
+from tests.support.server import Server
 from trainer.embedded import tasks
 
 pytestmark = pytest.mark.timeout(500)

@@ -13,8 +13,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks import demo, swap
-from benchmarks.server import Server
+from tests.support import demo, swap
+from tests.support.server import Server
 from trainer.embedded import tasks
 
 pytestmark = pytest.mark.timeout(400)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from astra_serve.adapters.admission import open_base
-from benchmarks import demo
 from converter import adapter_dir
 from converter.adapter_dir import LoraAdapter
+from tests.support import demo
 
 
 def write_random_lora(folder: Path, seed: int) -> Path:

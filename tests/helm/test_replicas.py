@@ -21,10 +21,10 @@ import pytest
 from astra_serve.adapters.store import FILES, version_digest
 from astra_serve.document import desired, document_text
 from astra_serve.document.desired import Adapter, Document
-from benchmarks import demo
-from benchmarks.server import BIN, Server, astra_serve, free_port
 from converter.adapter_dir import LORA_WEIGHTS
 from tests.helm.conftest import write_random_lora
+from tests.support import demo
+from tests.support.server import BIN, Server, astra_serve, free_port
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread_each")]
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")

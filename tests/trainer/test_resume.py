@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.server import BIN
 from converter.adapter_dir import load_astra
+from tests.support.server import BIN
 from trainer.cli import main
 
 SETTINGS = ["--rank", "4", "--batch-size", "4", "--max-length", "32", "--forgetting-rows", "2", "--eval-share", "0.2"]

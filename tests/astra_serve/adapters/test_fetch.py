@@ -17,8 +17,8 @@ import s3fs
 from astra_serve.adapters.fetch import fetch
 from astra_serve.adapters.store import Store, version_digest
 from astra_serve.errors import CannotFetch
-from benchmarks import restart
 from tests.astra_serve.world import in_a_loop
+from tests.support.slow_files import slow_files
 
 COMMIT = 40 * "a"
 
@@ -100,7 +100,7 @@ def test_a_revision_that_the_hub_does_not_have_is_said_so_and_leaves_nothing(hub
 
 def test_an_adapter_comes_from_a_web_server_with_or_without_its_record(store, write_lora, tmp_path) -> None:
     source = write_lora("one", 1.0)
-    with restart.slow_files(tmp_path / "web", [source]) as (url,):
+    with slow_files(tmp_path / "web", [source]) as (url,):
         assert version_digest(fetched(url, store)) == version_digest(source)
         (source / "astra.json").unlink()
         folder = fetched(f"{url}/", store)

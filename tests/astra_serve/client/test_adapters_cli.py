@@ -15,8 +15,8 @@ import uvicorn
 
 from astra_serve.cli import main
 from astra_serve.document import desired
-from benchmarks.server import BIN, free_port
 from tests.astra_serve.world import TOKEN, server
+from tests.support.server import BIN, free_port
 
 
 @pytest.fixture
