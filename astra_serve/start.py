@@ -9,7 +9,6 @@ from pathlib import Path
 from astra_serve.adapters.admission import Base, engine_rank, open_base, parse_adapter
 from astra_serve.document import desired
 from astra_serve.document.desired import Adapter, Document
-from astra_serve.engine.process_guard import ended_by_signals
 from astra_serve.environment import ADMIN_TOKEN, admin_token
 from astra_serve.errors import EngineLost, ServeError
 from astra_serve.observe.json_lines import JsonLines
@@ -20,28 +19,26 @@ STORES = Path("~/.cache/astra/store").expanduser()
 DOCUMENT_RANK = 64  # engine rank for adapters that are not known yet, unless --max-lora-rank says otherwise
 
 
-def main(argv: list[str]) -> int:
-    """Start a server as `argv` says, run it until it ends, and return the exit status.
+def main(argv: list[str], lines: JsonLines) -> int:
+    """Start a server as `argv` says, run it until it ends, and return the exit status; `lines` are its output as JSON.
 
     0 after SIGTERM (143, or 130 for SIGINT, while the server starts); with one line on stderr 2 for bad input, and 1
     when the engine has died.
     """
     args, extra = _parser().parse_known_args(argv)
-    lines = JsonLines()
-    with ended_by_signals(lines.close):
-        try:
-            _check(args)
-            base = open_base(args.base)
-            document, rank = _document(args, base, [parse_adapter(text) for text in args.adapter])
-            if args.log_format == "json" or (args.log_format is None and not sys.stderr.isatty()):
-                lines.start()
-                extra = ["--logging-config.formatter", "json", *extra]
-            _serve(args, extra, base, document, rank)
-        except AstraError as error:
-            print(f"astra-serve: {error}", file=sys.stderr)
-            return 1 if isinstance(error, EngineLost) else 2
-        finally:
-            lines.close()
+    try:
+        _check(args)
+        base = open_base(args.base)
+        document, rank = _document(args, base, [parse_adapter(text) for text in args.adapter])
+        if args.log_format == "json" or (args.log_format is None and not sys.stderr.isatty()):
+            lines.start()
+            extra = ["--logging-config.formatter", "json", *extra]
+        _serve(args, extra, base, document, rank)
+    except AstraError as error:
+        print(f"astra-serve: {error}", file=sys.stderr)
+        return 1 if isinstance(error, EngineLost) else 2
+    finally:
+        lines.close()
     return 0
 
 

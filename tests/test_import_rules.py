@@ -81,7 +81,7 @@ ALLOWED = {
     "engine": {"parent_death", "errors", "document", "adapters", "gateway"},
     "client": {"environment", "errors", "document"},
     "cpu_lora": set(),
-    "cli": {"start", "client"},
+    "cli": {"start", "client", "engine", "observe"},
 }
 
 

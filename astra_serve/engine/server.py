@@ -5,6 +5,7 @@ them at once. When a background task fails (the engine is lost), running request
 """
 
 import asyncio
+import os
 import signal
 import socket
 from argparse import Namespace
@@ -43,7 +44,8 @@ def bound(args: Namespace, admin: tuple[str, int] | None) -> Iterator[tuple[sock
                 where = f"{admin[0]}:{admin[1]}"
                 sockets.append(_listen(*admin))
         except (OSError, KeyError) as error:  # a KeyError: an unknown parser, in vLLM's words
-            reason = getattr(error, "strerror", None) or str(error).strip("'\"")
+            number = getattr(error, "errno", None)
+            reason = os.strerror(number) if number else str(error).strip("'\"")
             raise ServeError(f"cannot serve at {where}: {reason}") from error
         yield sockets[0], sockets[1] if admin else None
     finally:

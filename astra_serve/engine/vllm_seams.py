@@ -80,15 +80,16 @@ __all__ = [
 # /invocations answers with the base whatever `model` says; and clients of a model may not scale its engine.
 NOT_SERVED = ("/invocations", "/scale_elastic_ep", "/is_scaling_elastic_ep")
 MODELS = "/v1/models"
+GENERATE = ["prompt", "sampling_params", "request_id"]
 CLIENT = ("generate", "abort", "add_lora", "remove_lora", "list_loras", "collective_rpc", "errored")
 
 
 def check(client: EngineClient) -> None:
     """Raise ServeError with the name of the first vLLM object that does not look as expected."""
-    parameters = list(inspect.signature(type(client).generate).parameters)[:4]
+    for name in CLIENT:
+        _expect(hasattr(client, name), f"EngineClient.{name}")
     for name, holds in {
-        **{f"EngineClient.{name}": hasattr(client, name) for name in CLIENT},
-        "EngineClient.generate": parameters == ["self", "prompt", "sampling_params", "request_id"],
+        "EngineClient.generate": list(inspect.signature(client.generate).parameters)[:3] == GENERATE,
         "AuthenticationMiddleware.verify_token": hasattr(AuthenticationMiddleware, "verify_token"),
         "OpenAIServingModels.lora_requests": "self.lora_requests" in inspect.getsource(OpenAIServingModels.__init__),
         "RequestStateStats": hasattr(RequestStateStats, "__dataclass_fields__")
