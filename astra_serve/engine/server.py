@@ -54,9 +54,15 @@ def bound(args: Namespace, admin: tuple[str, int] | None) -> Iterator[tuple[sock
 
 
 async def serve_admin(app: FastAPI, sock: socket.socket) -> None:
-    """Serve the admin API until cancelled."""
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
-    await NoSignalServer(config).serve(sockets=[sock])
+    """Serve the admin API until cancelled; requests that run then have a second to end."""
+    quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
+    server = NoSignalServer(uvicorn.Config(app, **quiet, timeout_graceful_shutdown=1))
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    try:
+        await asyncio.shield(serving)
+    finally:
+        server.should_exit = True
+        await serving
 
 
 async def serve(app: App, state: Any, args: Namespace, sock: socket.socket, gateway: Gateway, finish_s: float) -> None:
