@@ -31,6 +31,9 @@
   {{- $name := .name -}}
   {{- $mine := compact (list .source (dig "canary" "version" "" .)) -}}
   {{- $sources = concat $sources $mine -}}
+  {{- range .previous -}}
+    {{- if kindIs "map" . -}}{{- $sources = append $sources (dig "source" "" .) -}}{{- end -}}
+  {{- end -}}
   {{- range $mine -}}
     {{- if hasPrefix "sha256:" . -}}
       {{- if or (not $v.store.claim.name) (gt (int (include "astra.mostReplicas" $)) 1) -}}

@@ -22,9 +22,11 @@ EVERYTHING: dict[str, Any] = {
     "apiKey": {"secret": "keys"},
     "admin": {"secret": "admin"},
     "adapters": [
-        {"name": "sql", "source": "hf://org/sql@1a2b3c", "required": True, "rank": 32},
+        {"name": "sql", "source": "hf://org/sql@1a2b3c", "required": True, "rank": 32, "previous": [
+            {"digest": f"sha256:{'1' * 64}", "source": "hf://org/sql@0f9e8d", "replaced": "2026-11-27T09:00:00Z"},
+            f"sha256:{'2' * 64}"]},
         {"name": "intent", "source": "s3://adapters/intent", "pin": True,
-         "canary": {"version": "s3://adapters/intent-2", "weight": 0.1}},
+         "canary": {"version": "s3://adapters/intent-2", "digest": f"sha256:{'3' * 64}", "weight": 0.1}},
         {"name": "local", "source": "/adapters/local"},
     ],
     "adaptersClaim": {"name": "adapters"},

@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from astra_serve.document import desired
 from tests.helm.chart import CPU, EVERYTHING, NODES, container, one, pod, pods, render
+from tests.helm.values_table import SCHEMA
 
 
 def args(objects: list[dict[str, Any]]) -> dict[str, str]:
@@ -114,8 +116,11 @@ def test_the_document_is_what_the_server_reads() -> None:
     text = one(objects, "ConfigMap", "adapters")["data"]["adapters.yaml"]
     document = desired.parse(text, "the ConfigMap")
     assert [adapter.name for adapter in document.adapters] == ["sql", "intent", "local"]
-    assert document.adapters[0].required
-    assert document.adapters[1].canary is not None
+    sql, intent, _ = document.adapters
+    assert sql.required
+    assert [(step.digest[7], step.source) for step in sql.steps] == [("1", "hf://org/sql@0f9e8d"), ("2", None)]
+    assert sql.steps[0].replaced == datetime(2026, 11, 27, 9, tzinfo=UTC)
+    assert intent.canary == desired.Canary(**EVERYTHING["adapters"][1]["canary"])
 
 
 def test_no_adapter_at_all_is_a_document_too() -> None:
@@ -140,11 +145,34 @@ def test_a_document_elsewhere_needs_no_config_map() -> None:
     assert not [o for o in objects if o["metadata"]["name"].endswith("-adapters")]
 
 
-def test_every_key_of_the_document_is_a_value_and_the_other_way_round() -> None:
-    from tests.helm.values_table import SCHEMA
+TEXTS = {"description", "title", "default"}
+BOUNDS = {"exclusiveMinimum", "exclusiveMaximum"}  # of a canary's weight: `_checks.tpl` names them in its message
 
-    known = set(SCHEMA["properties"]["adapters"]["items"]["properties"])
-    assert known - {"rank"} == set(desired.Adapter.model_fields)
+
+def comparable(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema without texts and bounds, with references resolved and alternatives merged.
+
+    The alternative `null` of the server's schema is dropped: the chart refuses a key without a value.
+    """
+    schema = definitions.get(schema.get("$ref", "").rpartition("/")[2], schema)
+    if "anyOf" in schema:
+        parts = [comparable(part, definitions) for part in schema["anyOf"] if part != {"type": "null"}]
+        types = sorted({found for part in parts for found in part["type"]})
+        return {key: value for part in parts for key, value in part.items()} | {"type": types}
+    found = {key: value for key, value in schema.items() if key not in TEXTS | BOUNDS}
+    found["type"] = sorted([schema["type"]] if isinstance(schema["type"], str) else schema["type"])
+    if "items" in schema:
+        found["items"] = comparable(schema["items"], definitions)
+    if "properties" in schema:
+        found["properties"] = {key: comparable(one, definitions) for key, one in schema["properties"].items()}
+    return found
+
+
+def test_an_adapter_has_the_schema_of_the_servers_document() -> None:
+    document = desired.json_schema()
+    chart = comparable(SCHEMA["properties"]["adapters"]["items"], SCHEMA["definitions"])
+    assert chart["properties"].pop("rank") == {"type": ["integer"], "minimum": 1}  # for the chart alone
+    assert chart == comparable(document["properties"]["adapters"]["items"], document["$defs"])
 
 
 def test_local_adapters_come_from_their_claim_alone() -> None:

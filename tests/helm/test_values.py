@@ -136,6 +136,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "hub id": ({"adapters": [{"name": "a", "source": "org/repo"}]}, "if it is on the hub, say hf://org/repo"),
     "base, hub": ({"base": {"source": "hf://org/gated"}}, "a base on the hub is named ORG/NAME"),
+    "token in a step's source": (
+        {"adapters": [{**ADAPTER, "previous": [{"digest": f"sha256:{'0' * 64}", "source": "https://h/a?token=x"}]}]},
+        "a URL has credentials in it",
+    ),
     "token in a query": ({"adaptersUrl": "https://host/a.yaml?x=1&sig=abc"}, "a URL has credentials in it"),
     "OpenAI's key": ({"env": [{"name": "OPENAI_KEY", "value": "sk"}]}, "env has OPENAI_KEY in plain"),
     "value twice": (
@@ -164,6 +168,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "canary": (
         {"adapters": [{**ADAPTER, "canary": {"version": "hf://o/r2", "weight": 1}}]},
         "the canary's weight is 1: it must be above 0 and below 1",
+    ),
+    "no canary": (
+        {"adapters": [{**ADAPTER, "canary": {"version": "hf://o/r2", "weight": 0}}]},
+        "the canary's weight is 0: it must be above 0 and below 1",
     ),
     "two documents": ({"adapters": [ADAPTER], "adaptersUrl": "s3://b/k"}, "the desired state is in one place"),
     "no folder": ({"adapters": [{"name": "a", "source": "/adapters/a"}]}, "set adaptersClaim.name"),
@@ -220,6 +228,9 @@ def test_what_cannot_work_is_refused_when_it_is_rendered(case: str) -> None:
     "values",
     [{"replicas": -1}, {"image": {"pullPolicy": "Sometimes"}}, {"engine": {"maxLoraRank": 48}}, {"drainSeconds": 0},
      {"adapters": [{"name": "../a", "source": "s"}]}, {"adapters": [{"name": "a"}]}, {"shm": "8 gigabytes"},
+     {"adapters": [{**ADAPTER, "previous": ["sha256:1"]}]}, {"adapters": [{**ADAPTER, "previous": [{"source": "s"}]}]},
+     {"adapters": [{**ADAPTER, "previous": [{"digest": f"sha256:{'1' * 64}", "replaced": "yesterday"}]}]},
+     {"adapters": [{**ADAPTER, "canary": {"version": "s", "weight": 0.5, "digest": "sha256:1"}}]},
      {"nameOverride": "bad name"}, {"fullnameOverride": "1a"}, {"service": {"port": 65536}}, {"admin": {"port": 80}},
      {"httpRoute": {"hostnames": ["a_b..c"]}}, {"httpRoute": {"parentRefs": [{"name": "g", "namespace": "Bad_NS"}]}}],
 )  # fmt: skip
