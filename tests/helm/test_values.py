@@ -100,7 +100,7 @@ def test_the_table_of_values_in_the_readme_is_up_to_date() -> None:
 ADAPTER = {"name": "a", "source": "hf://o/r"}
 CLAIM = {"claim": {"name": "c"}}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "rank": ({"adapters": [{**ADAPTER, "rank": 128}]}, '"a" has rank 128, the engine takes up to 64'),
+    "rank": ({"adapters": [{**ADAPTER, "rank": 128}]}, '"a" has rank 128, above engine.maxLoraRank, which is 64'),
     "a name twice": ({"adapters": [ADAPTER, ADAPTER]}, 'two adapters are named "a"'),
     "the base's name": (
         {"adapters": [{**ADAPTER, "name": "llama"}], "base": {"source": "s3://b/llama"}},
@@ -113,11 +113,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
                 for i in range(5)
             ]
         },
-        "10 adapters are pinned, the engine has 8 slots",
+        "10 versions are pinned, canaries included, but engine.maxLoras is 8",
     ),
-    "pinned": ({"adapters": [{**ADAPTER, "name": f"a{i}", "pin": True} for i in range(9)]}, "9 adapters are pinned"),
-    "slots": ({"engine": {"maxLoras": 9, "resident": 8}}, "what is in a slot is resident"),
-    "store, replicas": ({"replicas": 2, "store": CLAIM}, "store.claim is ReadWriteOnce, and there may be 2 pods"),
+    "pinned": ({"adapters": [{**ADAPTER, "name": f"a{i}", "pin": True} for i in range(9)]}, "9 versions are pinned"),
+    "slots": ({"engine": {"maxLoras": 9, "resident": 8}}, "resident adapters include those of a batch"),
+    "store, replicas": ({"replicas": 2, "store": CLAIM}, "store.claim is ReadWriteOnce, but there may be 2 pods"),
     "store, scaled": ({"autoscaling": {"kind": "hpa"}, "store": CLAIM}, "there may be 4 pods"),
     "adapters claim": (
         {"replicas": 2, "adaptersClaim": {"name": "c", "accessMode": "ReadWriteOnce"}},
@@ -125,7 +125,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "empty store": (
         {"adapters": [{"name": "a", "source": "sha256:" + "0" * 64}]},
-        "comes from the store, which is empty",
+        "has a source in the store",
     ),
     "a store of each server": (
         {
@@ -133,16 +133,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "replicas": 2,
             "store": {"claim": {"name": "c", "accessMode": "ReadWriteMany"}},
         },
-        "each server's own",
+        "each server has its own",
     ),
-    "hub id": ({"adapters": [{"name": "a", "source": "org/repo"}]}, "if it is on the hub, say hf://org/repo"),
-    "base, hub": ({"base": {"source": "hf://org/gated"}}, "a base on the hub is named ORG/NAME"),
+    "hub id": ({"adapters": [{"name": "a", "source": "org/repo"}]}, "for a hub id write hf://org/repo"),
+    "base, hub": ({"base": {"source": "hf://org/gated"}}, "write a base of the hub as ORG/NAME"),
     "token in a step's source": (
         {"adapters": [{**ADAPTER, "previous": [{"digest": f"sha256:{'0' * 64}", "source": "https://h/a?token=x"}]}]},
-        "a URL has credentials in it",
+        "a URL contains credentials",
     ),
-    "token in a query": ({"adaptersUrl": "https://host/a.yaml?x=1&sig=abc"}, "a URL has credentials in it"),
-    "OpenAI's key": ({"env": [{"name": "OPENAI_KEY", "value": "sk"}]}, "env has OPENAI_KEY in plain"),
+    "token in a query": ({"adaptersUrl": "https://host/a.yaml?x=1&sig=abc"}, "a URL contains credentials"),
+    "OpenAI's key": ({"env": [{"name": "OPENAI_KEY", "value": "sk"}]}, "env has the secret OPENAI_KEY as plain text"),
     "value twice": (
         {"env": [{"name": "A", "value": "1", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}]},
         "env has A with value and valueFrom",
@@ -152,8 +152,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"volumes": [{"name": "a", "mountPath": "/a", "secret": "s"}, {"name": "a", "mountPath": "/b", "claim": "c"}]},
         'two volumes are named "a"',
     ),
-    "rules": ({"monitoring": {"rules": True}}, "set that, too"),
-    "load balancer": ({"service": {"type": "LoadBalancer"}}, "lets everybody in"),
+    "rules": ({"monitoring": {"rules": True}}, "set monitoring.serviceMonitor, too"),
+    "load balancer": ({"service": {"type": "LoadBalancer"}}, "reachable from outside without a key"),
     "canary's folder": (
         {"adapters": [{**ADAPTER, "canary": {"version": "/tmp/x", "weight": 0.5}}]},  # noqa: S108
         "set adaptersClaim.name",
@@ -174,47 +174,47 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"adapters": [{**ADAPTER, "canary": {"version": "hf://o/r2", "weight": 0}}]},
         "the canary's weight is 0: it must be above 0 and below 1",
     ),
-    "two documents": ({"adapters": [ADAPTER], "adaptersUrl": "s3://b/k"}, "the desired state is in one place"),
+    "two documents": ({"adapters": [ADAPTER], "adaptersUrl": "s3://b/k"}, "give the desired state in one of them"),
     "no folder": ({"adapters": [{"name": "a", "source": "/adapters/a"}]}, "set adaptersClaim.name"),
     "other folder": (
         {"adapters": [{"name": "a", "source": "/tmp/a"}], "adaptersClaim": {"name": "c"}},  # noqa: S108
         "adaptersClaim is mounted at /adapters",
     ),
     "1 MB": ({"adapters": [{"name": f"a{i}", "source": "hf://o/" + "r" * 500} for i in range(2000)]}, "1 MB"),
-    "no rollout": ({"rollout": {"maxSurge": 0, "maxUnavailable": 0}}, "nothing could ever be replaced"),
-    "nodes, store": ({**NODES, "store": {"claim": {"name": ""}}}, "set store.claim, ReadWriteMany"),
+    "no rollout": ({"rollout": {"maxSurge": 0, "maxUnavailable": 0}}, "no pod could be replaced"),
+    "nodes, store": ({**NODES, "store": {"claim": {"name": ""}}}, "set store.claim with ReadWriteMany"),
     "nodes, no GPU": ({**NODES, "gpu": {"count": 0}}, "gpu.count is 0"),
     "base, no claim": ({"base": {"source": "/base"}}, "set base.claim.name"),
-    "base, elsewhere": ({"base": {"source": "o/r", "claim": {"name": "c"}}}, "name the folder in it"),
+    "base, elsewhere": ({"base": {"source": "o/r", "claim": {"name": "c"}}}, "set base.source to a folder below /base"),
     "scale": ({"autoscaling": {"kind": "keda", "minReplicas": 5}}, "minReplicas is above"),
-    "ingress": ({"ingress": {"enabled": True}}, "without ingress.host"),
+    "ingress": ({"ingress": {"enabled": True}}, "ingress.enabled needs ingress.host"),
     "route": ({"httpRoute": {"enabled": True}}, "name the Gateway"),
     "one Gateway, two ports": (
         {"httpRoute": {"parentRefs": [{"name": "g", "port": 80}, {"name": "g", "namespace": NAMESPACE, "port": 443}]}},
-        '"g" twice: give each a sectionName',
+        '"g" twice: give each a different sectionName',
     ),
     "one listener twice": (
         {"httpRoute": {"parentRefs": [{"name": "g", "sectionName": "a"}, {"name": "g", "sectionName": "a"}]}},
         '"g" twice',
     ),
-    "secret": ({"env": [{"name": "HF_TOKEN", "value": "hf_x"}]}, "env has HF_TOKEN in plain"),
+    "secret": ({"env": [{"name": "HF_TOKEN", "value": "hf_x"}]}, "env has the secret HF_TOKEN as plain text"),
     "variable of ours": (
         {"env": [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}]},
-        "env has HF_TOKEN, which is this chart's to set: use hubToken",
+        "env has HF_TOKEN, which the chart sets: use hubToken",
     ),
     "variable twice": ({"env": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]}, "env has A twice"),
     "admin": ({"admin": {"port": 8000}}, "admin.port is 8000"),
     "key": ({"engine": {"args": ["--api_key=x"]}}, "use apiKey.secret"),
     "short option": (
         {"engine": {"args": ["-tp=2"]}},
-        "engine.args has -tp, which is this chart's to set: use gpu.count",
+        "engine.args has -tp, which the chart sets: use gpu.count",
     ),
     "hub token": ({"engine": {"args": ["--hf-token", "hf_x"]}}, "use hubToken"),
     "TLS": ({"engine": {"args": ["--ssl-keyfile=/x"]}}, "use ingress.tlsSecret"),
-    "option": ({"engine": {"args": ["--port=9000"]}}, "--port, which is this chart's to set: use service.port"),
-    "password": ({"adaptersUrl": "https://user:secret@host/document"}, "a URL has credentials in it"),
+    "option": ({"engine": {"args": ["--port=9000"]}}, "--port, which the chart sets: use service.port"),
+    "password": ({"adaptersUrl": "https://user:secret@host/document"}, "a URL contains credentials"),
     "no metrics": ({"autoscaling": {"kind": "keda"}}, "set monitoring.serviceMonitor"),
-    "no key": ({"ingress": {"enabled": True, "host": "a.b"}}, "lets everybody in"),
+    "no key": ({"ingress": {"enabled": True, "host": "a.b"}}, "reachable from outside without a key"),
 }
 
 
@@ -247,10 +247,10 @@ def test_a_route_may_use_several_listeners_of_one_gateway() -> None:
 
 def test_a_name_that_is_invalid_for_a_service_is_refused() -> None:
     for name in ("1a", "a.b", "1"):
-        with pytest.raises(RenderError, match=rf'no Service may have the name "{name}-astra": set fullnameOverride'):
+        with pytest.raises(RenderError, match=f'"{name}-astra" is not a valid name of a Service: set fullname'):
             run("helm4", "template", name, str(CHART))
         assert run("helm4", "template", name, str(CHART), "--set", "fullnameOverride=a")
-    with pytest.raises(RenderError, match='no Service may have the name "on"'):
+    with pytest.raises(RenderError, match='"on" is not a valid name of a Service'):
         render({"fullnameOverride": "on"})
 
 
