@@ -198,7 +198,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         '"g" twice',
     ),
     "secret": ({"env": [{"name": "HF_TOKEN", "value": "hf_x"}]}, "env has the secret HF_TOKEN as plain text"),
-    "variable of ours": (
+    "variable of the chart": (
         {"env": [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}]},
         "env has HF_TOKEN, which the chart sets: use hubToken",
     ),
