@@ -15,20 +15,17 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from vllm import envs
+from vllm.entrypoints.launchers.launcher import NoSignalServer, setup_server
+from vllm.entrypoints.launchers.utils import constants
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
 
-from astra_serve.engine.vllm_seams import (
-    H11_MAX_HEADER_COUNT_DEFAULT,
-    H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT,
-    NoSignalServer,
-    SSLCertRefresher,
-    envs,
-    get_uvicorn_log_config,
-    setup_server,
-)
 from astra_serve.errors import ServeError
 from astra_serve.gateway.middleware import App, Gateway
 
 FAILING_S = 10.0  # for the errors of the requests that run when the engine is lost
+SSL = ("keyfile", "certfile", "ca_certs", "cert_reqs", "ciphers")
 SHUTTING_DOWN = "the server is shutting down"
 
 
@@ -111,16 +108,14 @@ def _server(app: App, state: Any, args: Namespace) -> NoSignalServer:
         access_log=False,  # `observe.log` has a line for each request to a model
         timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
         timeout_graceful_shutdown=int(FAILING_S),  # the gateway has waited for the requests, unless the engine died
-        ssl_keyfile=args.ssl_keyfile,
-        ssl_certfile=args.ssl_certfile,
-        ssl_ca_certs=args.ssl_ca_certs,
-        ssl_cert_reqs=args.ssl_cert_reqs,
-        ssl_ciphers=args.ssl_ciphers,
+        **{f"ssl_{name}": getattr(args, f"ssl_{name}") for name in SSL},
         **({"log_config": found} if (found := get_uvicorn_log_config(args)) else {}),
     )
-    config.h11_max_incomplete_event_size = args.h11_max_incomplete_event_size or H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT
-    # vLLM's own, which its uvicorn reads
-    config.h11_max_header_count = args.h11_max_header_count or H11_MAX_HEADER_COUNT_DEFAULT  # type: ignore[attr-defined]
+    config.h11_max_incomplete_event_size = (
+        args.h11_max_incomplete_event_size or constants.H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT
+    )
+    most = args.h11_max_header_count or constants.H11_MAX_HEADER_COUNT_DEFAULT
+    config.h11_max_header_count = most  # type: ignore[attr-defined]  # vLLM's own, which its uvicorn reads
     config.load()
     if args.enable_ssl_refresh:
         state.ssl_refresher = SSLCertRefresher(config.ssl, args.ssl_keyfile, args.ssl_certfile, args.ssl_ca_certs)
