@@ -1,4 +1,4 @@
-"""What an adapter must show before the engine may read it. Nothing here loads weights or imports the engine."""
+"""The rules that an adapter must satisfy before the engine reads it. Nothing here loads weights or imports vllm."""
 
 import re
 import threading
@@ -13,13 +13,13 @@ from converter.adapter_dir import ENGINE_RANKS, LoraHeader
 
 
 class WeightsDigest:
-    """The digest of the weights in a folder, read once, when somebody asks: hundreds of gigabytes take minutes."""
+    """The digest of the weights in a folder, computed at the first use: hundreds of gigabytes take minutes."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._found, self._reading = folder, "", threading.Lock()
 
     def read(self) -> str:
-        """Return sha256:HEX; whoever asks meanwhile waits for the first. Raises AdapterError."""
+        """Return sha256:HEX; concurrent callers wait for the first one. Raises AdapterError."""
         with self._reading:
             self._found = self._found or adapter_dir.base_digest(self._folder)
             return self._found
@@ -29,7 +29,7 @@ class WeightsDigest:
 class Base:
     """The base model that every adapter must belong to."""
 
-    name: str  # by which requests name it
+    name: str  # the `model` of requests for it
     folder: Path
     weights: WeightsDigest
     shapes: dict[str, tuple[int, int]]
@@ -41,7 +41,7 @@ class Base:
         return self.weights.read()
 
     def check(self, folder: Path) -> LoraHeader:
-        """Return what the LoRA in `folder` is, if the engine can serve it on this base.
+        """Return the header of the LoRA in `folder`, if the engine can serve it on this base.
 
         Raises ServeError and AdapterError.
         """
@@ -67,12 +67,12 @@ def parse_adapter(text: str) -> tuple[str, Path]:
 
 
 def base_name(base: str) -> str:
-    """Return the `model` by which requests name the base: a local folder's name, or the hub id as it is."""
+    """Return the `model` of requests for the base: a local folder's name, or the hub id as it is."""
     return Path(base).resolve().name if Path(base).is_dir() else base
 
 
 def open_base(base: str) -> Base:
-    """Return what adapters are checked against; `base` is a folder or a hub id. Raises AdapterError."""
+    """Return the base that adapters are checked against; `base` is a folder or a hub id. Raises AdapterError."""
     folder = adapter_dir.find_base(base)
     return Base(base_name(base), folder, WeightsDigest(folder), adapter_dir.base_shapes(folder))
 

@@ -1,8 +1,8 @@
-"""Does the engine answer as the adapter should? Asked before an adapter gets its first request.
+"""The proof of an adapter: before its first request, the engine must answer a few prompts as the adapter should.
 
-A LoRA that `astra-convert` wrote carries what its base and it say after a few prompts. The engine must say the same as
-the adapter, and not what the base says. Of any other LoRA it is only known that it must change something. When the
-engine reads a proved version again, one prompt tells whether it says what it said before.
+A LoRA that `astra-convert` wrote carries a record: the likeliest next tokens of its base and of the adapter after a few
+prompts. The engine's answers must be those of the adapter. A LoRA without a record must change the base's answers. When
+a version is published again, its answer to one prompt must be the one of its proof.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from astra_serve.adapters.protocol import Engine
 from astra_serve.errors import ProbeFailed
 from converter.adapter_dir import PROVENANCE, read_json
 
-# Nats. Kernels and dtypes of engines differ from those of the converter by some hundredths.
+# Nats per token. Kernels and dtypes of engines differ from those of the converter by some hundredths.
 MOST_DEVIATION = 0.3
 LEAST_EFFECT = 0.01
 NOISE = 0.05  # between two answers of one engine to one prompt, in batches of different sizes
 _REMEMBERED = 256  # sets of prompts
-# Token ids that every vocabulary has, in no meaningful order: whatever changes the weights changes what follows them.
+# Token ids that every vocabulary has, in no meaningful order: a change of the weights changes the next tokens.
 PROMPTS = [[i * 7 % 199 + 3 for i in range(n, n + 12)] for n in range(0, 96, 12)]
 
 Token = Annotated[int, Field(ge=0, lt=2**24)]
@@ -43,31 +43,31 @@ class _Probe(BaseModel):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a probe found; mean absolute differences of log probabilities, nats."""
+    """The result of a probe; mean absolute differences of log probabilities, in nats."""
 
-    recorded: bool  # whether the adapter says what to expect of it
+    recorded: bool  # whether the adapter has a record of its answers
     prompts: int
-    effect: float  # the engine with the adapter, from the base
-    deviation: float | None  # the engine with the adapter, from what was recorded
+    effect: float  # between the engine's answers with the adapter and those of the base
+    deviation: float | None  # between the engine's answers with the adapter and the record
 
 
 @dataclass(frozen=True)
 class Proof:
-    """A verdict, and how to see with one prompt that the same weights were read again."""
+    """A verdict, and the prompt that shows later whether the engine has read the same weights again."""
 
     verdict: Verdict
-    prompt: list[int]  # after which the adapter is furthest from the base
-    said: dict[int, float]
-    most_deviation: float
+    prompt: list[int]  # the one with the largest effect
+    answer: dict[int, float]  # log probabilities of the likeliest next tokens
+    most_deviation: float  # of a later answer, in nats
 
     @property
     def of_an_effect(self) -> bool:
-        """Return whether it changes something; otherwise it was admitted because it need not."""
+        """Return whether the adapter changes answers; otherwise it was admitted because it need not."""
         return self.verdict.effect >= LEAST_EFFECT
 
 
 class Prover:
-    """Proves adapters on one engine. What its base says is asked once for each set of prompts: it never changes."""
+    """Proves adapters on one engine; the base's answers to a set of prompts are asked for once."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -76,16 +76,15 @@ class Prover:
     async def prove(
         self, handle: Any, folder: Path, *, may_change_nothing: bool = False, urgent: bool = False
     ) -> Proof:
-        """Ask the engine what its adapter `handle`, read from `folder`, says. Raises ProbeFailed and ServeError."""
+        """Prove the engine's adapter `handle`, which was read from `folder`. Raises ProbeFailed and ServeError."""
         probe = _recorded(folder)
         prompts = [prompt.token_ids for prompt in probe.prompts] if probe else PROMPTS
-        said = await self._engine.next_tokens(prompts, handle, urgent=urgent)
-        effects = [
-            _between(one, other) for one, other in zip(said, await self._of_base(prompts, urgent=urgent), strict=True)
-        ]
+        answers = await self._engine.next_tokens(prompts, handle, urgent=urgent)
+        of_base = await self._of_base(prompts, urgent=urgent)
+        effects = [_between(one, other) for one, other in zip(answers, of_base, strict=True)]
         effect, deviation = _mean(effects), None
         if probe:
-            deviation = _mean([_from(one, prompt.adapter) for one, prompt in zip(said, probe.prompts, strict=True)])
+            deviation = _mean([_from(one, prompt.adapter) for one, prompt in zip(answers, probe.prompts, strict=True)])
             if not deviation <= MOST_DEVIATION:  # a recorded NaN fails, too
                 raise ProbeFailed(
                     f"the engine is {deviation:.2f} nats from what the adapter should say, allowed are "
@@ -100,12 +99,14 @@ class Prover:
             )
         most = max(range(len(prompts)), key=effects.__getitem__)
         tolerance = min(MOST_DEVIATION, max(NOISE, effects[most] / 2))
-        return Proof(Verdict(probe is not None, len(prompts), effect, deviation), prompts[most], said[most], tolerance)
+        return Proof(
+            Verdict(probe is not None, len(prompts), effect, deviation), prompts[most], answers[most], tolerance
+        )
 
     async def again(self, handle: Any, proof: Proof, *, urgent: bool = False) -> None:
-        """Make sure that an adapter that the engine has read again is the one that was proved. Raises ProbeFailed."""
-        (said,) = await self._engine.next_tokens([proof.prompt], handle, urgent=urgent)
-        deviation = _between(said, proof.said)
+        """Verify that an adapter that the engine has read again is the one that was proved. Raises ProbeFailed."""
+        (answer,) = await self._engine.next_tokens([proof.prompt], handle, urgent=urgent)
+        deviation = _between(answer, proof.answer)
         if not deviation <= proof.most_deviation:
             raise ProbeFailed(
                 f"the engine is {deviation:.2f} nats from its answers with this version before: publish it again"
@@ -131,11 +132,11 @@ def _recorded(folder: Path) -> _Probe | None:
         raise ProbeFailed(f"its probe cannot be read: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
 
 
-def _from(said: dict[int, float], recorded: _Distribution) -> float:
-    """Return how far the engine is from a recorded distribution, over the tokens of which both know."""
-    least = min(said.values())  # what the engine does not list is less likely than all that it lists
+def _from(answer: dict[int, float], recorded: _Distribution) -> float:
+    """Return the difference between an answer of the engine and a recorded one, over the recorded tokens."""
+    least = min(answer.values())  # a token that the engine does not list is less likely than all listed ones
     return _mean([
-        abs(said.get(token, min(least, value)) - value)
+        abs(answer.get(token, min(least, value)) - value)
         for token, value in zip(recorded.token_ids, recorded.logprobs, strict=False)
     ])  # fmt: skip
 
@@ -145,7 +146,7 @@ def _apart(one: _Distribution, other: _Distribution) -> float:
 
 
 def _between(one: dict[int, float], other: dict[int, float]) -> float:
-    """Return how far two answers of the engine are apart, over the tokens that either lists."""
+    """Return the difference between two answers of the engine, over the tokens that either lists."""
     floors = min(one.values()), min(other.values())
     return _mean([abs(one.get(t, floors[0]) - other.get(t, floors[1])) for t in one.keys() | other.keys()])
 

@@ -1,4 +1,4 @@
-"""The engine's memory: the one loop that executes what `schedule` decides, while requests and publications wait.
+"""The engine's memory: the one loop that executes the decisions of `schedule`, while requests and publications wait.
 
 The engine is never asked for more adapters than it has room for: it would evict one by itself, read it again from disk
 in the middle of a step, and die if it could not. It reads a version when this module says so, and at no other time.

@@ -131,7 +131,7 @@ class Store:
         self._source(digest).unlink(missing_ok=True)
 
     def collect(self, keep: Collection[str], newest: int) -> list[str]:
-        """Remove all versions but those of `keep` and the `newest` others; return what was removed."""
+        """Remove all versions but those of `keep` and the `newest` others; return the removed ones."""
         others = [path for path in self._versions.iterdir() if f"sha256:{path.name}" not in keep]
         others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
         for path in others[newest:]:

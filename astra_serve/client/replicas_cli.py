@@ -54,7 +54,7 @@ async def _status(args: argparse.Namespace, token: str) -> int:
     patience = min(args.timeout, max(args.wait, POLL_S)) if args.wait else args.timeout
     while True:
         try:
-            async with replicas.connect(args.url, token, patience) as found:  # pods come and go
+            async with replicas.connect(args.url, token, patience) as found:  # the addresses change with the pods
                 state = await replicas.status(found, args.expected)
         except ServeError as error:
             state = {"replicas": [], "drift": [str(error)]}

@@ -135,7 +135,7 @@ class Flip:
             nonlocal nothing
             there = desired.parse(text, self.where).get(self.new.name)
             if there != self.new:
-                nothing = "as before" if there == self.old else "as somebody else has left it"
+                nothing = "as before" if there == self.old else "as somebody else has written it"
                 return text
             entry = self.old
             if entry and not entry.digest:

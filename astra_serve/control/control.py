@@ -81,7 +81,7 @@ class Control:
             self.fleet.events.emit(Event("", "document_failed", reason=self.state.fault))
 
     def not_ready(self) -> list[str]:
-        """Return why it is not known yet what is to be served, and the required adapters that are not served yet."""
+        """Return a reason where the document has not been read yet, or a required adapter is not served yet."""
         if not self.state.read_once:
             return [f"the document has not been read: {self.state.fault or 'not yet'}"]
         return self._required.not_ready()

@@ -38,7 +38,7 @@ class DesiredState:
         async with self._busy:
             try:
                 self.document, self._text = await self._now()
-            except Exception as error:  # whatever is wrong with the file, the page or the way to it
+            except Exception as error:  # of the file, the page or the network
                 self.fault = first_line(error)
                 return False
             self.fault, self.read_once = None, True

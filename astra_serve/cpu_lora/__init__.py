@@ -1,12 +1,12 @@
 """LoRA on a CPU at nearly the speed of the base: a plugin of the engine, on by default.
 
 vLLM's CPU path gathers one copy of the adapter's weights for every token, and for a request without an adapter (slot
--1) that gather takes the *last slot's* adapter, so in a mixed batch the base answers with somebody else's weights.
+-1) that gather takes the *last slot's* adapter, so in a mixed batch the base answers with another adapter's weights.
 Here the tokens of a step are grouped by slot once; each group is multiplied with its adapter's weights where they lie,
 at the adapter's true rank, and tokens without an adapter are not touched.
 
     __init__          switches it on in the engine
-    wrapper           what the engine calls
+    wrapper           the class that the engine calls
     ops               the same calls as PyTorch operators, so that compiled models can hold them
     grouped_lora.cpp  the operator that matters for speed, for CPUs with AVX-512 BF16
 

@@ -1,7 +1,7 @@
 """LoRA over rows grouped by adapter slot, as PyTorch operators: compiled models call them like any other operator.
 
-Everything that changes from step to step comes in tensors (`Groups` of the wrapper says what `rows`, `starts` and
-`ranks` hold), so one compiled model serves every mix of adapters. Products are taken in the weights' dtype (with
+The data that change from step to step are in tensors (`Groups` of the wrapper describes `rows`, `starts` and
+`ranks`), so one compiled model serves every mix of adapters. Products are taken in the weights' dtype (with
 B, in the output's where that is wider); the CPU kernels accumulate in float32, and the change is added before rounding.
 """
 
@@ -9,12 +9,13 @@ import hashlib
 import logging
 import os
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from converter import atomic
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -69,11 +70,9 @@ def _compiled() -> Path:
         root = Path(torch.__file__).parent
         includes = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
         logger.info("compiling the CPU LoRA kernel with %s (once, about ten seconds)", compiler[0])
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / library.name
+        with atomic.new_file(library) as made:  # several processes may compile at the same time
             command = [*compiler, *FLAGS, *includes, str(SOURCE), f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
             subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True)
-            made.replace(library)  # whole or not at all, whoever else is compiling
     return library
 
 

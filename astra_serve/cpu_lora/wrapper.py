@@ -1,4 +1,4 @@
-"""What the engine calls: vLLM's CPU wrapper with its products taken per adapter instead of per token."""
+"""The class that the engine calls: vLLM's CPU wrapper, with products per adapter instead of per token."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -116,8 +116,8 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
     ) -> None:
         """Add scale * B A x to the logits y (n_sampled, vocabulary); rows follow the sampler's mapping.
 
-        For `prompt_logprobs` the engine asks for the logits of one request's prompt instead, without saying whose.
-        Raises RuntimeError when the requests of the step differ in what their adapters do to the logits.
+        For `prompt_logprobs` the engine asks for the logits of one request's prompt instead, and does not name the request.
+        Raises RuntimeError when the requests of the step differ in their adapters of the logits.
         """
         del buffer
         groups, y, x = self.samples, y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
@@ -147,13 +147,13 @@ def _watch_slots() -> None:
 
 
 def _recording_ranks(activate: Any) -> Any:
-    """Wrap `LoRAModelManager.activate_adapter`, which writes an adapter into a slot, to tell the wrappers its ranks."""
+    """Wrap `LoRAModelManager.activate_adapter`, which writes an adapter into a slot, to note its ranks in the wrappers."""
 
     def activate_adapter(self: Any, lora_id: int) -> bool:
         wrappers = [one for one in self.punica_wrapper_mapping.values() if isinstance(one, GroupedPunicaWrapper)]
         try:
             activated: bool = activate(self, lora_id)
-        except BaseException:  # the slot may hold parts of two adapters: what was known of it no longer holds
+        except BaseException:  # the slot may hold parts of two adapters: its ranks are unknown
             for wrapper in wrappers:
                 for known in wrapper.ranks.values():
                     known[:] = UNKNOWN_RANK

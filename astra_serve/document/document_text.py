@@ -1,11 +1,10 @@
-"""The text of a document where it is, a file or an object of any store that fsspec knows: read, changed in one step."""
+"""The text of a document, in a file or in any store that fsspec knows: read it, or replace it in one step."""
 
 import errno
 import fcntl
 import hashlib
 import os
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,15 +15,16 @@ import fsspec
 import httpx
 
 from astra_serve.errors import Conflict, ServeError
+from converter import atomic
 
-TRIES = 20  # to change it while others do, too
+TRIES = 20  # to change a text that others change at the same time
 PAUSE_S = 0.05
-_CHANGED = (httpx.codes.PRECONDITION_FAILED, httpx.codes.CONFLICT)  # how S3 says that a condition does not hold
-LOCK_S = 5.0  # others hold a file's lock for as long as it takes to write it
+_CHANGED = (httpx.codes.PRECONDITION_FAILED, httpx.codes.CONFLICT)  # S3's answers where a condition does not hold
+LOCK_S = 5.0  # for a lock, which is held while a file is written
 
 
 def read(where: str) -> str:
-    """Return the text; nothing where there is none. Raises what the store raises, UnicodeDecodeError included."""
+    """Return the text, empty where there is none. Raises the store's errors and UnicodeDecodeError."""
     system, path = fsspec.core.url_to_fs(where)
     try:
         return str(system.cat_file(path).decode("utf-8"))
@@ -33,11 +33,11 @@ def read(where: str) -> str:
 
 
 def edit(where: str, change: Callable[[str], str]) -> tuple[str, str]:
-    """Let the text be what `change` makes of it, and return it as it was and as it is.
+    """Replace the text by the result of `change`, and return the text before and after.
 
-    It is replaced in one step, and only if it is still what `change` was given; otherwise `change` is asked again. Of a
-    store that has neither locks nor conditional writes, as FTP, that is looked at right before.
-    Raises Conflict, ServeError, what the store raises, and what `change` raises; then the text is as it was.
+    The text is replaced in one step, and only if it is still the one that `change` was given; otherwise `change` is
+    called again. In a store without locks and conditional writes, as FTP, the text is compared right before the write.
+    Raises Conflict, ServeError, the store's errors and those of `change`; the text is unchanged then.
     """
     for _ in range(TRIES):
         before = read(where)
@@ -56,18 +56,18 @@ def edit(where: str, change: Callable[[str], str]) -> tuple[str, str]:
 def check_writable(where: str) -> None:
     """Raise ServeError where the document can only be read: a web page, a mounted ConfigMap."""
     if where.startswith(("http://", "https://", "file://")):
-        raise ServeError(f"{where} can only be read from here: change it where it comes from")
+        raise ServeError(f"{where} can only be read from here: change it at its origin")
     if "://" not in where and Path(where).exists() and not os.access(Path(where).parent, os.W_OK):
-        raise ServeError(f"{where} is read-only here, as a ConfigMap is: change it where it comes from")
+        raise ServeError(f"{where} is read-only here, as a ConfigMap is: change it at its origin")
 
 
 def digest(text: str) -> str:
-    """Return what tells one text from another: sha256:HEX."""
+    """Return the digest of a text: sha256:HEX."""
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _replace(where: str, before: str, after: str) -> None:
-    """Write `after` over `before`. Raises Conflict where the text is something else."""
+    """Write `after` over `before`. Raises Conflict where the text is another one."""
     if "://" not in where:
         path = Path(where).resolve()  # not the link, if it is one
         with _locked(path.parent):
@@ -90,7 +90,7 @@ def _replace(where: str, before: str, after: str) -> None:
             raise _changed() from error
         if error.errno != errno.ENOSYS or not only_if:
             raise
-        system.pipe_file(path, after.encode("utf-8"))  # a service that is like S3, but for conditions
+        system.pipe_file(path, after.encode("utf-8"))  # a service like S3 without conditional writes
 
 
 def _check(where: str, before: str) -> None:
@@ -104,7 +104,7 @@ def _changed() -> Conflict:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep others from changing files in `folder` while the block runs. Raises ServeError when that takes too long."""
+    """Hold the lock of `folder` while the block runs. Raises ServeError after LOCK_S."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     end = time.monotonic() + LOCK_S
@@ -126,27 +126,18 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _write(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    partial = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        _let_the_same_read(partial, path)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with atomic.new_file(path) as partial:
+        partial.write_bytes(text.encode("utf-8"))  # with the line ends as they are
+        _copy_access(path, partial)
 
 
-def _let_the_same_read(new: Path, old: Path) -> None:
+def _copy_access(old: Path, new: Path) -> None:
     """Give a file the mode and the owner of the one that it replaces: servers of other users read it."""
     was = old.stat() if old.exists() else None
     with suppress(OSError):  # a file system that has none
         new.chmod(stat.S_IMODE(was.st_mode) if was else 0o644)
     if was:
-        with suppress(OSError):  # who may not give it to the owner may give it to the group
+        with suppress(OSError):  # without the right to change the owner, the group may be possible
             os.chown(new, -1, was.st_gid)
         with suppress(OSError):
             os.chown(new, was.st_uid, -1)

@@ -43,7 +43,7 @@ class VllmEngine:
         request = LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(folder), base_model_name=self._base)
         try:
             await self.client.add_lora(request)
-        except Exception as error:  # whatever reading it raised in the engine's process
+        except Exception as error:  # any error of the engine's process
             with suppress(Exception):  # up to vLLM 0.32 it counts as active before its weights are written
                 await self.client.remove_lora(number)
             raise ServeError(f"the engine cannot load it: {first_line(error)}") from error

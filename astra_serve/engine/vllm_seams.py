@@ -123,7 +123,7 @@ def _serves(app: FastAPI, scope: Any) -> bool:
 
 
 class MeteredClient:
-    """The engine's client for vLLM's handlers: notes on the running request what is computed for it, and how fast."""
+    """The engine's client for vLLM's handlers: notes the tokens and times of the running request."""
 
     def __init__(self, client: EngineClient) -> None:
         self._client = client

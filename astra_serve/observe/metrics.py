@@ -1,11 +1,12 @@
-"""What Prometheus is told, beside vLLM's own metrics and on the same page: `astra_*`, by adapter.
+"""The metrics `astra_*`, by adapter, on the same page as vLLM's own.
 
 At most `MOST_ADAPTERS` adapters have series of their own; the others share the label `_other`. An adapter's series end
-when it is removed. Requests for names that nobody serves are counted under `_unknown`.
+when it is removed. Requests for unknown names are counted under `_unknown`.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter as Counts
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
@@ -20,6 +21,7 @@ from astra_serve.control.status import Phase
 from astra_serve.gateway.middleware import Gateway
 from astra_serve.gateway.request import Request
 
+Sample = tuple[list[str], float]  # the values of the labels, and the number
 MOST_ADAPTERS = 1000
 OTHER, UNKNOWN = "_other", "_unknown"  # no adapter can be called so
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -28,7 +30,7 @@ CHANGE_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 class Metrics:
-    """Counts what ended and happened, and looks at the rest when it is asked."""
+    """Counts requests and events, and reads everything else when the page is asked for."""
 
     def __init__(
         self,
@@ -39,7 +41,7 @@ class Metrics:
         not_ready: Callable[[], list[str]],
         control: Control | None = None,
     ) -> None:
-        """`not_ready` says what /readyz says; `control` follows the document, where there is one that may change."""
+        """`not_ready` returns the reasons of /readyz; `control` follows the document, if it may change."""
         self._fleet, self._reconciler, self._gateway, self._control = fleet, reconciler, gateway, control
         self._not_ready = not_ready
         self._own: set[str] = set()  # adapters with series of their own
@@ -92,11 +94,11 @@ class Metrics:
             self._between.labels(adapter).observe(seconds)
 
     def first_token(self, request: Request, seconds: float) -> None:
-        """Count a first token as it comes: who scales by it does not wait for the ends of long streams."""
+        """Count a first token when it is computed: an autoscaler need not wait for the end of long streams."""
         self._first.labels(self._of(request)).observe(seconds)
 
     def note(self, event: Event) -> None:
-        """Count what happened to an adapter."""
+        """Count an event of an adapter."""
         if not event.adapter:
             return
         if event.event == "removed":
@@ -121,71 +123,54 @@ class Metrics:
             self._phases.labels(str(phase)).observe(duration)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield what is so at this moment."""
-        running = GaugeMetricFamily("astra_requests_running", "Requests that have not ended", labels=["adapter"])
-        counts: dict[str, int] = {}
-        for request in list(self._gateway.running):
-            label = self._of(request)
-            counts[label] = counts.get(label, 0) + 1
-        for label, number in counts.items():
-            running.add_metric([label], number)
-        yield running
+        """Yield the gauges, as they are at this moment."""
+        running = Counts(self._of(request) for request in list(self._gateway.running))
+        by_adapter = [([label], number) for label, number in running.items()]
+        yield _gauge("requests_running", "Requests that have not ended", by_adapter, "adapter")
         yield from self._of_adapters()
-        resident = GaugeMetricFamily("astra_engine_adapters", "Adapters in the engine's memory")
-        resident.add_metric([], len(self._fleet.residency.loaded()))
-        room = GaugeMetricFamily("astra_engine_adapters_max", "Adapters that the engine's memory has room for")
-        room.add_metric([], self._fleet.residency.limits.capacity)
-        ready = GaugeMetricFamily("astra_ready", "1 when /readyz says yes")
-        ready.add_metric([], float(not self._not_ready()))
-        fault = GaugeMetricFamily("astra_document_fault", "1 while the document as it is now is not followed")
-        fault.add_metric([], float(bool(self._control and self._control.state.fault)))
-        yield from (resident, room, ready, fault, self._for_routers())
+        residency, fault = self._fleet.residency, bool(self._control and self._control.state.fault)
+        for name, text, value in (
+            ("engine_adapters", "Adapters in the engine's memory", len(residency.loaded())),
+            ("engine_adapters_max", "Adapters that the engine's memory has room for", residency.limits.capacity),
+            ("ready", "1 when /readyz says yes", not self._not_ready()),
+            ("document_fault", "1 while the document as it is now is not followed", fault),
+        ):
+            yield _gauge(name, text, [([], value)])
+        yield self._for_routers()
 
     def describe(self) -> list[Metric]:
-        """Return nothing: what `collect` yields depends on the moment."""
+        """Return nothing: the gauges depend on the moment."""
         return []
 
     def _of_adapters(self) -> Iterator[Metric]:
-        info = GaugeMetricFamily("astra_adapter_info", "What an adapter is", labels=["adapter", "version", "state"])
-        where = GaugeMetricFamily(
-            "astra_adapter_residency", "Where the version that serves is", labels=["adapter", "where"]
-        )
-        effect = GaugeMetricFamily(
-            "astra_adapter_probe_effect_nats", "From the base, by the last probe", labels=["adapter"]
-        )
-        deviation = GaugeMetricFamily(
-            "astra_adapter_probe_deviation_nats", "From what was recorded, by the last probe", labels=["adapter"]
-        )
+        residency, info, where, effect, deviation = self._fleet.residency, *(list[Sample]() for _ in range(4))
         for name, status in list(self._reconciler.status.items()):
+            alias = self._fleet.aliases.get(name)
             if self._label(name) == OTHER:
                 continue
-            alias = self._fleet.aliases.get(name)
-            info.add_metric([name, alias.current.name if alias else "", str(status.phase)], 1)
+            info.append(([name, alias.current.name if alias else "", str(status.phase)], 1))
             if alias is None:
                 continue
-            where.add_metric([name, self._fleet.residency.where(alias.current)], 1)
-            if proof := self._fleet.residency.place(alias.current).proof:
-                verdict = proof.verdict
-                effect.add_metric([name], verdict.effect)
-                if verdict.deviation is not None:
-                    deviation.add_metric([name], verdict.deviation)
-        yield from (info, where, effect, deviation)
+            where.append(([name, residency.where(alias.current)], 1))
+            if proof := residency.place(alias.current).proof:
+                effect.append(([name], proof.verdict.effect))
+                if proof.verdict.deviation is not None:
+                    deviation.append(([name], proof.verdict.deviation))
+        yield _gauge("adapter_info", "Version and state of an adapter", info, "adapter", "version", "state")
+        yield _gauge("adapter_residency", "Where the version that serves is", where, "adapter", "where")
+        yield _gauge("adapter_probe_effect_nats", "From the base, by the last probe", effect, "adapter")
+        yield _gauge("adapter_probe_deviation_nats", "From the record, by the last probe", deviation, "adapter")
 
     def _for_routers(self) -> Metric:
-        """Return what routers that know LoRA read of vLLM, by the names that requests use: vLLM's has our versions'.
+        """Return the metric that LoRA-aware routers read, with the names of requests: vLLM's own has version names.
 
-        The base is among them, in a place of its own: Gateway API's endpoint picker ignores a list that is empty, and
-        would go on with the one before.
+        The base is listed, too: Gateway API's endpoint picker ignores an empty list, and would keep the one before.
         """
-        labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
-        found = GaugeMetricFamily(
-            "astra_lora_requests_info", "The base and adapters in the engine's memory; since 1970", labels=labels
-        )
-        residency = self._fleet.residency
+        residency, text = self._fleet.residency, "The base and adapters in the engine's memory; since 1970"
         loaded = [name for name, alias in self._fleet.aliases.items() if residency.place(alias.current).loaded]
-        names = [self._fleet.base_name, *loaded]
-        found.add_metric([str(residency.limits.capacity + 1), ",".join(names), ""], time.time())
-        return found
+        values = [str(residency.limits.capacity + 1), ",".join([self._fleet.base_name, *loaded]), ""]
+        labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
+        return _gauge("lora_requests_info", text, [(values, time.time())], *labels)
 
     def _of(self, request: Request) -> str:
         if request.adapter is not None:
@@ -202,3 +187,10 @@ class Metrics:
             self._own.discard(adapter)
             for metric in self._by_adapter:
                 metric.remove_by_labels({"adapter": adapter})
+
+
+def _gauge(name: str, text: str, samples: Iterable[Sample], *labels: str) -> Metric:
+    found = GaugeMetricFamily(f"astra_{name}", text, labels=labels)
+    for values, number in samples:
+        found.add_metric(values, float(number))
+    return found
