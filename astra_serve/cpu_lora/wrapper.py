@@ -116,7 +116,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
     ) -> None:
         """Add scale * B A x to the logits y (n_sampled, vocabulary); rows follow the sampler's mapping.
 
-        For `prompt_logprobs` the engine asks for the logits of one request's prompt instead, and does not name the request.
+        For `prompt_logprobs` the engine asks for the logits of one request's prompt, and does not name the request.
         Raises RuntimeError when the requests of the step differ in their adapters of the logits.
         """
         del buffer
@@ -147,7 +147,7 @@ def _watch_slots() -> None:
 
 
 def _recording_ranks(activate: Any) -> Any:
-    """Wrap `LoRAModelManager.activate_adapter`, which writes an adapter into a slot, to note its ranks in the wrappers."""
+    """Wrap `LoRAModelManager.activate_adapter`, which writes an adapter into a slot: the wrappers note its ranks."""
 
     def activate_adapter(self: Any, lora_id: int) -> bool:
         wrappers = [one for one in self.punica_wrapper_mapping.values() if isinstance(one, GroupedPunicaWrapper)]
