@@ -34,6 +34,7 @@ class Residency:
         self._places: dict[Version, Place] = {}
         self._in_slots: set[str] = set()
         self._turn_since = 0.0  # when the queue last moved
+        self._waiting = 0  # requests and publications
         self._wake = asyncio.Event()
         self._changed = asyncio.Event()  # a new one at each change
         self._settled = asyncio.Event()
@@ -53,8 +54,8 @@ class Residency:
                 await self._clock.wait(self._wake, action.until)
 
     def place(self, version: Version) -> Place:
-        """Return where a version is."""
-        return self._places.setdefault(version, Place(version))
+        """Return where a version is, to be read."""
+        return self._places.get(version) or Place(version)
 
     def of_alias(self, name: str) -> list[Place]:
         """Return the places of the versions of one adapter."""
@@ -67,7 +68,7 @@ class Residency:
     @asynccontextmanager
     async def lease(self, version: Version) -> AsyncIterator[Place]:
         """Keep a version resident for the running task, a request, until the block ends. Raises Unavailable."""
-        place, task = self.place(version), asyncio.current_task()
+        place, task = self._places.setdefault(version, Place(version)), asyncio.current_task()
         if place.failed is not None:
             raise Unavailable(f"{version.name} cannot be served: {place.failed}")
         if place.state is State.MARKED and place.leaving:  # an operator unloads it: its requests come first
@@ -88,8 +89,8 @@ class Residency:
 
         What failed before is tried again. Raises Unavailable.
         """
-        place = self.place(version)
-        place.failed, place.allow_no_effect, place.leaving = None, allow_no_effect, False
+        place = self._keep(version)
+        place.failed, place.allow_no_effect = None, allow_no_effect
         try:
             if place.loaded:
                 place.holds += 1
@@ -106,18 +107,18 @@ class Residency:
 
     def serve(self, version: Version, *, pinned: bool) -> None:
         """Keep a version in the engine as long as no other one needs its place; a pinned one whatever happens."""
-        place = self.place(version)
-        place.served, place.pinned, place.leaving = True, pinned, False
+        place = self._keep(version)
+        place.served, place.pinned = True, pinned
         self._notify()
 
     def retire(self, version: Version, drain_s: float) -> None:
         """Evict a version as soon as it is idle; the requests that use it now have `drain_s` seconds to end."""
-        place = self.place(version)
-        place.served = place.pinned = False
-        place.replaced = place.leases | {waiter.lease for waiter in place.waiters}
-        place.drain_until = self._clock.now() + drain_s
-        self._leave(place)
-        self._notify()
+        if place := self._places.get(version):
+            place.served = place.pinned = False
+            place.replaced = place.leases | {waiter.lease for waiter in place.waiters}
+            place.drain_until = self._clock.now() + drain_s
+            self._leave(place)
+            self._notify()
 
     async def unload(self, version: Version) -> None:
         """Evict a version when its leases have ended, unless a new request needs it before; return when that is so.
@@ -158,6 +159,7 @@ class Residency:
 
     async def _wait(self, place: Place, waiter: Waiter) -> None:
         waiter.done = asyncio.get_running_loop().create_future()
+        self._waiting += 1
         place.waiters.append(waiter)
         if place.state is State.ABSENT:
             place.state = State.WAITING
@@ -171,16 +173,25 @@ class Residency:
                 place.holds -= waiter.publication
                 self._release(place, waiter.lease)
             raise
+        finally:
+            self._waiting -= 1
 
     def _release(self, place: Place, lease: Any) -> None:
         place.leases.discard(lease)
-        self._notify()
+        if self._waiting or place.leaving:  # otherwise no decision depends on it: most requests wake no loop
+            self._notify()
 
     def _drop(self, place: Place, waiters: Collection[Waiter]) -> None:
         place.waiters = [waiter for waiter in place.waiters if waiter not in waiters]
         if place.state is State.WAITING and not place.waiters:
             place.state, self._turn_since = State.ABSENT, self._clock.now()
         self._notify()
+
+    def _keep(self, version: Version) -> Place:
+        """Return the place of a version that is needed again: neither it nor its requests are ended."""
+        place = self._places.setdefault(version, Place(version))
+        place.leaving, place.replaced = False, set()
+        return place
 
     @staticmethod
     def _leave(place: Place) -> None:
@@ -217,6 +228,7 @@ class Residency:
     def _unmark(self, place: Place) -> None:
         place.state, place.leaving, place.since = State.RESIDENT, False, self._clock.now()
         self._grant(place)
+        self._notify()
 
     def _grant(self, place: Place) -> None:
         """Give the waiters their leases and holds."""

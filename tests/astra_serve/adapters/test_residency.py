@@ -62,6 +62,19 @@ async def test_requests_that_outlive_the_deadline_of_their_version_are_cancelled
 
 
 @in_a_loop
+async def test_requests_of_a_version_that_serves_again_are_not_cancelled(engine, store, base, version) -> None:
+    one, two = version("a", 1.0), version("a", 2.0)
+    async with memory(engine, store, base) as m:
+        serve(m, one)
+        async with m.fleet.lease("a"):
+            m.fleet.point("a", Alias(two, (one,)), 5)
+            m.fleet.point("a", Alias(one, (two,)), 5)
+            await m.clock.advance(60)
+        await m.residency.settled()
+        assert m.place(one).state is State.RESIDENT
+
+
+@in_a_loop
 async def test_the_engine_never_has_more_adapters_than_places_and_headroom(engine, store, base, version) -> None:
     """The stand-in fails where an engine would have evicted an adapter by itself."""
     async with memory(engine, store, base) as m:
