@@ -39,6 +39,8 @@ class Command:
         for word in lexer:
             if set(word) <= set("&|;"):
                 found.append([])
+            elif set(word) <= set("<>&"):
+                next(lexer)
             else:
                 found[-1].append(word)
         return [_without_environment(words) for words in found if words]

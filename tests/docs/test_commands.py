@@ -114,3 +114,9 @@ def _plain(text: str) -> str:
 )
 def test_shown_output_may_differ_in_numbers_and_digests(shown: list[str], printed: str, missing: str | None) -> None:
     assert first_missing(shown, printed) == missing
+
+
+def test_a_command_has_its_words_without_comments_redirections_and_variables() -> None:
+    text = "A=1 astra-train --base b \\\n  --out o > log & astra-convert o l || echo 'no; lora'  # a comment"
+    words = Command("page", 1, text, frozenset()).words()
+    assert words == [["astra-train", "--base", "b", "--out", "o"], ["astra-convert", "o", "l"], ["echo", "no; lora"]]
