@@ -1,4 +1,4 @@
-"""`astra-serve`: starts a server, or with `adapters` as its first word asks one that runs."""
+"""`astra-serve`: starts a server, or with `adapters` as its first word calls the admin API of servers that run."""
 
 import sys
 
@@ -6,11 +6,16 @@ import sys
 def main(argv: list[str] | None = None) -> int:
     """Run `astra-serve` and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    # Each imports what it needs alone: who asks a server does not wait for torch.
+    # Each branch imports its own modules: the client does not wait for torch, and a server that starts hears signals.
     if argv[:1] == ["adapters"]:
         from astra_serve.client import adapters_cli
 
         return adapters_cli.main(argv[1:])
-    from astra_serve import start
+    from astra_serve.engine.process_guard import ended_by_signals
+    from astra_serve.observe.json_lines import JsonLines
 
-    return start.main(argv)
+    lines = JsonLines()
+    with ended_by_signals(lines.close):
+        from astra_serve import start
+
+        return start.main(argv, lines)

@@ -5,11 +5,13 @@ import sys
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from astra_serve.adapters.admission import Base, engine_rank, open_base, parse_adapter
 from astra_serve.document import desired
 from astra_serve.document.desired import Adapter, Document
-from astra_serve.engine.process_guard import ended_by_signals
 from astra_serve.environment import ADMIN_TOKEN, admin_token
 from astra_serve.errors import EngineLost, ServeError
 from astra_serve.observe.json_lines import JsonLines
@@ -20,28 +22,26 @@ STORES = Path("~/.cache/astra/store").expanduser()
 DOCUMENT_RANK = 64  # engine rank for adapters that are not known yet, unless --max-lora-rank says otherwise
 
 
-def main(argv: list[str]) -> int:
-    """Start a server as `argv` says, run it until it ends, and return the exit status.
+def main(argv: list[str], lines: JsonLines) -> int:
+    """Start a server as `argv` says, run it until it ends, and return the exit status; `lines` are its output as JSON.
 
     0 after SIGTERM (143, or 130 for SIGINT, while the server starts); with one line on stderr 2 for bad input, and 1
     when the engine has died.
     """
     args, extra = _parser().parse_known_args(argv)
-    lines = JsonLines()
-    with ended_by_signals(lines.close):
-        try:
-            _check(args)
-            base = open_base(args.base)
-            document, rank = _document(args, base, [parse_adapter(text) for text in args.adapter])
-            if args.log_format == "json" or (args.log_format is None and not sys.stderr.isatty()):
-                lines.start()
-                extra = ["--logging-config.formatter", "json", *extra]
-            _serve(args, extra, base, document, rank)
-        except AstraError as error:
-            print(f"astra-serve: {error}", file=sys.stderr)
-            return 1 if isinstance(error, EngineLost) else 2
-        finally:
-            lines.close()
+    try:
+        _check(args)
+        base = open_base(args.base)
+        document, rank = _document(args, base, [parse_adapter(text) for text in args.adapter])
+        if args.log_format == "json" or (args.log_format is None and not sys.stderr.isatty()):
+            lines.start()
+            extra = ["--logging-config.formatter", "json", *extra]
+        _serve(args, extra, base, document, rank)
+    except AstraError as error:
+        print(f"astra-serve: {error}", file=sys.stderr)
+        return 1 if isinstance(error, EngineLost) else 2
+    finally:
+        lines.close()
     return 0
 
 
@@ -67,8 +67,8 @@ def _serve(args: argparse.Namespace, extra: list[str], base: Base, document: Doc
     known = len(document.adapters) if isinstance(document, Document) else 2 * MAX_SLOTS
     slots = args.max_loras or min(known, MAX_SLOTS)
     resident = max(args.resident or known, slots)
-    public = ["--host", args.host, "--port", str(args.port)]
-    settings = options.parse(args.base, rank, slots, resident, [*public, *extra])
+    words = ["--host", args.host, "--port", str(args.port), *extra]
+    settings = options.parse(args.base, rank, slots, resident, words)
     if settings.headless:
         options.compute(settings)
         return
@@ -98,15 +98,14 @@ def _document(args: argparse.Namespace, base: Base, adapters: list[tuple[str, Pa
         if not args.adapters.startswith(("http://", "https://")) and Path(args.adapters).exists():
             desired.parse(Path(args.adapters).read_text(encoding="utf-8"), args.adapters)
         return args.adapters, DOCUMENT_RANK
-    names = [name for name, _ in adapters]
-    for name in names:
-        if names.count(name) > 1:
-            raise ServeError(f"two adapters are named {name!r}: names must differ")
-        if name == base.name:
-            raise ServeError(f"adapter {name!r} has the base's name: requests for the base would get the adapter")
+    if any(name == base.name for name, _ in adapters):
+        raise ServeError(f"adapter {base.name!r} has the base's name: requests for the base would get the adapter")
     ranks = [base.check(folder).rank for _, folder in adapters]
     entries = [Adapter(name=name, source=str(folder.resolve()), required=True) for name, folder in adapters]
-    return Document(adapters=entries), engine_rank(ranks) if ranks else 0
+    try:
+        return Document(adapters=entries), engine_rank(ranks) if ranks else 0
+    except ValidationError as error:
+        raise ServeError(f"{error.errors()[0]['ctx']['error']}: names must differ") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,65 +116,29 @@ def _parser() -> argparse.ArgumentParser:
         "Of a running server: astra-serve adapters --help.",
         allow_abbrev=False,
     )
-    parser.add_argument("--base", required=True, help="a model folder, or a hub id such as Qwen/Qwen3-0.6B")
-    parser.add_argument(
-        "--adapter", action="append", default=[], metavar="NAME=DIR", help="serve the LoRA in DIR as NAME; repeatable"
-    )
-    parser.add_argument(
-        "--adapters", metavar="FILE_OR_URL", help="serve what this document says, and follow its changes"
-    )
-    parser.add_argument(
-        "--max-loras",
-        type=int,
-        metavar="N",
-        help=f"adapters in one batch; the engine swaps the others in (default: all, but at most {MAX_SLOTS})",
-    )
-    parser.add_argument(
-        "--resident", type=int, metavar="N", help="adapters in the engine's memory; others are loaded when asked for"
-    )
+    folder: dict[str, Any] = {"type": Path, "metavar": "DIR"}
+    seconds: dict[str, Any] = {"type": float, "metavar": "S"}
+    add = parser.add_argument
+    add("--base", required=True, help="a model folder, or a hub id such as Qwen/Qwen3-0.6B")
+    add("--adapter", action="append", default=[], metavar="NAME=DIR", help="serve the LoRA in DIR as NAME; repeatable")
+    add("--adapters", metavar="FILE_OR_URL", help="serve the adapters of this document, and follow its changes")
+    add("--max-loras", type=int, metavar="N", help=f"adapters in one batch (default: all, at most {MAX_SLOTS})")
+    resident = "adapters in the engine's memory; others are loaded when a request needs them (default: all)"
+    add("--resident", type=int, metavar="N", help=resident)
     store = parser.add_mutually_exclusive_group()
-    store.add_argument(
-        "--store",
-        type=Path,
-        metavar="DIR",
-        help="where versions of adapters are kept, this server's own (default: ~/.cache/astra/store/PORT)",
-    )
-    store.add_argument(
-        "--shared-store",
-        type=Path,
-        metavar="DIR",
-        help="for several servers: each takes the first of DIR/0, DIR/1, ... that is free",
-    )
-    parser.add_argument(
-        "--adapter-root",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="adapters from local folders must lie in it; repeatable",
-    )
-    parser.add_argument(
-        "--drain-seconds",
-        type=float,
-        default=600.0,
-        metavar="S",
-        help="what requests may take of a version that was replaced, and of all after SIGTERM (default: 600)",
-    )
-    parser.add_argument(
-        "--engine-timeout",
-        type=float,
-        default=300.0,
-        metavar="S",
-        help="an engine that is silent for so long is lost, and the server ends with status 1 (default: 300)",
-    )
-    parser.add_argument(
-        "--log-format", choices=["json", "text"], help="default: text on a terminal, JSON lines everywhere else"
-    )
-    parser.add_argument(
-        "--admin-port", type=int, metavar="PORT", help=f"the admin API, with the token in {ADMIN_TOKEN}"
-    )
-    parser.add_argument("--admin-host", default="127.0.0.1", help="where it listens (default: 127.0.0.1)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
-    parser.add_argument("--version", action="version", version=version("astra-serve"))
+    default = "~/.cache/astra/store/PORT"
+    store.add_argument("--store", **folder, help=f"where this server alone keeps its adapters (default: {default})")
+    shared = "for several servers: each uses the first of DIR/0, DIR/1, ... that is free"
+    store.add_argument("--shared-store", **folder, help=shared)
+    add("--adapter-root", action="append", default=[], **folder, help="local adapters must be in it; repeatable")
+    drain = "the time that requests have when their version is replaced, and all of them after SIGTERM (default: 600)"
+    add("--drain-seconds", default=600.0, **seconds, help=drain)
+    silent = "an engine that is silent for so long is lost, and the server ends with status 1 (default: 300)"
+    add("--engine-timeout", default=300.0, **seconds, help=silent)
+    add("--log-format", choices=["json", "text"], help="default: text on a terminal, JSON lines everywhere else")
+    add("--admin-port", type=int, metavar="PORT", help=f"the port of the admin API, with the token in {ADMIN_TOKEN}")
+    add("--admin-host", default="127.0.0.1", help="its address (default: 127.0.0.1)")
+    add("--host", default="127.0.0.1", help="the address of the public port (default: 127.0.0.1)")
+    add("--port", type=int, default=8000, help="the public port (default: 8000)")
+    add("--version", action="version", version=version("astra-serve"))
     return parser

@@ -4,16 +4,14 @@ import os
 from argparse import Namespace
 from collections.abc import Sequence
 
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
 from astra_serve.adapters.admission import base_name
 from astra_serve.adapters.schedule import HEADROOM
 from astra_serve.engine.process_guard import PARENT
-from astra_serve.engine.vllm_seams import (
-    FlexibleArgumentParser,
-    ServeSubcommand,
-    current_platform,
-    make_arg_parser,
-    validate_parsed_serve_args,
-)
+from astra_serve.engine.vllm_seams import make_arg_parser, validate_parsed_serve_args
 from astra_serve.engine.worker_extension import WorkerExtension
 from astra_serve.errors import ServeError
 

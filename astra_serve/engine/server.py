@@ -5,6 +5,7 @@ them at once. When a background task fails (the engine is lost), running request
 """
 
 import asyncio
+import os
 import signal
 import socket
 from argparse import Namespace
@@ -14,20 +15,17 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from vllm import envs
+from vllm.entrypoints.launchers.launcher import NoSignalServer, setup_server
+from vllm.entrypoints.launchers.utils import constants
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
 
-from astra_serve.engine.vllm_seams import (
-    H11_MAX_HEADER_COUNT_DEFAULT,
-    H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT,
-    NoSignalServer,
-    SSLCertRefresher,
-    envs,
-    get_uvicorn_log_config,
-    setup_server,
-)
 from astra_serve.errors import ServeError
 from astra_serve.gateway.middleware import App, Gateway
 
 FAILING_S = 10.0  # for the errors of the requests that run when the engine is lost
+SSL = ("keyfile", "certfile", "ca_certs", "cert_reqs", "ciphers")
 SHUTTING_DOWN = "the server is shutting down"
 
 
@@ -43,7 +41,8 @@ def bound(args: Namespace, admin: tuple[str, int] | None) -> Iterator[tuple[sock
                 where = f"{admin[0]}:{admin[1]}"
                 sockets.append(_listen(*admin))
         except (OSError, KeyError) as error:  # a KeyError: an unknown parser, in vLLM's words
-            reason = getattr(error, "strerror", None) or str(error).strip("'\"")
+            number = getattr(error, "errno", None)
+            reason = os.strerror(number) if number else str(error).strip("'\"")
             raise ServeError(f"cannot serve at {where}: {reason}") from error
         yield sockets[0], sockets[1] if admin else None
     finally:
@@ -52,9 +51,15 @@ def bound(args: Namespace, admin: tuple[str, int] | None) -> Iterator[tuple[sock
 
 
 async def serve_admin(app: FastAPI, sock: socket.socket) -> None:
-    """Serve the admin API until cancelled."""
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
-    await NoSignalServer(config).serve(sockets=[sock])
+    """Serve the admin API until cancelled; requests that run then have a second to end."""
+    quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
+    server = NoSignalServer(uvicorn.Config(app, **quiet, timeout_graceful_shutdown=1))
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    try:
+        await asyncio.shield(serving)
+    finally:
+        server.should_exit = True
+        await serving
 
 
 async def serve(app: App, state: Any, args: Namespace, sock: socket.socket, gateway: Gateway, finish_s: float) -> None:
@@ -103,16 +108,14 @@ def _server(app: App, state: Any, args: Namespace) -> NoSignalServer:
         access_log=False,  # `observe.log` has a line for each request to a model
         timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
         timeout_graceful_shutdown=int(FAILING_S),  # the gateway has waited for the requests, unless the engine died
-        ssl_keyfile=args.ssl_keyfile,
-        ssl_certfile=args.ssl_certfile,
-        ssl_ca_certs=args.ssl_ca_certs,
-        ssl_cert_reqs=args.ssl_cert_reqs,
-        ssl_ciphers=args.ssl_ciphers,
+        **{f"ssl_{name}": getattr(args, f"ssl_{name}") for name in SSL},
         **({"log_config": found} if (found := get_uvicorn_log_config(args)) else {}),
     )
-    config.h11_max_incomplete_event_size = args.h11_max_incomplete_event_size or H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT
-    # vLLM's own, which its uvicorn reads
-    config.h11_max_header_count = args.h11_max_header_count or H11_MAX_HEADER_COUNT_DEFAULT  # type: ignore[attr-defined]
+    config.h11_max_incomplete_event_size = (
+        args.h11_max_incomplete_event_size or constants.H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT
+    )
+    most = args.h11_max_header_count or constants.H11_MAX_HEADER_COUNT_DEFAULT
+    config.h11_max_header_count = most  # type: ignore[attr-defined]  # vLLM's own, which its uvicorn reads
     config.load()
     if args.enable_ssl_refresh:
         state.ssl_refresher = SSLCertRefresher(config.ssl, args.ssl_keyfile, args.ssl_certfile, args.ssl_ca_certs)

@@ -8,16 +8,14 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
+from vllm import SamplingParams, TokensPrompt
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+from vllm.lora.request import LoRARequest
+
 from astra_serve.adapters.admission import base_name
 from astra_serve.adapters.clock import Clock
-from astra_serve.engine.vllm_seams import (
-    EngineClient,
-    LoRARequest,
-    SamplingParams,
-    TokensPrompt,
-    build_async_engine_client,
-    check,
-)
+from astra_serve.engine.vllm_seams import check
 from astra_serve.errors import EngineLost, ServeError
 from converter.errors import first_line
 

@@ -1,7 +1,6 @@
-"""The one place that touches vLLM's objects: the names that `engine` imports from vLLM, and the changes of its server.
+"""The one place that changes vLLM's objects, or imports names that vLLM 0.32 and 0.33 have in different modules.
 
-    names        imported from where vLLM 0.32 or 0.33 has them
-    MeteredClient  a client of the engine for vLLM's handlers: counts what is computed for each request
+    MeteredClient  a client of the engine for vLLM's handlers: counts the work for each request
     application    vLLM's HTTP application with the gateway behind vLLM's middleware, in front of its handlers;
                    /v1/models lists the adapters; the routes of NOT_SERVED are removed
     check          verifies that each touched object still looks as expected
@@ -20,75 +19,42 @@ from uuid import uuid4
 from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.routing import Match
-from vllm import SamplingParams, TokensPrompt, envs
+from vllm import SamplingParams, envs
 from vllm.engine.protocol import EngineClient
-from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.launcher import NoSignalServer, setup_server
-from vllm.entrypoints.launchers.utils.constants import (
-    H11_MAX_HEADER_COUNT_DEFAULT,
-    H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT,
-)
-from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
-from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
-from vllm.lora.request import LoRARequest
-from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.metrics.stats import RequestStateStats
 from vllm.version import __version__ as version
 
 try:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser as make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args as validate_parsed_serve_args
 except ImportError:  # from 0.33 on
-    from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.common.cli_args import make_arg_parser as make_arg_parser
+    from vllm.entrypoints.common.cli_args import validate_parsed_serve_args as validate_parsed_serve_args
 
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.errors import ServeError
 from astra_serve.gateway import request as requests
 from astra_serve.gateway.middleware import OPEN, Gateway, Served, Subscribers
 
-__all__ = [
-    "H11_MAX_HEADER_COUNT_DEFAULT",
-    "H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT",
-    "EngineClient",
-    "FlexibleArgumentParser",
-    "LoRARequest",
-    "MeteredClient",
-    "NoSignalServer",
-    "SSLCertRefresher",
-    "SamplingParams",
-    "ServeSubcommand",
-    "TokensPrompt",
-    "application",
-    "build_async_engine_client",
-    "check",
-    "current_platform",
-    "envs",
-    "get_uvicorn_log_config",
-    "known_keys",
-    "make_arg_parser",
-    "setup_server",
-    "validate_parsed_serve_args",
-]
-
 # /invocations answers with the base whatever `model` says; and clients of a model may not scale its engine.
 NOT_SERVED = ("/invocations", "/scale_elastic_ep", "/is_scaling_elastic_ep")
 MODELS = "/v1/models"
+GENERATE = ["prompt", "sampling_params", "request_id"]
 CLIENT = ("generate", "abort", "add_lora", "remove_lora", "list_loras", "collective_rpc", "errored")
 
 
 def check(client: EngineClient) -> None:
     """Raise ServeError with the name of the first vLLM object that does not look as expected."""
-    parameters = list(inspect.signature(type(client).generate).parameters)[:4]
+    for name in CLIENT:
+        _expect(hasattr(client, name), f"EngineClient.{name}")
     for name, holds in {
-        **{f"EngineClient.{name}": hasattr(client, name) for name in CLIENT},
-        "EngineClient.generate": parameters == ["self", "prompt", "sampling_params", "request_id"],
+        "EngineClient.generate": list(inspect.signature(client.generate).parameters)[:3] == GENERATE,
         "AuthenticationMiddleware.verify_token": hasattr(AuthenticationMiddleware, "verify_token"),
         "OpenAIServingModels.lora_requests": "self.lora_requests" in inspect.getsource(OpenAIServingModels.__init__),
         "RequestStateStats": hasattr(RequestStateStats, "__dataclass_fields__")

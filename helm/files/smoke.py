@@ -1,6 +1,8 @@
-"""Ask a server what it promises: its models, the base, one adapter, a stream. Exits with 1 and one line where it fails.
+"""Check a server: its models, an answer of the base and of one adapter, a stream. A failure is one line and status 1.
 
-python3 smoke.py http://HOST:PORT [SECONDS]   # to wait until it is ready; the API key, if there is one, in VLLM_API_KEY
+python3 smoke.py http://HOST:PORT [SECONDS]
+
+SECONDS is the time to wait until the server is ready (default: 0). The API key, if any, is in VLLM_API_KEY.
 """
 
 import json
@@ -15,7 +17,7 @@ PROMPT = {"prompt": "The", "max_tokens": 4, "temperature": 0}
 
 
 def ask(url: str, body: dict[str, Any] | None = None) -> str:
-    """Return what the server answers. Raises OSError, HTTPError with the server's own words."""
+    """Send a request and return the body of the answer. Raises OSError; HTTPError has the answer of the server."""
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("VLLM_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
@@ -25,7 +27,7 @@ def ask(url: str, body: dict[str, Any] | None = None) -> str:
 
 
 def wait(server: str, seconds: float) -> None:
-    """Wait until the server says that it is ready. Raises OSError with why it is not."""
+    """Wait at most `seconds` until the server is ready. Raises OSError; HTTPError has the reasons of the server."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -38,16 +40,16 @@ def wait(server: str, seconds: float) -> None:
 
 
 def main(server: str) -> None:
-    """Run every check. Raises AssertionError with what was wrong."""
+    """Run every check. Raises AssertionError with the fault."""
     models = json.loads(ask(f"{server}/v1/models"))["data"]
-    assert models, "it serves no model"
+    assert models, "the server lists no model"
     base, *adapters = (model["id"] for model in models)
     print(f"models: {base} and {len(adapters)} adapters")
     for model in (base, *adapters[:1]):
         answer = json.loads(ask(f"{server}/v1/completions", {"model": model, **PROMPT}))
-        assert answer["usage"]["completion_tokens"] > 0, f"{model} says nothing"
+        assert answer["usage"]["completion_tokens"] > 0, f"the answer of {model} is empty"
         served = answer["model"].partition("@")[0]
-        assert served == model, f"{model} was asked, {answer['model']} answered"
+        assert served == model, f"the request was for {model}, the answer is from {answer['model']}"
         print(f"{model}: answered by {answer['model']}")
     stream = ask(f"{server}/v1/completions", {"model": (adapters or [base])[0], "stream": True, **PROMPT})
     events = [line for line in stream.splitlines() if line.startswith("data: ")]

@@ -1,9 +1,9 @@
 # docker build -f helm/images/cpu.Dockerfile -t astra-serve-cpu:0.1.0 .
-# Not built by this project's tests, which have no container engine: they lint it, and install the same lock by `make`.
-# The lock has the tests' packages, too.
+# The tests do not build this image, because they have no container engine. They lint it, and `make` installs the same
+# lock, which includes the packages of the tests.
 FROM python:3.11-slim-bookworm
 
-# g++ compiles the LoRA kernel at its first use, and vLLM's model.
+# g++ compiles the LoRA kernel at its first use, and the model of vLLM.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ libnuma1 \

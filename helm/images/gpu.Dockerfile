@@ -1,8 +1,8 @@
 # docker build -f helm/images/gpu.Dockerfile -t astra-serve:0.1.0 .
-# Not built by this project's tests, which have no container engine: they lint it.
+# The tests do not build this image, because they have no container engine. They lint it.
 FROM vllm/vllm-openai:v0.32.0
 
-# What the server needs beside vLLM, at versions that vLLM's own accept.
+# Packages of the server; the constraints keep the versions that the image has for vLLM.
 WORKDIR /opt/astra
 COPY pyproject.toml README.md LICENSE ./
 COPY astra_serve astra_serve

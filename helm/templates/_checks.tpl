@@ -1,12 +1,12 @@
-{{- /* What a schema cannot say, checked before anything is rendered. */ -}}
+{{- /* Rules that the schema cannot express, checked before anything is rendered. */ -}}
 {{- define "astra.checks" -}}
 {{- $v := .Values -}}
 {{- if and $v.adapters $v.adaptersUrl -}}
-  {{- fail "adapters and adaptersUrl are both set: the desired state is in one place" -}}
+  {{- fail "adapters and adaptersUrl are both set: give the desired state in one of them" -}}
 {{- end -}}
 {{- $fullname := include "astra.fullname" . -}}
 {{- if or (not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $fullname)) (has $fullname (list "on" "off" "yes" "no" "true" "false" "null" "y" "n")) -}}
-  {{- fail (printf "no Service may have the name %q: set fullnameOverride, to lower-case letters, digits and '-', a letter first" $fullname) -}}
+  {{- fail (printf "%q is not a valid name of a Service: set fullnameOverride to lower-case letters, digits and '-', with a letter first" $fullname) -}}
 {{- end -}}
 {{- $names := list -}}
 {{- $sources := list -}}
@@ -21,7 +21,7 @@
   {{- end -}}
   {{- if .pin -}}{{- $pinned = add $pinned (ternary 2 1 (hasKey . "canary")) -}}{{- end -}}
   {{- if gt (int (default 0 .rank)) (int $v.engine.maxLoraRank) -}}
-    {{- fail (printf "adapter %q has rank %v, the engine takes up to %v: raise engine.maxLoraRank" .name .rank $v.engine.maxLoraRank) -}}
+    {{- fail (printf "adapter %q has rank %v, above engine.maxLoraRank, which is %v: raise it" .name .rank $v.engine.maxLoraRank) -}}
   {{- end -}}
   {{- with .canary -}}
     {{- if or (le (float64 .weight) 0.0) (ge (float64 .weight) 1.0) -}}
@@ -31,98 +31,101 @@
   {{- $name := .name -}}
   {{- $mine := compact (list .source (dig "canary" "version" "" .)) -}}
   {{- $sources = concat $sources $mine -}}
+  {{- range .previous -}}
+    {{- if kindIs "map" . -}}{{- $sources = append $sources (dig "source" "" .) -}}{{- end -}}
+  {{- end -}}
   {{- range $mine -}}
     {{- if hasPrefix "sha256:" . -}}
       {{- if or (not $v.store.claim.name) (gt (int (include "astra.mostReplicas" $)) 1) -}}
-        {{- fail (printf "adapter %q comes from the store, which is empty in a new pod, and each server's own: give its source" $name) -}}
+        {{- fail (printf "adapter %q has a source in the store, but the store of a new pod is empty and each server has its own: give the source from which the version was published" $name) -}}
       {{- end -}}
     {{- else if not (contains "://" .) -}}
       {{- if regexMatch "^[^/.~][^/]*/[^/]+$" . -}}
-        {{- fail (printf "adapter %q comes from the folder %q: if it is on the hub, say hf://%s" $name . .) -}}
+        {{- fail (printf "adapter %q has the source %q, which is a folder: for a hub id write hf://%s" $name . .) -}}
       {{- else if not $v.adaptersClaim.name -}}
-        {{- fail (printf "adapter %q comes from the folder %q: set adaptersClaim.name, which is mounted at /adapters" $name .) -}}
+        {{- fail (printf "adapter %q has the source %q, which is a folder: set adaptersClaim.name, which is mounted at /adapters" $name .) -}}
       {{- else if not (hasPrefix "/adapters/" .) -}}
-        {{- fail (printf "adapter %q comes from the folder %q: adaptersClaim is mounted at /adapters" $name .) -}}
+        {{- fail (printf "adapter %q has the source %q, but adaptersClaim is mounted at /adapters" $name .) -}}
       {{- end -}}
     {{- end -}}
   {{- end -}}
 {{- end -}}
 {{- range concat (list $v.adaptersUrl $v.base.source) $sources -}}
   {{- if or (regexMatch "//[^/]*@" .) (regexMatch "(?i)[?&][^=&]*(token|secret|password|signature|sig|key|credential)=" .) -}}
-    {{- fail "a URL has credentials in it: put them into a Secret, and name it in objectStore.secret" -}}
+    {{- fail "a URL contains credentials: put them into a Secret, and set objectStore.secret" -}}
   {{- end -}}
 {{- end -}}
 {{- if gt (int $pinned) (int $v.engine.maxLoras) -}}
-  {{- fail (printf "%v adapters are pinned, the engine has %v slots: raise engine.maxLoras, or pin fewer" $pinned $v.engine.maxLoras) -}}
+  {{- fail (printf "%v versions are pinned, canaries included, but engine.maxLoras is %v: raise it, or pin fewer" $pinned $v.engine.maxLoras) -}}
 {{- end -}}
 {{- if gt (int $v.engine.maxLoras) (int $v.engine.resident) -}}
-  {{- fail (printf "engine.maxLoras is %v, engine.resident %v: what is in a slot is resident, too" $v.engine.maxLoras $v.engine.resident) -}}
+  {{- fail (printf "engine.maxLoras is %v, but engine.resident is %v: resident adapters include those of a batch" $v.engine.maxLoras $v.engine.resident) -}}
 {{- end -}}
 {{- if gt (len (include "astra.document" .)) 1000000 -}}
-  {{- fail "adapters do not fit into a ConfigMap (1 MB): keep the document in an object store, and name it with adaptersUrl" -}}
+  {{- fail "adapters do not fit into a ConfigMap (1 MB): put the document into an object store, and set adaptersUrl" -}}
 {{- end -}}
 {{- $replicas := int (include "astra.mostReplicas" .) -}}
 {{- $pods := mul $replicas (int $v.nodes) -}}
 {{- range $name, $claim := dict "store.claim" $v.store.claim "base.claim" $v.base.claim "adaptersClaim" $v.adaptersClaim -}}
   {{- if and $claim.name (gt $pods 1) (has $claim.accessMode (list "ReadWriteOnce" "ReadWriteOncePod")) -}}
-    {{- fail (printf "%s is %s, and there may be %d pods: one of them alone could mount it" $name $claim.accessMode $pods) -}}
+    {{- fail (printf "%s is %s, but there may be %d pods, of which only one could mount it" $name $claim.accessMode $pods) -}}
   {{- end -}}
 {{- end -}}
 {{- if and $v.store.claim.name (eq $v.store.claim.accessMode "ReadOnlyMany") -}}
-  {{- fail "store.claim is ReadOnlyMany: the server writes into it" -}}
+  {{- fail "store.claim is ReadOnlyMany, but the server writes into it" -}}
 {{- end -}}
 {{- if and (eq (int $v.rollout.maxSurge) 0) (eq (int $v.rollout.maxUnavailable) 0) -}}
-  {{- fail "rollout.maxSurge and rollout.maxUnavailable are both 0: nothing could ever be replaced" -}}
+  {{- fail "rollout.maxSurge and rollout.maxUnavailable are both 0: no pod could be replaced" -}}
 {{- end -}}
 {{- if gt (int $v.nodes) 1 -}}
   {{- if not (and $v.store.claim.name (eq $v.store.claim.accessMode "ReadWriteMany")) -}}
-    {{- fail "nodes is above 1: every node of a group reads the adapters from one store; set store.claim, ReadWriteMany" -}}
+    {{- fail "nodes is above 1, and all nodes of a group read the adapters from one store: set store.claim with ReadWriteMany" -}}
   {{- end -}}
   {{- if lt (int $v.gpu.count) 1 -}}
-    {{- fail "nodes is above 1, gpu.count is 0: several nodes are for models that do not fit into one node's GPUs" -}}
+    {{- fail "nodes is above 1, but gpu.count is 0: several nodes are for models that do not fit into the GPUs of one node" -}}
   {{- end -}}
 {{- end -}}
 {{- if hasPrefix "hf://" $v.base.source -}}
-  {{- fail (printf "base.source is %q: a base on the hub is named ORG/NAME" $v.base.source) -}}
+  {{- fail (printf "base.source is %q: write a base of the hub as ORG/NAME" $v.base.source) -}}
 {{- end -}}
 {{- if and (hasPrefix "/" $v.base.source) (not $v.base.claim.name) -}}
   {{- fail (printf "base.source is the folder %q: set base.claim.name, which is mounted at /base" $v.base.source) -}}
 {{- end -}}
 {{- if and $v.base.claim.name (not (or (eq $v.base.source "/base") (hasPrefix "/base/" $v.base.source))) -}}
-  {{- fail (printf "base.claim is mounted at /base, and base.source is %q: name the folder in it" $v.base.source) -}}
+  {{- fail (printf "base.claim is mounted at /base, but base.source is %q: set base.source to a folder below /base" $v.base.source) -}}
 {{- end -}}
 {{- if and (eq $v.autoscaling.kind "none" | not) (gt (int $v.autoscaling.minReplicas) (int $v.autoscaling.maxReplicas)) -}}
   {{- fail "autoscaling.minReplicas is above autoscaling.maxReplicas" -}}
 {{- end -}}
 {{- if and $v.ingress.enabled (not $v.ingress.host) -}}
-  {{- fail "ingress is enabled without ingress.host" -}}
+  {{- fail "ingress.enabled needs ingress.host" -}}
 {{- end -}}
 {{- if and $v.httpRoute.enabled (not $v.httpRoute.parentRefs) -}}
-  {{- fail "httpRoute is enabled without httpRoute.parentRefs: name the Gateway" -}}
+  {{- fail "httpRoute.enabled needs httpRoute.parentRefs: name the Gateway" -}}
 {{- end -}}
-{{- /* The Gateway API's own rule: of one parent either all, or one listener each. A port does not tell them apart. */ -}}
+{{- /* A rule of the Gateway API: several references to one parent need different sectionNames; ports do not count. */ -}}
 {{- $parents := dict -}}
 {{- range $v.httpRoute.parentRefs -}}
   {{- $parent := printf "%s/%s/%s/%s" (dig "group" "gateway.networking.k8s.io" .) (dig "kind" "Gateway" .) (dig "namespace" $.Release.Namespace .) .name -}}
   {{- $listeners := default list (get $parents $parent) -}}
   {{- $listener := dig "sectionName" "" . -}}
   {{- if and $listeners (or (has "" (append $listeners $listener)) (has $listener $listeners)) -}}
-    {{- fail (printf "httpRoute.parentRefs has %q twice: give each a sectionName of its own" .name) -}}
+    {{- fail (printf "httpRoute.parentRefs has %q twice: give each a different sectionName" .name) -}}
   {{- end -}}
   {{- $_ := set $parents $parent (append $listeners $listener) -}}
 {{- end -}}
-{{- /* A list by names: where the engine runs over several nodes, Kubernetes takes none twice. */ -}}
-{{- $mine := dict "HOME" "base.size, its room" "USER" "podSecurity.user" "GROUP" "nodes" "HF_TOKEN" "hubToken" "VLLM_API_KEY" "apiKey" "ASTRA_ADMIN_TOKEN" "admin" -}}
+{{- /* Names of variables must be unique: a LeaderWorkerSet with duplicates is refused. */ -}}
+{{- $mine := dict "HOME" "base.size for its size" "USER" "podSecurity.user" "GROUP" "nodes" "HF_TOKEN" "hubToken" "VLLM_API_KEY" "apiKey" "ASTRA_ADMIN_TOKEN" "admin" -}}
 {{- $variables := list -}}
 {{- range $v.env -}}
   {{- if and .value (regexMatch "(?i)(^|_)(token|secret|password|passwd|api_?key|key)$" .name) -}}
-    {{- fail (printf "env has %s in plain: take it from a Secret with valueFrom.secretKeyRef" .name) -}}
+    {{- fail (printf "env has the secret %s as plain text: take it from a Secret with valueFrom.secretKeyRef" .name) -}}
   {{- end -}}
   {{- if and (hasKey . "value") (hasKey . "valueFrom") -}}
-    {{- fail (printf "env has %s with value and valueFrom: give one" .name) -}}
+    {{- fail (printf "env has %s with value and valueFrom: give one of them" .name) -}}
   {{- end -}}
   {{- if hasKey $mine .name -}}
-    {{- fail (printf "env has %s, which is this chart's to set: use %s" .name (get $mine .name)) -}}
+    {{- fail (printf "env has %s, which the chart sets: use %s" .name (get $mine .name)) -}}
   {{- end -}}
   {{- if has .name $variables -}}
     {{- fail (printf "env has %s twice: names must differ" .name) -}}
@@ -143,21 +146,21 @@
 {{- range $v.engine.args -}}
   {{- $option := regexReplaceAll "[= ].*" (regexReplaceAll "^-+" . "") "" | replace "_" "-" -}}
   {{- if and (hasPrefix "-" .) (hasKey $set $option) -}}
-    {{- fail (printf "engine.args has %s, which is this chart's to set: use %s" (regexReplaceAll "[= ].*" . "") (get $set $option)) -}}
+    {{- fail (printf "engine.args has %s, which the chart sets: use %s" (regexReplaceAll "[= ].*" . "") (get $set $option)) -}}
   {{- end -}}
 {{- end -}}
 {{- if eq (int $v.admin.port) 8000 -}}
-  {{- fail "admin.port is 8000, where requests go: take another" -}}
+  {{- fail "admin.port is 8000, the port of requests: use another port" -}}
 {{- end -}}
 {{- if and (eq $v.autoscaling.kind "keda") (not $v.monitoring.serviceMonitor) -}}
-  {{- fail "autoscaling.kind=keda asks Prometheus, which scrapes nothing: set monitoring.serviceMonitor" -}}
+  {{- fail "autoscaling.kind=keda needs metrics in Prometheus: set monitoring.serviceMonitor" -}}
 {{- end -}}
 {{- if and $v.monitoring.rules (not $v.monitoring.serviceMonitor) -}}
-  {{- fail "monitoring.rules are about what monitoring.serviceMonitor scrapes, by its labels: set that, too" -}}
+  {{- fail "monitoring.rules use labels that monitoring.serviceMonitor adds: set monitoring.serviceMonitor, too" -}}
 {{- end -}}
 {{- $outside := or $v.ingress.enabled $v.httpRoute.enabled (ne $v.service.type "ClusterIP") -}}
 {{- if and $outside (not $v.apiKey.secret) (not $v.apiKey.checkedElsewhere) -}}
-  {{- fail "a way in from outside without a key lets everybody in: set apiKey.secret, or apiKey.checkedElsewhere where a gateway asks for one" -}}
+  {{- fail "the server is reachable from outside without a key: set apiKey.secret, or apiKey.checkedElsewhere if a gateway checks keys" -}}
 {{- end -}}
 {{- $volumes := list -}}
 {{- range $v.volumes -}}
@@ -171,7 +174,7 @@
 {{- end -}}
 {{- end -}}
 
-{{- /* The desired state as the server reads it: `rank` is for the check above alone. */ -}}
+{{- /* The document for the server: the adapters without `rank`, which only the check above uses. */ -}}
 {{- define "astra.document" -}}
 {{- $entries := list -}}
 {{- range .Values.adapters -}}

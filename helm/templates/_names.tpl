@@ -1,5 +1,5 @@
 {{- /*
-At most 40 characters: what is made of a name must fit into a label's 63. The longest is that of a group's pods,
+At most 40 characters, because labels made of a name have at most 63. The longest is the label of a group's pods,
 NAME-group-INDEX-HASH.
 */ -}}
 {{- define "astra.cut" -}}
@@ -24,14 +24,14 @@ NAME-group-INDEX-HASH.
 {{ include "astra.fullname" . }}-picker
 {{- end -}}
 
-{{- /* What never changes: a Deployment's selector cannot. */ -}}
+{{- /* Labels that never change, because the selector of a Deployment cannot change. */ -}}
 {{- define "astra.selector" -}}
 app.kubernetes.io/name: {{ include "astra.name" . | quote }}
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/component: server
 {{- end -}}
 
-{{- /* The pods that answer requests: of a group of nodes only its leader does. */ -}}
+{{- /* Labels of the pods that answer requests: in a group of nodes, of the leader only. */ -}}
 {{- define "astra.serving" -}}
 {{ include "astra.selector" . }}
 {{- if gt (int .Values.nodes) 1 }}
@@ -70,7 +70,7 @@ imagePullSecrets:
 {{- end -}}
 {{- end -}}
 
-{{- /* The workload that is scaled, as a reference. */ -}}
+{{- /* Reference to the workload, for autoscalers. */ -}}
 {{- define "astra.workload" -}}
 {{- if gt (int .Values.nodes) 1 -}}
 apiVersion: leaderworkerset.x-k8s.io/v1
@@ -82,12 +82,12 @@ kind: Deployment
 name: {{ include "astra.workloadName" . }}
 {{- end -}}
 
-{{- /* A group makes itself a headless Service of its own name, so that name must not be ours. */ -}}
+{{- /* A LeaderWorkerSet creates a headless Service with its own name, which must differ from the chart's Services. */ -}}
 {{- define "astra.workloadName" -}}
 {{ include "astra.fullname" . }}{{ if gt (int .Values.nodes) 1 }}-group{{ end }}
 {{- end -}}
 
-{{- /* Whether the pod uses a claim that pods on one node alone, or one pod, can mount. */ -}}
+{{- /* Not empty if the pod uses a claim that only pods on one node, or only one pod, can mount. */ -}}
 {{- define "astra.claimsANode" -}}
 {{- range list .Values.store.claim .Values.base.claim .Values.adaptersClaim -}}
 {{- if and .name (has .accessMode (list "ReadWriteOnce" "ReadWriteOncePod")) }}true{{ end -}}
@@ -102,7 +102,7 @@ name: {{ include "astra.workloadName" . }}
 {{- end -}}
 {{- end -}}
 
-{{- /* Seconds in which endpoints stop to send requests: a tenth of the drain, between 1 and 15. */ -}}
+{{- /* Seconds until the endpoints of an ending pod are removed: a tenth of drainSeconds, between 1 and 15. */ -}}
 {{- define "astra.preStopSeconds" -}}
 {{ max 1 (min 15 (div (int .Values.drainSeconds) 10)) }}
 {{- end -}}

@@ -1,6 +1,6 @@
 {{- /*
-A pod of the server. The list is (context, role): role is "server", or in a group of nodes "leader" and "worker".
-Nothing here depends on the adapters: the document changes, the pods stay.
+A pod of the server. The argument is a list (context, role): role is "server", or "leader" or "worker" in a group of nodes.
+Nothing here depends on the adapters, so that a change of the document restarts no pod.
 */ -}}
 {{- define "astra.pod" -}}
 {{- $ := index . 0 -}}
@@ -16,7 +16,7 @@ metadata:
 spec:
   serviceAccountName: {{ include "astra.fullname" $ }}
   automountServiceAccountToken: false
-  # A Service called "vllm" would put VLLM_PORT into the environment, which means something else to the engine.
+  # A Service with the name "vllm" would set VLLM_PORT, a variable that the engine reads for its own port.
   enableServiceLinks: false
   terminationGracePeriodSeconds: {{ add (include "astra.preStopSeconds" $) (int $v.drainSeconds) 60 }}
   securityContext:
@@ -112,7 +112,7 @@ spec:
           exec:
             command: [sleep, {{ include "astra.preStopSeconds" $ | quote }}]
       {{- else }}
-      # All pods of a group are told to end at once: this one computes for the leader until that has drained.
+      # All pods of a group are stopped at the same time. A worker computes until its leader has drained.
       lifecycle:
         preStop:
           exec:
@@ -146,7 +146,7 @@ spec:
         - {name: adapters, mountPath: /adapters, readOnly: true}
         {{- end }}
         {{- if and (not $v.adaptersUrl) (ne $role "worker") }}
-        # The folder, not the file: a file that is mounted by itself is never updated.
+        # The whole folder, because Kubernetes does not update a single file that is mounted by subPath.
         - {name: document, mountPath: /etc/astra, readOnly: true}
         {{- end }}
         {{- with include "astra.moreMounts" $ | trim }}{{ . | nindent 8 }}{{ end }}
@@ -206,7 +206,7 @@ spec:
     {{- end }}
 {{- end -}}
 
-{{- /* What --base is: from an object store the folder into which it was copied, by its own name. */ -}}
+{{- /* The value of --base. A base from an object store is copied to /base/NAME. */ -}}
 {{- define "astra.base" -}}
 {{- if contains "://" .Values.base.source -}}
 /base/{{ .Values.base.source | trimSuffix "/" | base }}
@@ -215,7 +215,10 @@ spec:
 {{- end -}}
 {{- end -}}
 
-{{- /* Of a claim each server takes a folder, also a successor whose predecessor still drains. A group's nodes share one. */ -}}
+{{- /*
+The option for the store. Each server uses its own folder of a claim, because an old and a new pod may run at the same
+time. The nodes of a group share one folder.
+*/ -}}
 {{- define "astra.store" -}}
 {{- if gt (int .Values.nodes) 1 -}}
 --store=/store/group-$(GROUP)
@@ -263,13 +266,13 @@ spec:
 {{- end }}
 {{- end -}}
 
-{{- /* Every role gets the secrets that it needs: to copy the base none but the object store's. */ -}}
+{{- /* Each role gets the secrets that it needs; "copy", which copies the base, gets those of the object store only. */ -}}
 {{- define "astra.environment" -}}
 {{- $role := index . 1 -}}
 {{- $v := (index . 0).Values -}}
 env:
   - {name: HOME, value: /home/astra}
-  # Of a user id that the image does not know, nobody could say the name.
+  # A user id that is not in the image has no name.
   - {name: USER, value: astra}
   {{- if gt (int $v.nodes) 1 }}
   - name: GROUP

@@ -22,6 +22,7 @@ class StandInEngine:
         self.silent: set[str] = set()  # adapters that change nothing
         self.stuck: set[str] = set()  # adapters that cannot be unloaded
         self.asked: list[tuple[str | None, int, bool]] = []
+        self.died = asyncio.Event()
         self.gate = asyncio.Event()  # loads and unloads wait while it is not set
         self.gate.set()
         self.pause: Callable[[], Awaitable[None]] = self.gate.wait

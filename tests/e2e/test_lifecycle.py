@@ -1,22 +1,28 @@
-"""How the server's processes end, well or badly. The session's own server ends with SIGTERM, in conftest."""
+"""How the server's processes start and end. The session's own server ends with SIGTERM, in conftest."""
 
 import json
 import signal
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+import torch
 
 from astra_serve.gateway.middleware import OPEN
+from converter import adapter_dir
+from converter.adapter_dir import LoraAdapter
 from tests.support import demo
-from tests.support.server import BIN, Server, astra_serve
+from tests.support.server import BIN, Server, astra_serve, free_port
 
 pytestmark = pytest.mark.timeout(300)
 KEY = "the-api-key"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
+ADMIN_PORT = free_port()
 
 
 def test_an_option_that_neither_we_nor_vllm_know_ends_with_status_2_and_says_so() -> None:
@@ -26,14 +32,81 @@ def test_an_option_that_neither_we_nor_vllm_know_ends_with_status_2_and_says_so(
     assert "--no-such-option" in done.stderr.splitlines()[-1]
 
 
+def signalled(number: int, log: Path, when: Callable[[psutil.Process], object]) -> tuple[int, list[psutil.Process]]:
+    """Send a signal to a server that starts, and return its status and the descendants that are left."""
+    command = [str(BIN / "astra-serve"), "--base", str(demo.BASE), "--port", str(free_port())]
+    with log.open("wb") as stream:
+        process = psutil.Popen([*command, "--store", str(log.with_suffix(".store"))], stdout=stream, stderr=stream)
+    while not when(process):
+        assert process.poll() is None
+        time.sleep(0.02)
+    descendants = process.children(recursive=True)
+    process.send_signal(number)
+    status = process.wait(5)
+    _, left = psutil.wait_procs(descendants, 5)
+    return status, left
+
+
+def test_a_signal_ends_a_starting_server_and_its_engine_within_5_s(tmp_path: Path) -> None:
+    def no_engine_yet(process: psutil.Process) -> bool:
+        return bool((tmp_path / "early").stat().st_size) or bool(process.children())
+
+    def engine_starts(process: psutil.Process) -> bool:
+        return any("EngineCore" in child.name() for child in process.children())
+
+    with ThreadPoolExecutor(2) as pool:
+        early = pool.submit(signalled, signal.SIGINT, tmp_path / "early", no_engine_yet)
+        late = pool.submit(signalled, signal.SIGTERM, tmp_path / "late", engine_starts)
+        assert early.result() == (130, [])
+        assert late.result() == (143, [])
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with an API key, for this module; its last test ends it."""
+def random_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter with random weights."""
+    torch.manual_seed(0)
+    shapes = adapter_dir.base_shapes(demo.BASE)
+    layers = {
+        name: (torch.randn(4, d_in) / 8, torch.randn(d_out, 4) / 8)
+        for name, (d_out, d_in) in shapes.items()
+        if name.endswith("q_proj")
+    }
+    folder = tmp_path_factory.mktemp("loras") / "random"
+    with adapter_dir.new_folder(folder) as partial:
+        adapter_dir.save_lora(
+            partial, LoraAdapter(layers, {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj"]}, {})
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(random_lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with an API key and an operator's middleware, for this module; its last test ends it."""
+    folder = tmp_path_factory.mktemp("lifecycle")
+    (folder / "adapters.yaml").write_text(f"adapters: [{{name: random, source: {random_lora}}}]")
+    options = ["--base", str(demo.BASE), "--enforce-eager", "--adapters", str(folder / "adapters.yaml")]
+    options += ["--middleware", "tests.support.refusing.Refuse", "--admin-port", str(ADMIN_PORT)]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
         patch.setenv("VLLM_API_KEY", KEY)
-        log = tmp_path_factory.mktemp("lifecycle") / "log"
-        with astra_serve(["--base", str(demo.BASE), "--enforce-eager"], log) as running:
+        patch.setenv("ASTRA_ADMIN_TOKEN", KEY)
+        with astra_serve(options, folder / "log") as running:
             yield running
+
+
+def test_a_request_that_a_key_or_a_middleware_refuses_loads_nothing(server: Server) -> None:
+    with httpx.Client(base_url=f"http://127.0.0.1:{ADMIN_PORT}", headers=HEADERS, timeout=60) as admin:
+        while (adapter := admin.get("/adapters/random")).json()["state"] != "serving":
+            assert adapter.json()["state"] != "failed", adapter.text
+            time.sleep(0.1)
+        assert admin.post("/adapters/random/unload").json()["version"]["residency"] == "disk"
+        body = {"model": "random", "prompt": "x", "max_tokens": 2}
+        url = f"{server.url}/v1/completions"
+        for headers, status in (({}, 401), ({**HEADERS, "X-Refuse": "1"}, 418)):
+            assert httpx.post(url, json=body, headers=headers).status_code == status
+            assert admin.get("/adapters/random").json()["version"]["residency"] == "disk"
+        assert httpx.post(url, json=body, headers=HEADERS, timeout=60).status_code == 200
+        assert admin.get("/adapters/random").json()["version"]["residency"] == "slot"
 
 
 def test_all_that_the_application_answers_is_behind_the_key_but_for_how_the_server_is(server: Server) -> None:

@@ -1,4 +1,4 @@
-"""The chart as the tests see it: rendered by a real Helm, as plain dicts."""
+"""Render the chart with a real Helm, and read the objects as dicts."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ CHART = Path(__file__).parents[2] / "helm"
 HELMS = ("helm3", "helm4")
 NAMESPACE, RELEASE = "apps", "astra"
 
-# What a cluster has that uses all of it.
+# Values that use every feature of the chart.
 EVERYTHING: dict[str, Any] = {
     "replicas": 3,
     "base": {"source": "s3://models/qwen3-8b"},
@@ -22,9 +22,11 @@ EVERYTHING: dict[str, Any] = {
     "apiKey": {"secret": "keys"},
     "admin": {"secret": "admin"},
     "adapters": [
-        {"name": "sql", "source": "hf://org/sql@1a2b3c", "required": True, "rank": 32},
+        {"name": "sql", "source": "hf://org/sql@1a2b3c", "required": True, "rank": 32, "previous": [
+            {"digest": f"sha256:{'1' * 64}", "source": "hf://org/sql@0f9e8d", "replaced": "2026-11-27T09:00:00Z"},
+            f"sha256:{'2' * 64}"]},
         {"name": "intent", "source": "s3://adapters/intent", "pin": True,
-         "canary": {"version": "s3://adapters/intent-2", "weight": 0.1}},
+         "canary": {"version": "s3://adapters/intent-2", "digest": f"sha256:{'3' * 64}", "weight": 0.1}},
         {"name": "local", "source": "/adapters/local"},
     ],
     "adaptersClaim": {"name": "adapters"},
@@ -65,11 +67,11 @@ NODES: dict[str, Any] = {
 
 
 class RenderError(Exception):
-    """Helm refuses; its message."""
+    """Helm refuses the values; the text is its message."""
 
 
 def run(helm: str, *args: str, values: dict[str, Any] | None = None) -> str:
-    """Return what Helm prints. Raises RenderError."""
+    """Return the output of Helm. Raises RenderError."""
     command = [str(FOLDER / helm), *args]
     if values is not None:
         command += ["--values", "-"]
@@ -80,17 +82,17 @@ def run(helm: str, *args: str, values: dict[str, Any] | None = None) -> str:
 
 
 def text_of(values: dict[str, Any] | None = None, helm: str = "helm4") -> str:
-    """Return the chart, rendered with `values`. Raises RenderError."""
+    """Return the chart rendered with `values`, as text. Raises RenderError."""
     return run(helm, "template", RELEASE, str(CHART), "--namespace", NAMESPACE, values=values or {})
 
 
 def render(values: dict[str, Any] | None = None, helm: str = "helm4") -> list[dict[str, Any]]:
-    """Return the chart's objects. Raises RenderError."""
+    """Return the chart rendered with `values`, as objects. Raises RenderError."""
     return [found for found in yaml.safe_load_all(text_of(values, helm)) if found]
 
 
 def one(objects: list[dict[str, Any]], kind: str, name: str | None = None) -> dict[str, Any]:
-    """Return the one object of a kind, or of a kind and a name without the release's."""
+    """Return the only object of a kind, or of a kind and the name RELEASE-`name` (RELEASE for an empty name)."""
     wanted = None if name is None else f"{RELEASE}-{name}" if name else RELEASE
     (found,) = (o for o in objects if o["kind"] == kind and wanted in (None, o["metadata"]["name"]))
     return found
@@ -109,7 +111,7 @@ def container(objects: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def pods(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the specs of all pods that the chart's objects are, or make."""
+    """Return the specs of all pods: of Pod objects, and of the pod templates of Deployments and LeaderWorkerSets."""
     found = []
     for each in objects:
         if each["kind"] == "Pod":

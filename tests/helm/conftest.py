@@ -1,4 +1,4 @@
-"""Adapters that nobody trained, and several engines on one small machine."""
+"""Random adapters, and settings for several engines on one small machine."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.support import demo
 
 
 def write_random_lora(folder: Path, seed: int) -> Path:
-    """Write an adapter for the embedded base that changes what it says."""
+    """Write a random LoRA that changes the answers of the embedded base, and return its folder."""
     torch.manual_seed(seed)
     base = open_base(str(demo.BASE))
     layers = {
@@ -28,7 +28,7 @@ def write_random_lora(folder: Path, seed: int) -> Path:
 
 @pytest.fixture
 def one_thread_each(monkeypatch) -> None:
-    """Let several engines share two cores: with threads bound to the cores they would wait for each other, spinning."""
+    """Let several engines share two cores: threads that are bound to cores would wait for each other in busy loops."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("ASTRA_ADMIN_TOKEN", "e2e-token")

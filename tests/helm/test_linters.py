@@ -1,4 +1,4 @@
-"""What others think of the chart, its images and its alerts."""
+"""Checks by other tools: checkov on the objects, hadolint on the images, promtool on alerts and queries."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ ACCEPTED: dict[str, str] = yaml.safe_load((Path(__file__).parent / "checkov.yaml
 
 @pytest.fixture(scope="session")
 def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What checkov finds in all profiles."""
+    """The findings of checkov in all profiles."""
     folder = tmp_path_factory.mktemp("rendered")
     for name, values in {"default": {}, "cpu": CPU, "everything": EVERYTHING, "nodes": NODES}.items():
         (folder / f"{name}.yaml").write_text(text_of(values), encoding="utf-8")
@@ -33,28 +33,28 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "--skip-download",
     ]
     done = subprocess.run([*command, "--compact"], capture_output=True, text=True, check=False)
-    told = json.loads(done.stdout)
-    assert told["summary"]["passed"] > 300
-    found: list[dict[str, Any]] = told["results"]["failed_checks"]
+    report = json.loads(done.stdout)
+    assert report["summary"]["passed"] > 300
+    found: list[dict[str, Any]] = report["results"]["failed_checks"]
     return found
 
 
-def test_checkov_finds_only_what_was_accepted_with_a_reason(findings: list[dict[str, Any]]) -> None:
+def test_every_finding_of_checkov_is_accepted_with_a_reason(findings: list[dict[str, Any]]) -> None:
     new = {f"{f['check_id']} {f['check_name']}: {f['resource']}" for f in findings if f["check_id"] not in ACCEPTED}
     assert new == set()
 
 
-def test_no_finding_stays_accepted_that_is_not_there_any_more(findings: list[dict[str, Any]]) -> None:
+def test_every_accepted_finding_still_occurs(findings: list[dict[str, Any]]) -> None:
     assert set(ACCEPTED) == {finding["check_id"] for finding in findings}
 
 
 @pytest.mark.parametrize("file", sorted((CHART / "images").glob("*.Dockerfile")), ids=lambda file: file.name)
-def test_dockerfiles_are_clean(file: Path) -> None:
+def test_hadolint_finds_nothing_in_a_dockerfile(file: Path) -> None:
     done = subprocess.run([LINTERS / "hadolint", str(file)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_prometheus_reads_the_alerts_and_the_dashboards_queries(tmp_path: Path) -> None:
+def test_the_alerts_and_the_queries_are_valid_for_prometheus(tmp_path: Path) -> None:
     objects = render(EVERYTHING)
     spec = one(objects, "PrometheusRule")["spec"]
     dashboard = json.loads(one(objects, "ConfigMap", "dashboard")["data"]["astra.json"])
@@ -71,22 +71,22 @@ def test_prometheus_reads_the_alerts_and_the_dashboards_queries(tmp_path: Path) 
 
 
 INFO, PROBES = "astra_adapter_info", "astra_adapter_probes_total"
-ALERTS = {  # a series with which an alert fires half an hour on, and one with which it must not
+ALERTS = {  # name: a series for which the alert fires after 31 minutes, and one for which it does not
     "AstraNotReady": ("astra_ready{}", "0x60", "astra_ready{}", "1x60"),
     "AstraNoneReady": ("astra_ready{}", "0x60", "astra_ready{}", "1x60"),
     "AstraDown": ("up{}", "0x60", "up{}", "1x60"),
     "AstraAbsent": ("other{}", "1x60", "astra_ready{}", "1x60"),
-    # A start of twelve minutes that ends in a crash, over and over; and one restart in the time.
+    # Three restarts, seven minutes apart, and a single one.
     "AstraRestarts": (
         "process_start_time_seconds{}", "0 " * 7 + "1 " * 7 + "2 " * 7 + "3 " * 20,
         "process_start_time_seconds{}", "0 " * 20 + "1 " * 40,
     ),
     "AstraDocument": ("astra_document_fault{}", "1x60", "astra_document_fault{}", "0x60"),
-    # What cannot be fetched is tried again and again: two minutes failed, one minute fetching.
+    # A fetch that is retried: failed for two minutes, fetching for one, repeatedly.
     "AstraAdapterFailed": (
         f'{INFO}{{adapter="sql",state="failed"}}', "1 1 _ " * 20, f'{INFO}{{adapter="sql",state="serving"}}', "1x60",
     ),
-    # The counter of failed probes comes into being with the first one.
+    # The counter of failed probes has no series before the first failure.
     "AstraProbesFail": (
         f'{PROBES}{{adapter="sql",result="failed"}}', "_x20 1x60",
         f'{PROBES}{{adapter="sql",result="passed"}}', "0+1x60",
@@ -98,8 +98,8 @@ ALERTS = {  # a series with which an alert fires half an hour on, and one with w
 
 
 def check_alert(folder: Path, alert: str, series: list[tuple[str, str]], expected: list[dict[str, Any]]) -> None:
-    """Let promtool say whether `alert` fires 31 minutes after the series began; they get the chart's own labels."""
-    told = [
+    """Assert which `alert` fires 31 minutes after the start of `series`, which get the labels of the release."""
+    labelled = [
         {"series": name.replace("{", '{namespace="apps",service="astra",', 1), "values": values}
         for name, values in series
     ]
@@ -107,7 +107,7 @@ def check_alert(folder: Path, alert: str, series: list[tuple[str, str]], expecte
     wanted["expr"] = f"count by (adapter) ({wanted['expr']})"
     test = {
         "rule_files": ["rules.yaml"],
-        "tests": [{"interval": "1m", "input_series": told, "promql_expr_test": [wanted]}],
+        "tests": [{"interval": "1m", "input_series": labelled, "promql_expr_test": [wanted]}],
     }
     (folder / "rules.yaml").write_text(yaml.safe_dump(one(render(EVERYTHING), "PrometheusRule")["spec"]))
     (folder / "test.yaml").write_text(yaml.safe_dump(test))
@@ -117,14 +117,14 @@ def check_alert(folder: Path, alert: str, series: list[tuple[str, str]], expecte
 
 
 @pytest.mark.parametrize("alert", ALERTS)
-def test_an_alert_fires_when_it_should_and_only_then(alert: str, tmp_path: Path) -> None:
+def test_an_alert_fires_for_its_fault_and_not_without_it(alert: str, tmp_path: Path) -> None:
     bad, bad_values, good, good_values = ALERTS[alert]
     labels = '{adapter="sql"}' if "adapter=" in bad else "{}"
     check_alert(tmp_path, alert, [(bad, bad_values)], [{"labels": labels, "value": 1}])
     check_alert(tmp_path, alert, [(good, good_values)], [])
 
 
-def test_requests_that_wait_at_every_replica_are_told(tmp_path: Path) -> None:
+def test_an_alert_fires_when_requests_wait_at_every_replica(tmp_path: Path) -> None:
     ready = ("astra_ready{}", "1x60")
     check_alert(
         tmp_path, "AstraQueue", [("vllm:num_requests_waiting{}", "17x60"), ready], [{"labels": "{}", "value": 1}]
@@ -132,9 +132,9 @@ def test_requests_that_wait_at_every_replica_are_told(tmp_path: Path) -> None:
     check_alert(tmp_path, "AstraQueue", [("vllm:num_requests_waiting{}", "16x60"), ready], [])
 
 
-def test_replicas_that_serve_different_versions_are_drift(tmp_path: Path) -> None:
+def test_an_alert_fires_when_replicas_serve_different_versions(tmp_path: Path) -> None:
     def info(pod: str, version: str) -> tuple[str, str]:
         return f'astra_adapter_info{{pod="{pod}",adapter="{version.split("@")[0]}",version="{version}"}}', "1x40"
 
-    told = [info("a", "sql@1"), info("b", "sql@2"), info("a", "same@1"), info("b", "same@1")]
-    check_alert(tmp_path, "AstraAdaptersDrift", told, [{"labels": '{adapter="sql"}', "value": 1}])
+    series = [info("a", "sql@1"), info("b", "sql@2"), info("a", "same@1"), info("b", "same@1")]
+    check_alert(tmp_path, "AstraAdaptersDrift", series, [{"labels": '{adapter="sql"}', "value": 1}])

@@ -1,8 +1,9 @@
-"""One replica over two nodes, as the chart's LeaderWorkerSet starts it, with both nodes on this machine.
+"""One replica over two nodes, started as in the chart's LeaderWorkerSet, with both nodes on this machine.
 
-Here the nodes share the tensor-parallel ranks: vLLM's CPU build has no pipeline parallelism, which the chart uses.
+The chart uses pipeline parallelism between nodes. vLLM's CPU build has none, so tensor parallelism replaces it here.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -26,7 +27,7 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread_each
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
-    """An adapter with a record of what the base says with it, which the engine must say, too."""
+    """An adapter with a recorded probe, which the engine must reproduce."""
     write_random_lora(tmp_path / "plain", seed=0)
     command = [BIN / "astra-convert", tmp_path / "plain", tmp_path / "recorded", "--base", demo.BASE]
     subprocess.run([*map(str, command)], check=True)
@@ -35,7 +36,7 @@ def recorded(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def group(tmp_path: Path, recorded: Path) -> Iterator[tuple[Server, int, subprocess.Popen[bytes]]]:
-    """The leader, its admin port, and the other node."""
+    """The server of the leader, its admin port, and the process of the worker."""
     (tmp_path / "doc.yaml").write_text(
         desired.dump(Document(adapters=[Adapter(name="a", source=str(recorded), required=True)]))
     )
@@ -55,8 +56,8 @@ def group(tmp_path: Path, recorded: Path) -> Iterator[tuple[Server, int, subproc
         worker.wait()
 
 
-def test_a_model_over_two_nodes_proves_and_serves_its_adapter_and_ends_when_one_of_them_does(group) -> None:
-    """A group whose leader stayed would be sent requests that nobody answers; its end makes it start again, whole."""
+def test_a_replica_over_two_nodes_serves_a_proved_adapter_and_ends_when_its_worker_ends(group) -> None:
+    """The end of the leader lets the LeaderWorkerSet start the whole group again."""
     server, admin, worker = group
     while not httpx.get(f"{server.url}/readyz").is_success:
         assert server.process.poll() is None
@@ -65,22 +66,22 @@ def test_a_model_over_two_nodes_proves_and_serves_its_adapter_and_ends_when_one_
     probe = httpx.get(f"http://127.0.0.1:{admin}/adapters/a", headers=headers).json()["version"]["probe"]
     assert probe["recorded"] is True
     assert probe["deviation"] < 0.1
-    said = {model: ask(server, model).json()["choices"][0]["text"] for model in ("base", "a")}
-    assert said["base"] != said["a"]
+    texts = {model: ask(server, model).json()["choices"][0]["text"] for model in ("base", "a")}
+    assert texts["base"] != texts["a"]
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(30) == 0
     with ThreadPoolExecutor() as pool:
         unanswered = pool.submit(ask, server, "a")
-        # The leader's engine hangs, or notices that it is alone and dies: no more requests, in either case.
+        # The engine of the leader hangs, or ends when it notices the end of the worker: not ready in both cases.
         with suppress(httpx.ConnectError):
             while (ready := httpx.get(f"{server.url}/readyz", timeout=10)).is_success:
                 time.sleep(0.2)
             assert "the engine has" in ready.text
         assert server.process.wait(60) == 1
-        with suppress(httpx.HTTPError):  # it got an error, or none at all; what it must not get is an answer
+        with suppress(httpx.HTTPError):  # an error or a closed connection, but no answer
             assert unanswered.result().status_code in (500, 503)
-    lines = server.log.read_text(errors="replace").splitlines()
-    assert any(line.startswith("astra-serve: the engine has") for line in lines)
+    messages = [json.loads(line)["message"] for line in server.log.read_text(errors="replace").splitlines()]
+    assert any(message.startswith("astra-serve: the engine has") for message in messages)
 
 
 def ask(server: Server, model: str) -> httpx.Response:

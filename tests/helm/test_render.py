@@ -1,4 +1,4 @@
-"""The chart is well-formed for every Helm and Kubernetes that it claims, in every feature."""
+"""Every feature of the chart renders to valid objects, with each supported Helm and Kubernetes."""
 
 import os
 import tarfile
@@ -22,18 +22,18 @@ FEATURES: dict[str, dict[str, Any]] = {
     "hpa": {"autoscaling": {"kind": "hpa"}},
     "one picker": {"inferencePool": {"enabled": True}, "httpRoute": {"enabled": True, "parentRefs": [{"name": "g"}]},
                    "apiKey": {"checkedElsewhere": True}},
-    "document elsewhere": {"adaptersUrl": "s3://adapters/adapters.yaml"},
-    "a claim for one": {"store": {"claim": {"name": "store"}}},
+    "document in an object store": {"adaptersUrl": "s3://adapters/adapters.yaml"},
+    "a claim for one pod": {"store": {"claim": {"name": "store"}}},
     "base in a claim": {"base": {"source": "/base", "claim": {"name": "base"}}},
-    "open": {"networkPolicy": {"enabled": False}, "podDisruptionBudget": False, "shm": ""},
+    "no policies": {"networkPolicy": {"enabled": False}, "podDisruptionBudget": False, "shm": ""},
     "writable root": {"podSecurity": {"readOnlyRootFilesystem": False, "user": 2000}},
     "names": {"fullnameOverride": "llm", "nameOverride": "serve", "image": {"digest": "sha256:" + "a" * 64}},
     "alerts": {"monitoring": {"rules": True, "serviceMonitor": True}},
-    "an admin": {"admin": {"secret": "a", "port": 9001}, "service": {"type": "LoadBalancer", "port": 80},
+    "admin API": {"admin": {"secret": "a", "port": 9001}, "service": {"type": "LoadBalancer", "port": 80},
                  "apiKey": {"secret": "k"}},
     "more volumes": {"volumes": [{"name": "a", "mountPath": "/a", "secret": "123", "subPath": "ca.crt"},
                                  {"name": "store", "mountPath": "/b", "claim": "c"}]},
-    "names that YAML reads as something else": {
+    "names that YAML reads as numbers": {
         "nameOverride": "123", "hubToken": {"secret": "123", "key": "1"}, "image": {"pullSecrets": ["1"]},
         "base": {"source": "/base/x", "claim": {"name": "1", "subPath": "2024"}}, "priorityClassName": "1",
         "runtimeClassName": "1", "podLabels": {"a": "1"}, "fullnameOverride": "a"},
@@ -41,10 +41,10 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 def validate(found: dict[str, Any], version: str) -> None:
-    """Raise ValidationError unless Kubernetes, or the schema of its custom resource, takes an object."""
+    """Raise ValidationError unless an object is valid for Kubernetes, or for the schema of its custom resource."""
     crd = Path(__file__).parent / "crds" / f"{found['kind']}.yaml"
     if not crd.exists():
-        kubernetes_validate.validate(found, version, strict=True)  # raises for kinds that it does not know, too
+        kubernetes_validate.validate(found, version, strict=True)  # raises for unknown kinds, too
         return
     assert set(found) == {"apiVersion", "kind", "metadata", "spec"}
     assert crd.read_text(encoding="utf-8").startswith(f"# {found['apiVersion']}\n")
@@ -57,7 +57,7 @@ def validate(found: dict[str, Any], version: str) -> None:
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-def test_every_feature_renders_to_what_every_kubernetes_takes(feature: str) -> None:
+def test_every_feature_is_valid_for_every_supported_kubernetes(feature: str) -> None:
     objects = render(FEATURES[feature])
     assert len({(o["kind"], o["metadata"]["name"]) for o in objects}) == len(objects)
     for found in objects:
@@ -66,7 +66,7 @@ def test_every_feature_renders_to_what_every_kubernetes_takes(feature: str) -> N
 
 
 @pytest.mark.parametrize("wrong", [{"unknown": 1}, {"replicas": "three"}])
-def test_the_check_above_fails_where_it_should(wrong: dict[str, Any]) -> None:
+def test_the_validation_refuses_unknown_fields_and_wrong_types(wrong: dict[str, Any]) -> None:
     deployment = next(o for o in render() if o["kind"] == "Deployment")
     with pytest.raises(Exception, match=r"unknown|three"):
         validate({**deployment, "spec": {**deployment["spec"], **wrong}}, KUBERNETES[-1])
@@ -76,19 +76,19 @@ def test_the_check_above_fails_where_it_should(wrong: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-def test_both_helms_render_the_same(feature: str) -> None:
+def test_helm_3_and_helm_4_render_the_same_objects(feature: str) -> None:
     assert render(FEATURES[feature], "helm3") == render(FEATURES[feature], "helm4")
 
 
 @pytest.mark.parametrize("helm", HELMS)
 @pytest.mark.parametrize("feature", FEATURES)
-def test_lint_is_silent(feature: str, helm: str) -> None:
+def test_helm_lint_finds_nothing(feature: str, helm: str) -> None:
     assert "0 chart(s) failed" in run(helm, "lint", "--strict", str(CHART), values=FEATURES[feature])
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_a_profile_renders_to_what_was_reviewed(profile: str) -> None:
-    """Golden renders: after a change look at the difference, then run with ASTRA_WRITE_GOLDEN=1 and commit it."""
+def test_a_profile_renders_to_its_golden_file(profile: str) -> None:
+    """After a change review the difference, then write the files with ASTRA_WRITE_GOLDEN=1 and commit them."""
     file = GOLDEN / f"{profile}.yaml"
     found = text_of(PROFILES[profile], "helm3")
     if os.environ.get("ASTRA_WRITE_GOLDEN"):

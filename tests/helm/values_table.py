@@ -1,6 +1,6 @@
-"""The table of values in helm/README.md, made from values.schema.json and values.yaml.
+"""The table of values in helm/README.md, generated from values.schema.json and values.yaml.
 
-python -m tests.helm.values_table      # write it into the README
+python -m tests.helm.values_table      # write the table into the README
 """
 
 import json
@@ -17,7 +17,7 @@ VALUES: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text(encodi
 
 
 def resolved(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return a schema with the definition that it refers to in its place."""
+    """Return a schema with its reference replaced by the definition."""
     reference = schema.get("$ref") or (schema["allOf"][0]["$ref"] if "allOf" in schema else None)
     if reference is None:
         return schema
@@ -25,7 +25,7 @@ def resolved(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def leaves(schema: dict[str, Any], values: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any], Any]]:
-    """Yield path, schema and default of every value that is no group of others."""
+    """Yield path, schema and default of every value that is not a group of values."""
     for key, found in schema["properties"].items():
         inner = resolved(found)
         if "properties" in inner and isinstance(values.get(key), dict) and values[key]:
@@ -34,22 +34,31 @@ def leaves(schema: dict[str, Any], values: dict[str, Any], path: str = "") -> It
             yield f"{path}{key}", inner, values.get(key)
 
 
+def inside(schema: dict[str, Any], path: str) -> Iterator[tuple[str, str]]:
+    """Yield path and description of every key inside a value, except those of Kubernetes' own types (a `$ref`)."""
+    if "items" in schema:
+        schema, path = schema["items"], f"{path}[]"
+    for key, inner in schema.get("properties", {}).items():
+        yield f"{path}.{key}", resolved(inner)["description"]
+        yield from inside(inner, f"{path}.{key}")
+
+
 def table() -> str:
     """Return the table in Markdown."""
-    rows = ["| value | default | |", "|---|---|---|"]
+    rows = ["| value | default | description |", "|---|---|---|"]
     for path, schema, default in leaves(SCHEMA, VALUES):
         shown = json.dumps(default)
         text = schema["description"]
         if "enum" in schema and not isinstance(schema["enum"][0], int):
             text += f" ({', '.join(map(str, schema['enum']))})"
         rows.append(f"| `{path}` | `{shown}` | {text} |")
-        if items := schema.get("items", {}).get("properties"):
-            rows += [f"| `{path}[].{key}` | | {resolved(inner)['description']} |" for key, inner in items.items()]
+        if "items" in schema:
+            rows += [f"| `{inner}` | | {description} |" for inner, description in inside(schema, path)]
     return "\n".join(rows) + "\n"
 
 
 def write() -> None:
-    """Put the table where it belongs in the README."""
+    """Write the table into the README, between its two marks."""
     file = CHART / "README.md"
     before, _, rest = file.read_text(encoding="utf-8").partition(BEGIN)
     file.write_text(before + BEGIN + table() + END + rest.partition(END)[2], encoding="utf-8")

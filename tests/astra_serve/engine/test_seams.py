@@ -1,0 +1,113 @@
+"""Every name and object of vLLM that we touch."""
+
+import ast
+import importlib
+import inspect
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from astra_serve.engine import options, server, vllm_seams
+from astra_serve.errors import ServeError
+from tests.astra_serve.world import in_a_loop
+
+PACKAGE = Path(vllm_seams.__file__).parents[1]
+
+
+def imported() -> dict[str, list[tuple[str, str]]]:
+    """Return (module, name) of every import from vLLM by the place of the statement; a `try` is one place."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for file in PACKAGE.rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        places = {id(child): node for node in ast.walk(tree) if isinstance(node, ast.Try) for child in ast.walk(node)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "vllm":
+                for alias in node.names:
+                    place = f"{file.name}:{places.get(id(node), node).lineno}:{alias.name}"
+                    found.setdefault(place, []).append((node.module, alias.name))
+    return found
+
+
+def exists(module: str, name: str) -> bool:
+    try:
+        return hasattr(importlib.import_module(module), name)
+    except ImportError:
+        return False
+
+
+def test_every_name_that_we_import_from_vllm_exists() -> None:
+    places = imported()
+    assert len(places) > 25
+    missing = {place: names for place, names in places.items() if not any(exists(*name) for name in names)}
+    assert missing == {}
+
+
+def test_names_that_vllm_moved_are_imported_from_both_places() -> None:
+    (names,) = (names for place, names in imported().items() if place.endswith(":make_arg_parser"))
+    modules = {module for module, _ in names}
+    assert modules == {"vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.common.cli_args"}
+
+
+class Client:
+    """A client of the engine as `check` expects it."""
+
+    errored = False
+
+    def generate(self, prompt: Any, sampling_params: Any, request_id: str, **_: Any) -> Any: ...
+    def abort(self) -> Any: ...
+    def add_lora(self) -> Any: ...
+    def remove_lora(self) -> Any: ...
+    def list_loras(self) -> Any: ...
+    def collective_rpc(self) -> Any: ...
+
+
+def test_an_engine_client_that_looks_as_expected_passes() -> None:
+    vllm_seams.check(Client())
+
+
+@pytest.mark.parametrize("name", vllm_seams.CLIENT)
+def test_a_method_that_vllm_no_longer_has_is_named_at_start(name: str, monkeypatch) -> None:
+    monkeypatch.delattr(Client, name)
+    with pytest.raises(ServeError, match=rf"has another EngineClient\.{name} than astra-serve expects"):
+        vllm_seams.check(Client())
+
+
+def test_another_signature_of_generate_is_named_at_start(monkeypatch) -> None:
+    monkeypatch.setattr(Client, "generate", lambda _self, _request: None)
+    with pytest.raises(ServeError, match=r"another EngineClient\.generate"):
+        vllm_seams.check(Client())
+
+
+@pytest.mark.parametrize("owner", ["OpenAIServingModels", "AuthenticationMiddleware"])
+def test_another_class_of_vllms_server_is_named_at_start(owner: str, monkeypatch) -> None:
+    class Other:
+        def __init__(self) -> None: ...
+
+    monkeypatch.setattr(vllm_seams, owner, Other)
+    with pytest.raises(ServeError, match=f"has another {owner}"):
+        vllm_seams.check(Client())
+
+
+@in_a_loop
+async def test_handlers_get_the_engines_client_with_everything_it_has() -> None:
+    metered = vllm_seams.MeteredClient(SimpleNamespace(vllm_config="config", errored=True))  # type: ignore[arg-type]
+    assert (metered.vllm_config, metered.errored) == ("config", True)
+    assert inspect.isasyncgenfunction(metered.generate)
+
+
+# vLLM leaves the socket that it could not bind to the garbage collector.
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
+def test_a_port_that_is_in_use_is_one_line_before_the_model_loads(tiny_base) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        free = options.parse(str(tiny_base), 0, 1, 0, ["--host", "127.0.0.1", "--port", "0"])
+        used = options.parse(str(tiny_base), 0, 1, 0, ["--host", "127.0.0.1", "--port", str(port)])
+        reason = rf"^cannot serve at 127\.0\.0\.1:{port}: Address already in use$"
+        for args, admin in ((used, None), (free, ("127.0.0.1", port))):
+            with pytest.raises(ServeError, match=reason), server.bound(args, admin):
+                pass
+    with server.bound(free, ("127.0.0.1", 0)) as (public, admin):
+        assert public.getsockname()[1] != admin.getsockname()[1]

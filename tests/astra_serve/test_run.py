@@ -1,0 +1,166 @@
+"""A server put together from its real parts; the engine is a stand-in, and vLLM's application an empty one."""
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from astra_serve import run
+from astra_serve.control.housekeeping import Housekeeping
+from astra_serve.document.desired import Adapter, Document
+from astra_serve.engine import options
+from astra_serve.errors import EngineLost, InUse, ServeError
+from tests.astra_serve.stand_in import StandInEngine
+from tests.astra_serve.world import gateway
+from tests.support.server import free_port
+
+Serve = Callable[..., None]
+
+
+@pytest.fixture
+def serve(engine: StandInEngine, base, tiny_base, tmp_path: Path, monkeypatch) -> Serve:
+    """Return `run.serve` on free ports, with `document` and an admin port if it is a path."""
+
+    @asynccontextmanager
+    async def started(*_: Any) -> AsyncIterator[StandInEngine]:
+        yield engine
+
+    async def application(_client: Any, _args: Any, fleet: Any, subscribers: Any) -> Any:
+        return FastAPI(), gateway(fleet, None, subscribers)
+
+    async def watch() -> None:
+        await engine.died.wait()
+        raise EngineLost("the engine has died: its log says why; start the server again")
+
+    engine.watch, engine.client, engine.not_ready = watch, None, list
+    monkeypatch.setattr(run.vllm, "started", started)
+    monkeypatch.setattr(run.vllm_seams, "application", application)
+    monkeypatch.setattr(run.vllm_seams, "known_keys", lambda *_: None)
+    ports = free_port(), free_port()
+    args = options.parse(str(tiny_base), 0, 1, 0, ["--host", "127.0.0.1", "--port", str(ports[0])])
+
+    def call(document: Document | Path) -> None:
+        settings = run.Settings(
+            document=document if isinstance(document, Document) else str(document),
+            store=tmp_path / "run-store",
+            store_shared=False,
+            resident=2,
+            drain_s=1.0,
+            engine_timeout_s=300.0,
+            roots=(),
+            admin=("127.0.0.1", ports[1]) if isinstance(document, Path) else None,
+            admin_token="token",  # noqa: S106
+        )
+        monkeypatch.setattr(run, "REGISTRY", CollectorRegistry())
+        run.serve(args, base, settings)
+
+    call.url, call.admin = (f"http://127.0.0.1:{port}" for port in ports)  # type: ignore[attr-defined]
+    return call
+
+
+def beside(work: Callable[[], None]) -> threading.Thread:
+    """Run `work` in a thread that ends the server afterwards: the server needs the main thread's signals."""
+
+    def then_end() -> None:
+        try:
+            work()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=then_end)
+    thread.start()
+    return thread
+
+
+def answer(url: str, **settings: Any) -> httpx.Response:
+    """Ask until the server answers."""
+    while True:
+        try:
+            return httpx.get(url, **settings)
+        except httpx.TransportError:
+            threading.Event().wait(0.02)
+
+
+def test_a_server_answers_on_both_ports_and_ends_with_a_signal(serve, tmp_path, write_lora) -> None:
+    document = tmp_path / "adapters.yaml"
+    document.write_text(f"adapters: [{{name: a, required: true, source: {write_lora('one', 1.0)}}}]")
+    seen: list[Any] = []
+
+    def ask() -> None:
+        while (ready := answer(f"{serve.url}/readyz")).status_code == 503:
+            seen.append(ready.json()["reasons"])
+        seen.append(ready.json())
+        seen.append(httpx.get(f"{serve.url}/livez").json())
+        seen.append(answer(f"{serve.admin}/adapters", headers={"Authorization": "Bearer token"}).json())
+
+    thread = beside(ask)
+    serve(document)
+    thread.join()
+    *_, ready, alive, adapters = seen
+    assert (ready, alive) == ({"ready": True, "reasons": []}, {"alive": True})
+    assert adapters["adapters"][0]["state"] == "serving"
+
+
+def test_a_part_that_fails_ends_the_server_with_its_reason(serve, tmp_path, monkeypatch) -> None:
+    async def broken(self: Housekeeping) -> None:
+        await self._clock.sleep(0.1)
+        raise KeyError("a mistake of ours")
+
+    monkeypatch.setattr(Housekeeping, "run", broken)
+    with pytest.raises(EngineLost, match="a part of the server has failed: 'a mistake of ours'"):
+        serve(tmp_path / "adapters.yaml")
+
+
+def test_an_engine_that_dies_ends_the_server(serve, engine, tmp_path) -> None:
+    document = tmp_path / "adapters.yaml"
+    document.write_text("adapters: []")
+    engine.died.set()
+    with pytest.raises(EngineLost, match="the engine has died"):
+        serve(document)
+
+
+def test_a_fixed_set_is_served(serve, write_lora) -> None:
+    seen: list[int] = []
+    thread = beside(lambda: seen.append(answer(f"{serve.url}/readyz").status_code))
+    serve(Document(adapters=[Adapter(name="a", source=str(write_lora("one", 1.0)))]))
+    thread.join()
+    assert seen == [200]
+
+
+def test_a_fixed_set_with_an_adapter_that_fails_ends_the_start(serve, write_lora) -> None:
+    adapters = [Adapter(name=name, source=str(write_lora(name, value))) for name, value in (("a", 1.0), ("zero", 0.0))]
+    with pytest.raises(ServeError, match="adapter 'zero': the adapter changes nothing"):
+        serve(Document(adapters=adapters))
+
+
+@pytest.mark.usefixtures("store")
+def test_a_store_that_another_server_uses_is_one_line(serve, tmp_path) -> None:
+    (tmp_path / "run-store").symlink_to(tmp_path / "store")
+    with pytest.raises(InUse, match="is in use by another server: give each its own --store"):
+        serve(tmp_path / "adapters.yaml")
+
+
+def test_the_admin_port_is_bound_before_the_engine_starts(serve, tmp_path, monkeypatch) -> None:
+    bound = []
+
+    @asynccontextmanager
+    async def started(*_: Any) -> AsyncIterator[Any]:
+        with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
+            other.bind(("127.0.0.1", int(serve.admin.rpartition(":")[2])))
+        bound.append(True)
+        raise ServeError("far enough")
+        yield
+
+    monkeypatch.setattr(run.vllm, "started", started)
+    with pytest.raises(ServeError, match="far enough"):
+        serve(tmp_path / "adapters.yaml")
+    assert bound
