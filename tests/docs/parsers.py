@@ -23,7 +23,9 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
 @cache
 def of_vllm() -> argparse.ArgumentParser:
     """Return vLLM's parser, which `astra_serve.engine.options` extends."""
-    from astra_serve.engine.vllm_seams import FlexibleArgumentParser, make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from astra_serve.engine.vllm_seams import make_arg_parser
 
     found: argparse.ArgumentParser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
     return found
