@@ -132,6 +132,27 @@ def write_tensors(
 
 def _checked_header(file: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes by name; reads only the header. Raises MalformedAdapter."""
+    header, data_bytes = _read_header(file)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise MalformedAdapter(f"{file}: __metadata__ of the header does not map names to strings")
+    shapes, spans = {}, []
+    for name, entry in header.items():
+        shapes[name], begin, end = _checked_entry(file, name, entry)
+        spans.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            fault = "overlaps the tensor before it" if begin < position else "has unused bytes before it"
+            raise MalformedAdapter(f"{file}: {name!r} {fault}")
+        position = end
+    if position != data_bytes:
+        raise MalformedAdapter(f"{file} has {data_bytes} bytes of tensors, but its header describes {position}")
+    return shapes
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """Return the JSON object of the header, and the number of bytes after it. Raises MalformedAdapter."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -149,33 +170,23 @@ def _checked_header(file: Path) -> dict[str, tuple[int, ...]]:
         raise MalformedAdapter(f"{file} has no safetensors header: {error}") from error
     if not isinstance(header, dict):
         raise MalformedAdapter(f"{file} has no safetensors header: it is not a JSON object")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise MalformedAdapter(f"{file}: __metadata__ of the header does not map names to strings")
-    shapes, spans = {}, []
-    for name, entry in header.items():
-        match entry:
-            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if all(
-                type(d) is int and 0 <= d <= MAX_DIMENSION for d in shape
-            ):
-                pass
-            case _:
-                raise MalformedAdapter(f"{file}: {name!r} has an impossible header entry: {str(entry)[:100]}")
-        if dtype not in DTYPES:
-            raise MalformedAdapter(f"{file}: {name!r} has dtype {dtype[:20]!r}, not one of {', '.join(DTYPES)}")
-        if end - begin != prod(shape) * DTYPES[dtype].itemsize:
-            raise MalformedAdapter(f"{file}: {name!r} has {end - begin} bytes for {dtype} of shape {tuple(shape)}")
-        shapes[name] = tuple(shape)
-        spans.append((begin, end, name))
-    position, data_bytes = 0, size - 8 - header_bytes
-    for begin, end, name in sorted(spans):
-        if begin != position:
-            fault = "overlaps the tensor before it" if begin < position else "has unused bytes before it"
-            raise MalformedAdapter(f"{file}: {name!r} {fault}")
-        position = end
-    if position != data_bytes:
-        raise MalformedAdapter(f"{file} has {data_bytes} bytes of tensors, but its header describes {position}")
-    return shapes
+    return header, size - 8 - header_bytes
+
+
+def _checked_entry(file: Path, name: str, entry: Any) -> tuple[tuple[int, ...], int, int]:
+    """Return the shape of a tensor and where its bytes begin and end. Raises MalformedAdapter."""
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if all(
+            type(d) is int and 0 <= d <= MAX_DIMENSION for d in shape
+        ):
+            pass
+        case _:
+            raise MalformedAdapter(f"{file}: {name!r} has an impossible header entry: {str(entry)[:100]}")
+    if dtype not in DTYPES:
+        raise MalformedAdapter(f"{file}: {name!r} has dtype {dtype[:20]!r}, not one of {', '.join(DTYPES)}")
+    if end - begin != prod(shape) * DTYPES[dtype].itemsize:
+        raise MalformedAdapter(f"{file}: {name!r} has {end - begin} bytes for {dtype} of shape {tuple(shape)}")
+    return tuple(shape), begin, end
 
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -33,15 +33,23 @@ def free_port() -> int:
 
 
 @contextmanager
-def astra_serve(options: list[str], log: Path, *, host: str = "127.0.0.1", timeout_s: float = 240) -> Iterator[Server]:
+def astra_serve(
+    options: list[str],
+    log: Path,
+    *,
+    host: str = "127.0.0.1",
+    timeout_s: float = 240,
+    program: Path = BIN / "astra-serve",
+    environment: dict[str, str] | None = None,
+) -> Iterator[Server]:
     """Start `astra-serve` with `options` at `host`, wait until /health answers, yield it, and stop it with SIGTERM.
 
-    Its store is beside the log, unless `options` set --store. Raises RuntimeError with the end of the log when the
-    server exits or is not ready within `timeout_s` seconds.
+    Its store is beside the log, unless `options` set --store; `environment` has variables that are changed. Raises
+    RuntimeError with the end of the log when the server exits or is not ready within `timeout_s` seconds.
     """
     if "--store" not in options:
         options = [*options, "--store", str(log.with_suffix(".store"))]
-    with _running([str(BIN / "astra-serve"), *options, "--host", host], {}, log, timeout_s, host) as server:
+    with _running([str(program), *options, "--host", host], environment or {}, log, timeout_s, host) as server:
         yield server
 
 
