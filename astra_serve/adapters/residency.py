@@ -258,7 +258,8 @@ class Residency:
             waiters, place.waiters, place.state = place.waiters, [], State.ABSENT
             _reject(waiters, failure)
         else:
-            place.state, place.since = State.RESIDENT, self._clock.now()
+            now = self._clock.now()
+            place.state, place.since, place.last_used, place.seconds = State.RESIDENT, now, now, seconds
             self._grant(place)
             self._events.emit(Event(version.alias, "loaded", version.name, seconds=seconds))
         self._notify()

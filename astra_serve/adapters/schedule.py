@@ -72,7 +72,7 @@ class Place:
     version: Version
     state: State = State.ABSENT
     since: float = 0.0  # when it became resident, or was marked
-    last_used: float = 0.0
+    last_used: float = 0.0  # by a request, or when it became resident
     leases: set[Any] = field(default_factory=set)  # tasks of requests that the engine may be computing for
     holds: int = 0  # publications that keep it in the engine
     waiters: list[Waiter] = field(default_factory=list)
@@ -85,6 +85,7 @@ class Place:
     proof: Proof | None = None
     adapts_head: bool = False
     allow_no_effect: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)  # the duration of the parts of its last load
     failed: str | None = None  # why it cannot be served; a new publication tries again
 
     @property
@@ -156,7 +157,8 @@ def _for_the_first(
     places: Collection[Place], limits: Limits, turn_since: float, now: float, *, can_evict: bool
 ) -> Action | Wait:
     """Return the next action for the first version of the queue."""
-    marked = [place for place in places if place.state is State.MARKED and not place.leaving]
+    marked = [place for place in places if place.state is State.MARKED]
+    to_unmark = [place for place in marked if not place.leaving]
     loading = [place for place in places if place.state in (State.LOADING, State.PROBING)]
     # The last of the places that load at a time is for requests: these do not wait for the probes of publications.
     for_publications = sum(place.for_publication for place in loading) < HEADROOM - 1
@@ -165,7 +167,7 @@ def _for_the_first(
         key=lambda place: place.waiters[0].since,
     )
     if not queue:
-        return Action(Do.UNMARK, marked[0]) if marked else Wait(math.inf)
+        return Action(Do.UNMARK, to_unmark[0]) if to_unmark else Wait(math.inf)
     if len(loading) >= HEADROOM:
         return Wait(math.inf)
     first = queue[0]
@@ -178,10 +180,12 @@ def _for_the_first(
     turn = max(first.waiters[0].since, turn_since)
     if first.for_publication and now >= turn + limits.wait_s:
         return Action(Do.REFUSE, first, tuple(first.waiters))
-    for place in marked:
+    for place in to_unmark:
         if now >= place.since + limits.mark_s:
             return Action(Do.UNMARK, place)
-    if not marked and evictable and now >= turn + limits.patience_s:
-        return Action(Do.MARK, min(evictable, key=lambda place: place.since))
-    dates = [place.since + limits.mark_s for place in marked] or [turn + limits.patience_s if evictable else math.inf]
+    ends = [place.since + limits.mark_s for place in marked if now < place.since + limits.mark_s]
+    to_mark = [place for place in evictable if place.state is State.RESIDENT]
+    if to_mark and not ends and now >= turn + limits.patience_s:
+        return Action(Do.MARK, min(to_mark, key=lambda place: place.since))
+    dates = ends or ([turn + limits.patience_s] if to_mark else [])
     return Wait(min([*dates, turn + limits.wait_s if first.for_publication else math.inf]))

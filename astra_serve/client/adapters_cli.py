@@ -94,7 +94,7 @@ def _ask_one(args: argparse.Namespace) -> int:
         show.show(content)
     if answer.is_success:
         return 0
-    return _failed(content.get("error", {}).get("message") or json.dumps(content.get("detail", content)), 1)
+    return _failed(content.get("error", {}).get("message") or json.dumps(content), 1)
 
 
 def _ask(client: httpx.Client, args: argparse.Namespace) -> httpx.Response:
@@ -151,7 +151,7 @@ def _everywhere(urls: str) -> argparse.ArgumentParser:
     """Return the options that may stand before the command as well as after it; their URLs become `urls`."""
     found = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     url = f"the admin port ({ADMIN_URL}, {DEFAULT_URL}); repeated for replicas, or a name with all their addresses"
-    found.add_argument("--url", action="append", dest=urls, help=url)
+    found.add_argument("--url", action="append", dest=urls, metavar="URL", help=url)
     found.add_argument("--json", action="store_true", help="print the server's answer as JSON, for scripts")
     found.add_argument("--timeout", type=float, metavar="S", help="seconds to wait (default: 600)")
     return found

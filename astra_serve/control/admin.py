@@ -27,6 +27,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -96,6 +97,11 @@ def build(control: Control, gateway: Gateway, token: str) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def _http_error(_: Request, error: HTTPException) -> JSONResponse:
         return _openai_error(error.status_code, str(error.detail))
+
+    @app.exception_handler(RequestValidationError)
+    async def _bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
+        fault = error.errors()[0]
+        return _openai_error(400, f"{'.'.join(map(str, fault['loc'][1:])) or 'body'}: {fault['msg']}")
 
     @app.exception_handler(ServeError)
     async def _serve_error(_: Request, error: ServeError) -> JSONResponse:

@@ -11,10 +11,11 @@ once where the file system reports changes.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from watchfiles import awatch
@@ -157,11 +158,12 @@ class Control:
                 prepared = await held.enter_async_context(self._preparation.hold(entry, change.status))
             except (AstraError, OSError) as error:
                 raise NotPublished(f"{name!r} was not published: {_reason(error)}") from error
+            spent = change.status.spent()
             change.writing, change.status = True, None
             new = self._resolved(entry, old, prepared)
             before = self._served(name)
             await self.state.replace(name, old, new)
-            self._follow()
+            self._follow({name: spent})
             status = await self.reconciler.settled(name)
             if status.entry == new and status.phase is Phase.FAILED:
                 await self._put_back(name, old, new, before)
@@ -199,7 +201,7 @@ class Control:
     def _source(self, old: Adapter | None, digest: str) -> str:
         return known_source(old, digest) or self.source(digest) or digest
 
-    def _follow(self) -> None:
+    def _follow(self, spent: Mapping[str, dict[str, float]] = MappingProxyType({})) -> None:
         before, document = self._followed, self.state.document
         self._followed = document
         for entry in before.adapters:
@@ -207,7 +209,7 @@ class Control:
                 self.reconciler.remove(entry.name)
         for entry in document.adapters:
             if before.get(entry.name) != entry:
-                self.reconciler.want(entry)
+                self.reconciler.want(entry, spent=spent.get(entry.name))
         self._required.follow(document)
 
 

@@ -64,7 +64,10 @@ class Preparation:
                 for version in (current, canary) if canary else (current,):
                     if again or entry.pin or not self._served(version):
                         hold = self._fleet.residency.hold(version, allow_no_effect=entry.allow_no_effect)
-                        await holds.enter_async_context(hold)
+                        loaded = self._fleet.residency.place(version).loaded
+                        place = await holds.enter_async_context(hold)
+                        for part, seconds in () if loaded else place.seconds.items():
+                            status.parts[part] = status.parts.get(part, 0.0) + seconds
                 yield Prepared(current, canary)
         finally:
             self.active -= 1

@@ -78,12 +78,15 @@ class Reconciler:
             while True:
                 workers.create_task(self._work(await self._new.get()))
 
-    def want(self, entry: Adapter, *, again: bool = False) -> None:
-        """Serve an adapter as `entry` says, if it is another entry than before, or is to be tried `again`."""
+    def want(self, entry: Adapter, *, again: bool = False, spent: dict[str, float] | None = None) -> None:
+        """Serve an adapter as `entry` says, if it is another entry than before, or is to be tried `again`.
+
+        `spent` are the seconds that its preparation took.
+        """
         name, known = entry.name, self.status.get(entry.name)
         if again or known is None or known.entry != entry:
             self._fleet.expected.add(name)
-            self.status[name] = Status(entry, self._fleet.events, self._clock)
+            self.status[name] = Status(entry, self._fleet.events, self._clock, seconds=spent or {})
             self._restart(name)
 
     def remove(self, name: str) -> None:

@@ -36,15 +36,26 @@ class Status:
     reason: str | None = None
     since: float = field(default_factory=time.time)  # seconds since 1970
     seconds: dict[str, float] = field(default_factory=dict)  # the duration of each phase before this one
+    parts: dict[str, float] = field(default_factory=dict)  # loading and probing, as parts of the phase LOADING
 
     def __post_init__(self) -> None:
         self._entered = self.clock.now()
 
     def enter(self, phase: Phase, reason: str | None = None, version: str | None = None) -> None:
         """Begin a phase and emit its event."""
-        now = self.clock.now()
-        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._entered
-        self.phase, self.reason, self.since, self._entered = phase, reason, time.time(), now
+        self.seconds, self.parts = self.spent(), {}
+        self.phase, self.reason, self.since, self._entered = phase, reason, time.time(), self.clock.now()
         if phase is not Phase.LOADING:  # `residency` emits the parts of that phase
             seconds = dict(self.seconds) if phase.settled else {}
             self.events.emit(Event(self.entry.name, phase, version, reason, seconds))
+
+    def spent(self) -> dict[str, float]:
+        """Return the seconds of each phase until now; of LOADING its parts, and the wait for a place."""
+        duration = self.clock.now() - self._entered
+        waiting = {"waiting": max(0.0, duration - sum(self.parts.values()))}
+        found = dict(self.seconds)
+        for part, seconds in (
+            {**waiting, **self.parts} if self.phase is Phase.LOADING else {self.phase: duration}
+        ).items():
+            found[part] = found.get(part, 0.0) + seconds
+        return found

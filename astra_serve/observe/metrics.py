@@ -6,7 +6,7 @@ when it is removed. Requests for unknown names are counted under `_unknown`.
 
 import time
 from collections import Counter as Counts
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
@@ -17,7 +17,6 @@ from astra_serve.adapters.events import Event
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.control.control import Control
 from astra_serve.control.reconcile import Reconciler
-from astra_serve.control.status import Phase
 from astra_serve.gateway.middleware import Gateway
 from astra_serve.gateway.request import Request
 
@@ -107,20 +106,16 @@ class Metrics:
         adapter = self._label(event.adapter)
         if event.event == "loaded":
             self._loads.labels(adapter).observe(sum(event.seconds.values()))
-            self._observe_phases(event.seconds)
             if "probing" in event.seconds:
                 self._probes.labels(adapter, "passed").inc()
         elif event.event == "probe_failed":
             self._probes.labels(adapter, "failed").inc()
         elif event.event == "serving":
             self._swaps.labels(adapter).observe(sum(event.seconds.values()))
-            self._observe_phases({phase: s for phase, s in event.seconds.items() if phase != Phase.LOADING})
+            for phase, seconds in event.seconds.items():
+                self._phases.labels(str(phase)).observe(seconds)
         elif event.event == "failed":
             self._failures.labels(adapter).inc()
-
-    def _observe_phases(self, seconds: Mapping[str, float]) -> None:
-        for phase, duration in seconds.items():
-            self._phases.labels(str(phase)).observe(duration)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the gauges, as they are at this moment."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from astra_serve.adapters.schedule import HEADROOM, Action, Do, Limits, Place, State, Wait, Waiter, decide
@@ -96,6 +96,16 @@ def test_a_mark_lasts_for_mark_s_and_then_another_version_is_marked() -> None:
 def test_only_one_version_is_marked_at_a_time() -> None:
     marked = resident("a", leases=1, state=State.MARKED, since=NOW)
     assert decision(marked, resident("b", leases=1), waiting("c", 80.0)) == ("wait", NOW + 10)
+
+
+def test_a_version_that_leaves_anyway_is_marked_once_and_after_mark_s_another_one() -> None:
+    leaving = resident("a", leases=1, since=NOW - 50, leaving=True)
+    queue = waiting("c", NOW - 2)
+    assert decision(leaving, queue, capacity=1) == (Do.MARK, "a")
+    marked = replace(leaving, state=State.MARKED, since=NOW)
+    assert decision(marked, queue, capacity=1) == ("wait", NOW + 10)
+    assert decision(marked, queue, capacity=1, now=NOW + 10) == ("wait", NOW + 28)
+    assert decision(marked, resident("b", leases=1), queue, now=NOW + 10) == (Do.MARK, "b")
 
 
 @pytest.mark.parametrize("facts", [{"holds": 1}, {"pinned": True}])
@@ -233,7 +243,9 @@ class Simulation:
     def step(self, what: str, name: str, number: float) -> None:
         """Let something happen to the version `name`."""
         one = self.places[name]
-        if what in ("request", "publish"):
+        if what == "publish" and one.loaded:
+            one.holds, one.leaving = one.holds + 1, False
+        elif what in ("request", "publish"):
             waiter = Waiter(self.now, publication=what == "publish", lease=f"r{self.requests}")
             self.requests += 1
             one.waiters.append(waiter)
@@ -263,6 +275,7 @@ STEPS = st.tuples(
 )
 
 
+@settings(max_examples=300)
 @given(st.integers(1, 4), st.lists(STEPS, max_size=60))
 def test_whatever_happens_no_place_is_given_twice_and_every_waiter_is_served_or_refused(
     capacity: int, steps: list[tuple[str, str, float]]

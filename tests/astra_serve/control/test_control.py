@@ -63,6 +63,21 @@ async def test_publishing_rolling_back_and_removing(world, write_lora) -> None:
 
 
 @in_a_loop
+async def test_the_seconds_of_a_publication_are_those_of_all_its_parts(world, write_lora) -> None:
+    async with world() as w:
+        w.engine.pause = lambda: w.clock.sleep(3)
+        asked = asyncio.create_task(w.api.put("/adapters/a", json={"source": str(write_lora("one", 1.0))}))
+        while not w.clock.waited_for():
+            await asyncio.sleep(0.001)
+        await w.clock.advance(3)
+        seconds = (await asked).json()["seconds"]
+        assert {"fetching", "verifying", "loading", "probing"} <= set(seconds)
+        assert (seconds["loading"], sum(seconds.values())) == (3.0, 3.0)
+        (event,) = (event for event in w.events.newest if event.event == "serving")
+        assert event.seconds == seconds
+
+
+@in_a_loop
 async def test_a_step_back_has_digest_source_and_time(world, write_lora) -> None:
     async with world() as w:
         one, two = write_lora("one", 1.0), write_lora("two", 2.0)
@@ -359,7 +374,7 @@ async def test_half_a_canary_ends_none(world, write_lora, body: dict[str, Any]) 
     async with world() as w:
         await w.api.put("/adapters/a", json={"source": str(write_lora("one", 1.0))})
         await w.api.post("/adapters/a/canary", json={"source": str(write_lora("two", 2.0)), "weight": 0.5})
-        assert (await w.api.post("/adapters/a/canary", json=body)).status_code == 422
+        assert (await w.api.post("/adapters/a/canary", json=body)).status_code == 400
         assert w.fleet.aliases["a"].canary is not None
 
 
