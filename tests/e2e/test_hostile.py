@@ -84,7 +84,7 @@ def renamed(copy: Path, old: str, new: str) -> None:
     save_file({name.replace(f".{old}.", f".{new}."): tensor for name, tensor in tensors.items()}, file)
 
 
-def test_a_hundred_hostile_adapters_are_refused_and_traffic_goes_on(server, admin, api, loras, tmp_path) -> None:
+def test_a_hundred_hostile_adapters_are_refused_and_traffic_is_undisturbed(server, admin, api, loras, tmp_path) -> None:
     """Each rule's own, over and over. Meanwhile every answer is the one that its adapter gave before."""
     attempts = list(itertools.islice(itertools.cycle(hostile(loras["sql"], tmp_path)), 100))
     assert len({name for name, _ in attempts}) > 40

@@ -25,7 +25,7 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 ADMIN_PORT = free_port()
 
 
-def test_an_option_that_neither_we_nor_vllm_know_ends_with_status_2_and_says_so() -> None:
+def test_an_unknown_option_ends_with_status_2_and_is_named() -> None:
     command = [str(BIN / "astra-serve"), "--base", str(demo.BASE), "--no-such-option"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2
@@ -109,7 +109,7 @@ def test_a_request_that_a_key_or_a_middleware_refuses_loads_nothing(server: Serv
         assert admin.get("/adapters/random").json()["version"]["residency"] == "slot"
 
 
-def test_all_that_the_application_answers_is_behind_the_key_but_for_how_the_server_is(server: Server) -> None:
+def test_every_path_of_the_application_needs_the_key_except_the_state_paths(server: Server) -> None:
     with httpx.Client(base_url=server.url, headers=HEADERS) as known, httpx.Client(base_url=server.url) as unknown:
         paths = known.get("/openapi.json").json()["paths"]
         assert {"/v1/completions", "/v1/chat/completions", "/tokenize"} < set(paths)
@@ -122,7 +122,7 @@ def test_all_that_the_application_answers_is_behind_the_key_but_for_how_the_serv
         assert known.get("/v1/models").is_success
 
 
-def test_when_the_engine_is_killed_its_requests_get_errors_and_the_server_ends_with_status_1(server: Server) -> None:
+def test_a_killed_engine_gives_errors_to_its_requests_and_ends_the_server_with_status_1(server: Server) -> None:
     """A supervisor starts it again; a process that stays up and serves nothing would never be."""
     body = {"model": "base", "prompt": "def f(", "max_tokens": 400, "ignore_eos": True}
     url = f"{server.url}/v1/completions"

@@ -31,7 +31,7 @@ def test_swapping_under_load_fails_no_request_and_mixes_no_versions(server, admi
     assert found["left_in_engine"] == 1  # the one that serves; what it replaced has left
 
 
-def test_what_the_engine_says_is_what_the_converter_recorded(api: httpx.Client, loras) -> None:
+def test_the_engines_answers_match_the_converters_record(api: httpx.Client, loras) -> None:
     for task in loras:
         probe = api.get(f"/adapters/{task}").json()["version"]["probe"]
         assert probe["recorded"] is True
@@ -39,7 +39,7 @@ def test_what_the_engine_says_is_what_the_converter_recorded(api: httpx.Client, 
         assert probe["effect"] > 0.3
 
 
-def test_weights_that_are_not_those_of_the_probe_never_serve(api: httpx.Client, loras, tmp_path: Path) -> None:
+def test_weights_that_do_not_match_their_probe_never_serve(api: httpx.Client, loras, tmp_path: Path) -> None:
     """Another adapter's weights under a probe that was recorded of this one: only the engine can tell."""
     forged = tmp_path / "forged"
     shutil.copytree(loras["intent"], forged)
@@ -50,7 +50,7 @@ def test_weights_that_are_not_those_of_the_probe_never_serve(api: httpx.Client, 
     assert api.get("/adapters/forged").status_code == 404
 
 
-def test_a_version_damaged_in_the_store_fails_alone_when_it_has_to_be_read_again(
+def test_a_version_damaged_in_the_store_fails_alone_when_it_is_loaded_again(
     api: httpx.Client, client, server, loras
 ) -> None:
     assert api.put("/adapters/damaged", json={"source": str(loras["sql"])}).is_success
@@ -76,7 +76,7 @@ def test_a_version_damaged_in_the_store_fails_alone_when_it_has_to_be_read_again
     assert api.delete("/adapters/damaged").is_success
 
 
-def test_a_version_whose_file_is_gone_serves_on_from_memory_and_is_fetched_again_when_it_is_needed(
+def test_a_version_whose_file_is_gone_serves_from_memory_and_is_fetched_again_later(
     api: httpx.Client, server, loras
 ) -> None:
     version = api.put("/adapters/gone", json={"source": str(loras["sql"])}).json()["version"]
@@ -98,7 +98,7 @@ def test_a_version_whose_file_is_gone_serves_on_from_memory_and_is_fetched_again
     assert api.delete("/adapters/gone").is_success
 
 
-def test_the_engine_alone_knows_which_adapters_have_slots(api: httpx.Client, client, loras) -> None:
+def test_residency_slot_is_read_from_the_engine(api: httpx.Client, client, loras) -> None:
     for task in loras:
         assert demo.ask(client, task, tasks.rows(task, test=True, n=1)[0])
         assert api.get(f"/adapters/{task}").json()["version"]["residency"] == "slot"
@@ -107,7 +107,7 @@ def test_the_engine_alone_knows_which_adapters_have_slots(api: httpx.Client, cli
     assert api.get("/adapters/sql").json()["version"]["residency"] == "slot"
 
 
-def test_the_metrics_page_tells_of_adapters_and_of_the_engine(server: Server, api: httpx.Client, client) -> None:
+def test_the_metrics_page_has_adapters_and_the_engine(server: Server, api: httpx.Client, client) -> None:
     before = metrics(server)
     demo.ask(client, "sql", tasks.rows("sql", test=True, n=1)[0])
     after = metrics(server)
@@ -124,7 +124,7 @@ def test_the_metrics_page_tells_of_adapters_and_of_the_engine(server: Server, ap
     assert any(name.startswith("vllm:") for name in after)
 
 
-def test_a_first_token_is_counted_as_it_comes_and_not_when_the_stream_ends(server: Server) -> None:
+def test_a_first_token_is_counted_before_the_stream_ends(server: Server) -> None:
     count = 'astra_time_to_first_token_seconds_count{adapter="sql"}'
     before = metrics(server)[count]
     body = {"model": "sql", "prompt": "Table a (b, c)", "max_tokens": 400, "ignore_eos": True, "stream": True}
@@ -149,7 +149,7 @@ def test_every_metric_that_the_chart_names_is_on_the_page(server: Server) -> Non
     assert named <= there
 
 
-def test_routers_are_told_adapters_by_the_names_that_requests_use(server: Server, client) -> None:
+def test_the_router_metric_has_the_names_of_requests(server: Server, client) -> None:
     demo.ask(client, "sql", tasks.rows("sql", test=True, n=1)[0])
     (found,) = (name for name in metrics(server) if name.startswith("astra_lora_requests_info"))
     labels = dict(re.findall(r'(\w+)="([^"]*)"', found))

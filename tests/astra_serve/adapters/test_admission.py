@@ -1,4 +1,4 @@
-"""What may reach the engine, and the one line that everything else gets."""
+"""Admission: the adapters that may reach the engine, and the one line for each other one."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +51,7 @@ def test_an_adapter_option_that_is_no_name_and_folder_is_refused(text: str) -> N
         parse_adapter(text)
 
 
-def test_a_name_may_be_what_hub_names_are() -> None:
+def test_names_as_on_the_hub_are_accepted() -> None:
     assert parse_adapter("team-a_sql.v2=some/dir=x") == ("team-a_sql.v2", Path("some/dir=x"))
 
 
@@ -89,13 +89,13 @@ def test_bad_input_gives_one_line_and_status_2_before_the_engine_starts(
     [["--model", "other"], ["--lora-modules", "b=/any/path"], ["--lora_modules=b=/x"], ["--served-model-name", "x"]],
     ids=str,
 )
-def test_no_option_for_vllm_serves_what_was_not_admitted(tiny_base: Path, tmp_path: Path, capsys, extra) -> None:
+def test_no_vllm_option_serves_an_adapter_that_was_not_admitted(tiny_base: Path, tmp_path: Path, capsys, extra) -> None:
     good = write_lora(tmp_path / "good", tiny_base)
     assert main(["--base", str(tiny_base), "--adapter", f"a={good}", *extra]) == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith("is not for vLLM here: use --base and --adapter")
 
 
-def test_the_engine_gets_the_slots_and_the_memory_that_the_flags_say(tiny_base: Path) -> None:
+def test_slots_and_memory_of_the_engine_follow_the_options(tiny_base: Path) -> None:
     from astra_serve.engine import options as engine
 
     args = engine.parse(str(tiny_base), 32, 2, 3, ["--max-model-len", "64"])

@@ -91,7 +91,7 @@ def test_an_adapter_comes_from_a_hub_at_its_revision(hub, store, write_lora) -> 
     assert not any("extra.py" in path for path in hub.asked)
 
 
-def test_a_revision_that_the_hub_does_not_have_is_said_so_and_leaves_nothing(hub, store, tmp_path) -> None:
+def test_a_revision_missing_on_the_hub_is_one_line_and_leaves_nothing(hub, store, tmp_path) -> None:
     with pytest.raises(CannotFetch, match="hf://org/adapter@v2 cannot be fetched"):
         fetched("hf://org/adapter@v2", store)
     assert hub.asked
@@ -115,7 +115,7 @@ def test_an_adapter_comes_from_an_object_store(bucket, store, write_lora) -> Non
     assert version_digest(fetched(f"{bucket}/one", store)) == version_digest(source)
 
 
-def test_an_object_that_is_not_there_is_said_so_without_the_credentials(bucket, store, tmp_path) -> None:
+def test_a_missing_object_is_one_line_without_the_credentials(bucket, store, tmp_path) -> None:
     with pytest.raises(CannotFetch, match="s3://adapters/none cannot be fetched") as caught:
         fetched(f"{bucket}/none", store)
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in str(caught.value)

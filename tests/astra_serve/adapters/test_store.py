@@ -66,7 +66,7 @@ def test_a_link_out_of_the_adapters_folder_is_not_followed(store, write_lora, tm
 
 
 @pytest.mark.parametrize("damage", ["flip", "unlink", "rmdir"])
-def test_a_changed_or_missing_version_is_found_out_and_heals_when_it_is_published_again(store, write_lora, damage):
+def test_a_changed_or_missing_version_is_detected_and_can_be_published_again(store, write_lora, damage):
     source = write_lora("a")
     digest = store.add(source)
     file = store.folder(digest) / "adapter_model.safetensors"
@@ -85,7 +85,7 @@ def test_a_changed_or_missing_version_is_found_out_and_heals_when_it_is_publishe
     store.verify(digest)
 
 
-def test_collecting_keeps_what_is_referenced_and_the_newest(store, write_lora) -> None:
+def test_collect_keeps_the_given_versions_and_the_newest_others(store, write_lora) -> None:
     digests = [store.add(write_lora(str(i), float(i))) for i in range(5)]
     for age, digest in enumerate(digests):
         os.utime(store.folder(digest), (1e9 + age, 1e9 + age))
@@ -93,7 +93,7 @@ def test_collecting_keeps_what_is_referenced_and_the_newest(store, write_lora) -
     assert [digest in store for digest in digests] == [True, False, False, True, True]
 
 
-def test_a_store_belongs_to_one_process_and_forgets_what_a_killed_one_was_publishing(tmp_path: Path) -> None:
+def test_a_store_has_one_process_and_drops_unfinished_publications_of_a_killed_one(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from astra_serve.adapters.store import Store; "
         f"s = Store(Path({str(tmp_path)!r})); (s.staging() / 'half').write_text('x'); print('up', flush=True); "

@@ -98,7 +98,7 @@ def test_the_documents_schema_is_printed_without_a_server(capsys, monkeypatch) -
     assert set(schema["$defs"]["Adapter"]["required"]) == {"name", "source"}
 
 
-def test_the_exit_status_tells_the_outcome(port: int, write_lora, capsys, monkeypatch) -> None:
+def test_the_exit_status_follows_the_outcome(port: int, write_lora, capsys, monkeypatch) -> None:
     for words, status, message in [
         (("publish", "a", "/not/there"), 1, "was not published: there is no folder /not/there"),
         (("publish", "a", write_lora("zero", 0.0)), 1, "changes nothing"),
@@ -116,13 +116,13 @@ def test_the_exit_status_tells_the_outcome(port: int, write_lora, capsys, monkey
     assert "put it into ASTRA_ADMIN_TOKEN" in capsys.readouterr().err
 
 
-def test_a_server_that_does_not_answer_is_said_so(capsys, monkeypatch) -> None:
+def test_a_server_that_does_not_answer_is_one_line(capsys, monkeypatch) -> None:
     monkeypatch.setenv("ASTRA_ADMIN_TOKEN", TOKEN)
     assert adapters(free_port(), "list") == 2
     assert "does not answer" in capsys.readouterr().err
 
 
-def test_a_rollout_prints_its_steps_and_ends_with_what_is_served(port: int, write_lora, capsys, tmp_path: Path) -> None:
+def test_a_rollout_prints_its_steps_and_the_version(port: int, write_lora, capsys, tmp_path: Path) -> None:
     assert adapters(port, "prepare", "a", write_lora("one", 1.0)) == 0
     prepared = capsys.readouterr()
     assert prepared.err.split()[0] == "prepare"
@@ -144,7 +144,7 @@ def test_a_rollout_prints_its_steps_and_ends_with_what_is_served(port: int, writ
 
 
 @pytest.mark.parametrize("read", [True, False], ids=["and says so", "also when nobody reads what it says"])
-def test_ctrl_c_in_a_rollout_puts_the_document_back_however_often_it_comes(
+def test_ctrl_c_in_a_rollout_restores_the_document_also_when_repeated(
     port: int, write_lora, tmp_path: Path, engine, read: bool
 ) -> None:
     assert adapters(port, "publish", "a", write_lora("one", 1.0)) == 0
@@ -185,7 +185,7 @@ def test_ctrl_c_in_a_rollout_puts_the_document_back_however_often_it_comes(
         (("drain", "--url", "http://a:hunter2@h:1"), "the token comes from the environment"),
     ],
 )
-def test_a_mistake_gets_one_line_and_nobody_is_asked(port: int, words: tuple[str, ...], message: str, capsys) -> None:
+def test_a_mistake_is_one_line_and_no_server_is_asked(port: int, words: tuple[str, ...], message: str, capsys) -> None:
     assert adapters(port, *words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
@@ -199,7 +199,7 @@ def test_urls_before_and_after_the_command_are_all_asked(port: int, capsys) -> N
     assert "http://127.0.0.1:9 does not answer" in shown
 
 
-def test_the_public_port_is_told_from_the_admin_port(capsys, monkeypatch) -> None:
+def test_the_public_port_is_distinguished_from_the_admin_port(capsys, monkeypatch) -> None:
     monkeypatch.setenv("ASTRA_ADMIN_TOKEN", TOKEN)
     with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as other:
         thread = threading.Thread(target=other.serve_forever)

@@ -159,7 +159,7 @@ async def test_a_name_that_is_new_is_served_everywhere(three, write_lora) -> Non
 
 
 @in_a_loop
-async def test_what_one_replica_cannot_prove_is_served_by_none(three, write_lora) -> None:
+async def test_a_version_that_one_replica_cannot_prove_is_served_by_none(three, write_lora) -> None:
     async with three() as t:
         before, text = t.served("a"), t.document.read_text()
         t.worlds[1].engine.refuse.add("a@")
@@ -183,7 +183,7 @@ async def test_replicas_that_find_different_bytes_at_the_source_serve_neither(th
 
 
 @in_a_loop
-async def test_when_a_replica_is_gone_after_it_prepared_the_others_go_back(three, write_lora) -> None:
+async def test_the_others_restore_when_a_replica_is_gone_after_it_prepared(three, write_lora) -> None:
     async with three() as t:
         old = t.served("a")[0]
         t.wires[1].cut_after = "PUT /prepared"
@@ -198,7 +198,7 @@ async def test_when_a_replica_is_gone_after_it_prepared_the_others_go_back(three
 
 
 @in_a_loop
-async def test_what_it_goes_back_to_is_what_was_served_even_if_the_source_has_changed(three, write_lora) -> None:
+async def test_the_restored_version_is_the_served_one_even_if_its_source_has_changed(three, write_lora) -> None:
     """The document named `a` by its folder alone; after a rollout that failed it must not serve what is there now."""
     async with three() as t:
         old = t.served("a")[0]
@@ -211,7 +211,7 @@ async def test_what_it_goes_back_to_is_what_was_served_even_if_the_source_has_ch
 
 
 @in_a_loop
-async def test_a_new_name_that_is_taken_back_is_gone(three, write_lora) -> None:
+async def test_a_new_name_is_removed_when_its_rollout_is_restored(three, write_lora) -> None:
     async with three() as t:
         t.wires[1].cut_after = "PUT /prepared"
         with pytest.raises(ServeError, match="r1 does not answer"):
@@ -221,7 +221,7 @@ async def test_a_new_name_that_is_taken_back_is_gone(three, write_lora) -> None:
 
 
 @in_a_loop
-async def test_a_replica_that_does_not_come_to_serve_it_in_time_takes_all_back(three, write_lora, monkeypatch) -> None:
+async def test_a_replica_that_is_too_slow_to_serve_restores_all(three, write_lora, monkeypatch) -> None:
     monkeypatch.setattr("astra_serve.client.rollout.RESTORE_S", 1.0)
     async with three() as t:
         old = t.served("a")[0]
@@ -235,7 +235,7 @@ async def test_a_replica_that_does_not_come_to_serve_it_in_time_takes_all_back(t
 
 
 @in_a_loop
-async def test_an_interrupted_rollout_goes_back(three, write_lora) -> None:
+async def test_an_interrupted_rollout_restores_the_version_before(three, write_lora) -> None:
     async with three() as t:
         old = t.served("a")[0]
         resume = t.stall(2)
@@ -268,7 +268,7 @@ async def test_a_document_that_is_emptied_meanwhile_is_not_written_over(three, w
 
 
 @in_a_loop
-async def test_the_first_adapter_of_an_empty_document_is_taken_back_so_that_all_follow(three, write_lora) -> None:
+async def test_the_first_adapter_of_an_empty_document_is_removed_when_it_is_restored(three, write_lora) -> None:
     async with three() as t:
         t.document.write_text("adapters: []")
         for replica in t.replicas:
@@ -284,7 +284,7 @@ async def test_the_first_adapter_of_an_empty_document_is_taken_back_so_that_all_
 
 
 @in_a_loop
-async def test_a_replica_that_served_it_badly_does_not_change_what_the_others_go_back_to(three, write_lora) -> None:
+async def test_a_replica_that_failed_before_does_not_change_the_restored_version(three, write_lora) -> None:
     """The document names a folder, with other bytes by now; one replica never had the ones before."""
     async with three() as t:
         old = t.served("a")[0]
@@ -300,9 +300,7 @@ async def test_a_replica_that_served_it_badly_does_not_change_what_the_others_go
 
 
 @in_a_loop
-async def test_a_replica_that_is_gone_after_the_flip_is_not_waited_for_until_the_slowest_is_done(
-    three, write_lora
-) -> None:
+async def test_a_replica_that_is_gone_after_the_flip_restores_before_the_slowest_is_done(three, write_lora) -> None:
     async with three() as t:
         resume = t.stall(2)
         t.wires[1].cut_after = "PUT /prepared"
@@ -316,7 +314,7 @@ async def test_a_replica_that_is_gone_after_the_flip_is_not_waited_for_until_the
 
 
 @in_a_loop
-async def test_a_rollout_takes_back_only_what_it_changed_itself(three, write_lora) -> None:
+async def test_a_rollout_restores_only_its_own_change(three, write_lora) -> None:
     """Two of the same version: the second finds everything as it wants it, and then loses a replica."""
     async with three() as t:
         source = write_lora("two", 2.0)
@@ -357,7 +355,7 @@ async def test_a_document_that_changes_right_before_a_rollout_is_read_again(thre
 
 
 @in_a_loop
-async def test_what_was_admitted_without_an_effect_is_not_by_that_admitted_for_good(three, write_lora) -> None:
+async def test_a_permission_to_change_nothing_does_not_outlast_its_rollout(three, write_lora) -> None:
     async with three() as t:
         source = write_lora("zero", 0.0)
         wanted = {"source": str(source), "allow_no_effect": True}
@@ -368,7 +366,7 @@ async def test_what_was_admitted_without_an_effect_is_not_by_that_admitted_for_g
 
 
 @in_a_loop
-async def test_who_is_no_admin_port_or_silent_is_told_so_in_one_line_and_in_time(three) -> None:
+async def test_a_server_that_is_no_admin_port_or_silent_is_one_line_in_time(three) -> None:
     async def answer(_scope: Any, _receive: Any, send: Any) -> None:
         await say(send, {})
 
@@ -404,7 +402,7 @@ async def test_a_version_that_is_prepared_under_several_names_at_once_is_stored_
 
 @pytest.mark.parametrize("source", ["~nosuchuser/x", "a\0b", "a" * 5000, "::", "s3::x://y", "/"])
 @in_a_loop
-async def test_a_source_that_cannot_be_one_is_a_reason_and_no_fault_of_the_server(three, source: str) -> None:
+async def test_an_impossible_source_is_one_line_and_no_fault_of_the_server(three, source: str) -> None:
     async with three() as t:
         with pytest.raises(ServeError, match=r"^r0: 'a' was not prepared: ") as caught:
             await prepare("a", {"source": source}, t.replicas[:1], lambda *_: None, 600.0)
@@ -428,7 +426,7 @@ async def test_canaries_that_differ_are_drift(three, write_lora) -> None:
 
 
 @in_a_loop
-async def test_what_somebody_else_wrote_meanwhile_stays(three, write_lora) -> None:
+async def test_an_entry_that_others_wrote_meanwhile_stays(three, write_lora) -> None:
     async with three() as t:
         theirs = Adapter(name="a", source=str(write_lora("theirs", 4.0)))
 
@@ -444,7 +442,9 @@ async def test_what_somebody_else_wrote_meanwhile_stays(three, write_lora) -> No
 
 
 @in_a_loop
-async def test_nothing_begins_while_a_replica_is_gone_or_follows_something_else(three, write_lora, tmp_path) -> None:
+async def test_no_rollout_begins_while_a_replica_is_gone_or_follows_another_document(
+    three, write_lora, tmp_path
+) -> None:
     async with three() as t:
         source = write_lora("two", 2.0)
         other = tmp_path / "other.yaml"
@@ -479,7 +479,7 @@ async def test_a_prepared_version_has_no_place_and_no_request_reaches_it(three, 
 
 
 @in_a_loop
-async def test_what_is_prepared_again_while_it_serves_stays_as_it_is(three, write_lora) -> None:
+async def test_preparing_the_serving_version_changes_nothing(three, write_lora) -> None:
     async with three() as t:
         source = write_lora("two", 2.0)
         await t.roll("a", source, wanted={"pin": True})
@@ -490,7 +490,7 @@ async def test_what_is_prepared_again_while_it_serves_stays_as_it_is(three, writ
 
 
 @in_a_loop
-async def test_a_document_that_is_put_back_is_as_it_was_to_the_byte(three, write_lora) -> None:
+async def test_a_restored_document_has_the_bytes_of_before(three, write_lora) -> None:
     async with three() as t:
         (old,) = set(t.served("a"))
         t.document.write_text(f"# ours\nadapters:\n- name: a  # the first\n  source: {old}\n  digest: {old}\n")
@@ -507,10 +507,8 @@ async def test_a_document_that_is_put_back_is_as_it_was_to_the_byte(three, write
 
 
 @in_a_loop
-async def test_a_version_that_could_not_be_served_yet_is_still_wanted_after_a_rollout_that_went_back(
-    three, write_lora, tmp_path
-) -> None:
-    """What is served then is not what the document says, and must not take its place."""
+async def test_an_entry_that_failed_before_a_rollout_is_restored_as_it_was(three, write_lora, tmp_path) -> None:
+    """The version that serves then is not the document's, and must not replace it there."""
     async with three() as t:
         later = Adapter(name="a", source=str(tmp_path / "later"), digest="sha256:" + 64 * "d")
         t.write(later)
@@ -534,7 +532,7 @@ async def test_rollouts_of_two_names_at_once_lose_neither(three, write_lora) -> 
 
 @pytest.mark.parametrize("step", ["_locked", "_write"])
 @in_a_loop
-async def test_a_store_that_fails_for_a_moment_does_not_keep_the_document_from_being_put_back(
+async def test_a_store_that_fails_for_a_moment_does_not_prevent_the_restoration(
     three, write_lora, monkeypatch, step: str
 ) -> None:
     def failing(*arguments: Any) -> Any:
@@ -556,7 +554,7 @@ async def test_a_store_that_fails_for_a_moment_does_not_keep_the_document_from_b
 
 @pytest.mark.usefixtures("slow_store")
 @in_a_loop
-async def test_a_second_signal_does_not_keep_the_document_from_being_put_back(three, write_lora) -> None:
+async def test_a_second_signal_does_not_prevent_the_restoration(three, write_lora) -> None:
     async with three() as t:
         text = t.document.read_text()
         rolling = asyncio.create_task(t.roll("a", write_lora("two", 2.0)))
@@ -572,7 +570,7 @@ async def test_a_second_signal_does_not_keep_the_document_from_being_put_back(th
 
 
 @in_a_loop
-async def test_status_says_every_way_in_which_replicas_differ(three, write_lora) -> None:
+async def test_status_lists_every_difference_between_replicas(three, write_lora) -> None:
     async with three() as t:
         assert (await replicas.status(t.replicas))["drift"] == []
         (old,) = set(t.served("a"))
@@ -633,7 +631,7 @@ def test_a_name_with_several_addresses_is_several_replicas(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://a..b:1", f"http://{'a' * 64}:1", "http://xn--:1", "http://[::1:1", "http://"])
-def test_a_name_that_no_host_can_have_is_told_in_one_line(url: str) -> None:
+def test_an_impossible_host_is_one_line(url: str) -> None:
     with pytest.raises(ServeError) as caught:
         replicas._each(url)
     assert len(str(caught.value).splitlines()) == 1
@@ -642,7 +640,7 @@ def test_a_name_that_no_host_can_have_is_told_in_one_line(url: str) -> None:
 @pytest.mark.parametrize(
     "url", ["http://a:hunter2@h:1", "http://a:hun@ter2@h:1", "http://h:1?token=hunter2", "a:hunter2@h"]
 )
-def test_what_may_be_a_secret_in_a_url_is_refused_and_not_shown(url: str) -> None:
+def test_a_url_with_a_possible_secret_is_refused_and_not_shown(url: str) -> None:
     with pytest.raises(ServeError, match="the token comes from the environment") as caught:
         replicas.admin_url(url)
     assert "ter2" not in str(caught.value)

@@ -125,13 +125,13 @@ def test_a_float32_output_of_bfloat16_weights_is_not_rounded(linear) -> None:
 
 
 @pytest.mark.parametrize("linear", [ops.lora_linear, fastest], ids=["portable", "fastest"])
-def test_a_layer_with_fewer_rows_than_the_step_is_refused_not_read_beyond_its_end(linear) -> None:
+def test_a_layer_with_fewer_rows_than_the_step_is_refused(linear) -> None:
     y, x, a, b = layer(64, (48, 16), 8)
     with pytest.raises(RuntimeError, match="4 rows, the layer 2"):
         linear(y[:2], x[:2], a, b, *GROUPS, 0.5)
 
 
-def test_the_operators_declare_what_they_do() -> None:
+def test_the_operators_pass_pytorchs_own_checks() -> None:
     y, x, a, b = layer(64, (48, 16), 8, torch.float32)
     inner = [torch.zeros(4, 8), torch.zeros(4, 8)]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")

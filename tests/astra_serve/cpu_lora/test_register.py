@@ -34,7 +34,7 @@ def assert_stock(platform) -> None:
     assert not hasattr(platform.check_and_update_config, "keeps_compilation")
 
 
-def test_it_is_an_entry_point_of_the_engine_and_on_by_default(platform, monkeypatch) -> None:
+def test_the_plugin_is_an_entry_point_and_on_by_default(platform, monkeypatch) -> None:
     from importlib.metadata import entry_points
 
     (entry,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "astra_cpu_lora"]
@@ -100,7 +100,7 @@ def test_a_check_that_fails_leaves_the_configuration_as_it_was(platform, monkeyp
     assert config.lora_config == "lora"
 
 
-def test_other_processes_and_platforms_import_none_of_it() -> None:
-    """What the engine calls in every process: nothing heavy, and on a GPU nothing at all."""
+def test_other_processes_and_platforms_do_not_import_the_plugin() -> None:
+    """The engine calls the plugin in every process: it imports nothing heavy there, and on a GPU nothing at all."""
     script = "import sys, astra_serve.cpu_lora; sys.exit('torch' in sys.modules or 'vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

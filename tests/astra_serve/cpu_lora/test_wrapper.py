@@ -160,7 +160,7 @@ def test_rows_are_grouped_by_slot_in_their_order_and_base_rows_belong_to_none() 
 
 
 def activation(grouped: PunicaWrapperCPU, layers: dict, modules: dict) -> SimpleNamespace:
-    """What of the engine's adapter manager the recorder reads; the real one needs a model. Adapter 7 is in slot 1."""
+    """The part of the engine's adapter manager that the recorder reads. Adapter 7 is in slot 1."""
     return SimpleNamespace(
         lora_index_to_id=[None, 7],
         modules=modules,
@@ -206,7 +206,7 @@ def test_an_activation_that_fails_leaves_no_rank_of_the_adapter_before_it() -> N
 
 
 @pytest.mark.parametrize("module", lora_layers.__all__)
-def test_every_layer_of_the_engine_that_calls_the_logits_or_the_embedding_is_known_as_such(module: str) -> None:
+def test_every_layer_of_the_engine_has_its_kind(module: str) -> None:
     """A layer taken for another kind would be left out: this fails when a new engine has a new one."""
     kind = getattr(lora_layers, module)
     if not isinstance(kind, type) or not issubclass(kind, BaseLayerWithLoRA):
@@ -221,7 +221,7 @@ def test_every_layer_of_the_engine_that_calls_the_logits_or_the_embedding_is_kno
 @pytest.mark.parametrize("linear", [ops.lora_linear, ops.fastest_lora_linear()], ids=["portable", "fastest"])
 @pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
 def test_one_compiled_model_serves_every_mix_of_adapters(linear) -> None:
-    """What changes from step to step is in tensors: without guards, as the engine compiles, nothing else would."""
+    """The data that change from step to step are in tensors: the engine compiles without guards."""
     a, b = stacked(torch.bfloat16, [16, 16, 8, 16])
     x, y = normal(6, D_IN, dtype=torch.bfloat16, seed=3), normal(6, sum(SLICES), dtype=torch.bfloat16, seed=4)
     grouped = wrapper(GroupedPunicaWrapper, [0, 0, 2, -1, 2, 3])
@@ -243,7 +243,7 @@ def test_one_compiled_model_serves_every_mix_of_adapters(linear) -> None:
     assert torch.equal(model(x), y)
 
 
-def test_prompt_logprobs_take_the_adapter_of_the_only_request_and_refuse_to_guess_among_several() -> None:
+def test_prompt_logprobs_use_the_adapter_of_the_only_request_and_raise_with_several() -> None:
     """Then the engine asks for the logits of one request's prompt while the mapping is that of the sampled rows."""
     a, b = stacked(torch.float32, [16] * 4)
     x = normal(5, D_IN, seed=3)

@@ -60,7 +60,7 @@ def test_a_fault_gets_one_line_that_names_the_place(text: str, message: str) -> 
 
 
 @given(st.text(max_size=200))
-def test_any_text_is_a_document_that_stays_the_same_when_it_is_written_or_a_bad_one_in_one_line(text: str) -> None:
+def test_any_text_is_a_document_that_round_trips_or_an_error_of_one_line(text: str) -> None:
     found, fault = Document(), ""
     try:
         found = desired.parse(text, "x")
@@ -70,7 +70,7 @@ def test_any_text_is_a_document_that_stays_the_same_when_it_is_written_or_a_bad_
     assert desired.parse(desired.dump(found), "x") == found
 
 
-def test_the_schema_knows_every_key_and_no_other() -> None:
+def test_the_schema_has_every_key_and_no_other() -> None:
     schema = desired.json_schema()
     assert schema["additionalProperties"] is False
     assert set(schema["$defs"]["Adapter"]["properties"]) == set(Adapter.model_fields)

@@ -25,12 +25,12 @@ def where(request, tmp_path: Path) -> str:
 
 
 def put(where: str, text: str) -> None:
-    """Write it as somebody does who asks nobody."""
+    """Write it without a lock or a condition."""
     with fsspec.open(where, "w", auto_mkdir=True) as stream:
         stream.write(text)
 
 
-def test_a_text_that_is_not_there_is_empty_and_becomes_what_is_made_of_it(where: str) -> None:
+def test_a_missing_text_reads_as_empty_and_can_be_written(where: str) -> None:
     assert read(where) == ""
     assert edit(where, lambda text: text + "one") == ("", "one")
     assert edit(where, lambda text: text + " two") == ("one", "one two")
@@ -38,7 +38,7 @@ def test_a_text_that_is_not_there_is_empty_and_becomes_what_is_made_of_it(where:
     assert read(where) == "one two"
 
 
-def test_writers_at_the_same_time_lose_nothing_of_each_other(where: str) -> None:
+def test_concurrent_writers_lose_no_change(where: str) -> None:
     words = [f"word{i}" for i in range(8)]
     together = threading.Barrier(len(words))
 
@@ -51,7 +51,7 @@ def test_writers_at_the_same_time_lose_nothing_of_each_other(where: str) -> None
     assert sorted(read(where).split()) == words
 
 
-def test_what_somebody_else_wrote_meanwhile_is_not_overwritten_but_changed(where: str) -> None:
+def test_a_text_that_changed_meanwhile_is_edited_again_and_not_overwritten(where: str) -> None:
     seen = []
 
     def change(text: str) -> str:
@@ -65,7 +65,7 @@ def test_what_somebody_else_wrote_meanwhile_is_not_overwritten_but_changed(where
     assert read(where) == "theirs and ours"
 
 
-def test_who_never_gets_a_turn_is_told_so(where: str, monkeypatch) -> None:
+def test_an_edit_that_always_conflicts_raises_conflict(where: str, monkeypatch) -> None:
     monkeypatch.setattr(document_text, "TRIES", 3)
     seen = []
 
@@ -86,7 +86,7 @@ def test_a_change_that_fails_changes_nothing(where: str) -> None:
     assert read(where) == "before"
 
 
-def test_a_file_is_replaced_as_a_whole_with_its_mode_and_where_its_link_points(tmp_path: Path) -> None:
+def test_a_file_is_replaced_in_one_step_with_its_mode_behind_its_link(tmp_path: Path) -> None:
     """Servers of other users read it."""
     file, link = tmp_path / "real" / "adapters.yaml", tmp_path / "adapters.yaml"
     edit(str(file), lambda _: "one")
@@ -114,7 +114,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path,
     assert file.read_text() == "before"
 
 
-def test_a_service_that_knows_no_conditions_is_written_to_all_the_same(bucket: str, monkeypatch) -> None:
+def test_a_service_without_conditional_writes_is_written(bucket: str, monkeypatch) -> None:
     pipe_file = s3fs.S3FileSystem.pipe_file
 
     def without_conditions(self: s3fs.S3FileSystem, path: str, value: bytes, **conditions: str) -> object:
@@ -127,7 +127,7 @@ def test_a_service_that_knows_no_conditions_is_written_to_all_the_same(bucket: s
     assert edit(f"{bucket}/unconditional.yaml", lambda text: text + " two")[1] == "one two"
 
 
-def test_a_lock_that_nobody_lets_go_of_is_not_waited_for_without_end(tmp_path: Path, monkeypatch) -> None:
+def test_a_lock_that_is_never_released_is_an_error_after_a_while(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(document_text, "LOCK_S", 0.2)
     file = tmp_path / "adapters.yaml"
     file.write_text("before")
@@ -142,7 +142,7 @@ def test_a_lock_that_nobody_lets_go_of_is_not_waited_for_without_end(tmp_path: P
     edit(str(file), lambda _: "after")
 
 
-def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path: Path, monkeypatch) -> None:
+def test_a_file_system_without_locks_is_written(tmp_path: Path, monkeypatch) -> None:
     def no_locks(*_: object) -> None:
         raise OSError("Operation not supported")
 

@@ -29,7 +29,7 @@ def client(**headers: str) -> httpx.AsyncClient:
     "path", ["/v1/completions", "/tokenize", "/docs", "/", "//health", "/health/", "/health/../v1", "/healthz"]
 )
 @in_a_loop
-async def test_without_a_key_every_path_is_closed_and_the_error_is_openais(path: str) -> None:
+async def test_without_a_key_every_path_answers_401_in_openais_form(path: str) -> None:
     for header in ({}, {"Authorization": "first-key"}, {"Authorization": "Bearer"}, {"Authorization": "Bearer wrong"}):
         async with client(**header) as http:
             answer = await http.post(path)
@@ -40,13 +40,13 @@ async def test_without_a_key_every_path_is_closed_and_the_error_is_openais(path:
 
 @pytest.mark.parametrize("header", ["Bearer first-key", "bearer second-key"])
 @in_a_loop
-async def test_whoever_has_one_of_the_keys_is_let_in(header: str) -> None:
+async def test_each_of_several_keys_is_accepted(header: str) -> None:
     async with client(Authorization=header) as http:
         assert (await http.post("/v1/completions")).json() == "let in"
 
 
 @in_a_loop
-async def test_how_the_server_is_may_be_asked_without_a_key_and_so_may_what_browsers_ask_first() -> None:
+async def test_state_paths_and_preflight_requests_need_no_key() -> None:
     async with client() as http:
         for path in OPEN:
             assert (await http.get(path)).json() == "let in"
