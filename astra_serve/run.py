@@ -132,7 +132,7 @@ async def _serve_all(reconciler: Reconciler, document: Document) -> None:
     for entry in document.adapters:
         reconciler.want(entry)
     for entry in document.adapters:
-        status = await reconciler.settled(entry.name)
+        status = await reconciler.outcome(entry.name)
         if status.phase is Phase.FAILED:
             raise ServeError(f"adapter {entry.name!r}: {status.reason}")
 

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 
 from astra_serve.adapters.events import Events
 from astra_serve.adapters.residency import Residency
-from astra_serve.adapters.schedule import Place
+from astra_serve.adapters.schedule import Residence
 from astra_serve.adapters.version import Alias, Version
 from astra_serve.errors import Unavailable
 
@@ -50,7 +50,7 @@ class Fleet:
         return alias.current
 
     @asynccontextmanager
-    async def lease(self, model: str, caller: str = "") -> AsyncIterator[Place | None]:
+    async def lease(self, model: str, caller: str = "") -> AsyncIterator[Residence | None]:
         """Keep the version that `model` points at now in the engine until the block ends; None where it is unknown.
 
         Raises Unavailable where the version cannot be loaded, or not in time, or the name is not served yet.
@@ -59,8 +59,8 @@ class Fleet:
         if version is not None:
             if model == version.alias:
                 self.requests[model][version] += 1
-            async with self.residency.lease(version) as place:
-                yield place
+            async with self.residency.lease(version) as residence:
+                yield residence
         elif model.partition("@")[0] in self.expected - self.aliases.keys():
             raise Unavailable(f"{model} is not served yet", retry_after_s=5)
         else:
@@ -71,9 +71,9 @@ class Fleet:
         old = self.aliases.get(name)
         self.requests[name] = Counter()
         self.aliases[name] = alias  # the flip: the next request is served by the new version
-        for version in alias.served():
-            self.residency.serve(version, pinned=alias.pinned)
-        for version in {*(old.versions() if old else ()), *alias.previous} - set(alias.served()):
+        for version in alias.serving():
+            self.residency.keep(version, pinned=alias.pinned)
+        for version in {*(old.versions() if old else ()), *alias.previous} - set(alias.serving()):
             self.residency.retire(version, drain_s)
 
     def drop(self, name: str, drain_s: float) -> None:

@@ -8,7 +8,7 @@ from astra_serve.adapters.clock import Clock
 from astra_serve.adapters.events import Event, Events
 from astra_serve.adapters.probe import Prover
 from astra_serve.adapters.protocol import Engine
-from astra_serve.adapters.schedule import Place, State
+from astra_serve.adapters.schedule import Residence, State
 from astra_serve.adapters.store import Store
 from astra_serve.adapters.version import Version
 
@@ -20,31 +20,33 @@ class Loader:
         self._engine, self._store, self._base, self._events, self._clock = engine, store, base, events, clock
         self._prover = Prover(engine)
 
-    async def load(self, place: Place) -> dict[str, float]:
-        """Read and prove a version; return the seconds of its parts. `place` gets the engine's handle and the proof.
+    async def load(self, residence: Residence) -> dict[str, float]:
+        """Load and prove a version, set its handle and proof, and return the seconds of its parts.
 
         A version that was proved before is admitted already: only a publication proves it again, with one prompt.
-        Raises ServeError, AdapterError and OSError; `place.handle` is set then if the engine has it.
+        Raises ServeError, AdapterError and OSError; `residence.handle` is set then if the engine has it.
         """
-        version = place.version
+        version = residence.version
         self._events.emit(Event(version.alias, "loading", version.name))
         began = self._clock.now()
         folder = await asyncio.to_thread(self._store.verify, version.digest)
-        if place.proof is None:
+        if residence.proof is None:
             header = await asyncio.to_thread(self._base.check, folder)
-            place.adapts_head = any(module.endswith("lm_head") for module in header.shapes)
-        place.handle = await self._engine.load(version.name, folder)
+            residence.adapts_head = any(module.endswith("lm_head") for module in header.shapes)
+        residence.handle = await self._engine.load(version.name, folder)
         loaded = self._clock.now()
-        place.state = State.PROBING
+        residence.state = State.PROBING
         self._events.emit(Event(version.alias, "probing", version.name))
-        urgent = not place.for_publication  # a request waits: its probe is not computed behind all other requests
-        if place.proof and not (place.proof.of_an_effect or place.allow_no_effect):
-            place.proof = None  # proved earlier with `allow_no_effect`; that permission is gone now
-        if place.proof is None:
-            allowed = place.allow_no_effect
-            place.proof = await self._prover.prove(place.handle, folder, may_change_nothing=allowed, urgent=urgent)
-        elif any(waiter.publication for waiter in place.waiters):
-            await self._prover.again(place.handle, place.proof, urgent=urgent)
+        urgent = not residence.for_publication  # a request waits: its probe is not computed behind all other requests
+        if residence.proof and not (residence.proof.of_an_effect or residence.allow_no_effect):
+            residence.proof = None  # proved earlier with `allow_no_effect`; that permission is gone now
+        if residence.proof is None:
+            allowed = residence.allow_no_effect
+            residence.proof = await self._prover.prove(
+                residence.handle, folder, may_change_nothing=allowed, urgent=urgent
+            )
+        elif any(waiter.publication for waiter in residence.waiters):
+            await self._prover.again(residence.handle, residence.proof, urgent=urgent)
         else:
             return {"loading": loaded - began}
         return {"loading": loaded - began, "probing": self._clock.now() - loaded}

@@ -1,16 +1,26 @@
-"""Which versions are loaded, and which one is evicted to make room: one pure decision at a time.
+"""Which versions are in the engine's memory: one pure decision at a time.
 
-    ABSENT -> WAITING -> LOADING -> PROBING -> RESIDENT <-> MARKED -> UNLOADING -> ABSENT
-                (no place)   (has one of `capacity` places)              (its place is free already)
+At most `capacity` versions are in memory, that is, LOADING, PROBING, RESIDENT or MARKED:
 
-WAITING versions form a queue by the time of their oldest waiter. The first of the queue gets a free place, or the place
-of an idle version: resident, without a lease and without a hold. Of several idle versions the least recently used is
-evicted first. A pinned version that its alias serves is never evicted.
+    ABSENT -> WAITING -> LOADING -> PROBING -> RESIDENT -> UNLOADING -> ABSENT (or WAITING, if it is needed again)
+                                                |    ^         ^
+                                                v    |         |
+                                                MARKED --------+
+    WAITING -> ABSENT                all its waiters were refused, or gave up
+    LOADING, PROBING -> ABSENT       the load or the probe failed
 
-Where no version is idle for `patience_s`, the version that has been resident for the longest time is marked for
-eviction: its new requests wait, and it is evicted when its last lease ends. If that takes longer than `mark_s` (one
-long stream), the mark is removed and another version is marked. Where nothing helps, a request is refused `wait_s`
-after it began to wait, and a publication `wait_s` after its turn came.
+WAITING versions form a queue by the time of their oldest waiter; only its head is served, so that nothing overtakes.
+The head is loaded where memory is free, and otherwise takes that of an idle version: resident, without a lease and
+without a hold. Of several idle versions the least recently used one is evicted. A version that is pinned while an alias
+serves it is never evicted. Up to four versions load at a time; the fourth is always one that a request waits for, so
+that requests do not queue behind publications.
+
+Where no version has been idle for `patience_s`, the version that has been resident for the longest time is marked: its
+new requests wait, and it is evicted when its last lease ends. If that takes longer than `mark_s` (one long stream), it
+is resident again as if it had just been loaded, so that another version is marked next; the only candidate is marked
+again at once. A request is refused `wait_s` after it arrived, whether its version then waits, loads or is probed; a
+publication is refused `wait_s` after its version became the head of the queue. Where every version is pinned, that is
+what happens to all others.
 
 A version that is replaced, removed, or unloaded by an operator is evicted as soon as it is idle; its leases are
 cancelled at the deadline of its replacement.
@@ -26,27 +36,28 @@ from typing import Any
 from astra_serve.adapters.probe import Proof
 from astra_serve.adapters.version import Version
 
-HEADROOM = 4  # adapters that the engine has room for beyond `capacity`: a load need not wait for an eviction to end
+MOST_LOADS = 4  # at a time; the last of them is for versions that a request waits for
+HEADROOM = 4  # adapters that the engine has room for beyond `capacity`: as many unload while others load
 
 
 class State(StrEnum):
     """Where a version is on its way into the engine's memory and out of it."""
 
     ABSENT = "absent"
-    WAITING = "waiting"  # for a place
+    WAITING = "waiting"  # until memory is free
     LOADING = "loading"  # the engine reads it
     PROBING = "probing"  # the engine answers the prompts of its probe
     RESIDENT = "resident"  # ready for requests
     MARKED = "marked"  # for eviction: no new leases
-    UNLOADING = "unloading"
+    UNLOADING = "unloading"  # its memory counts as free already
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The time limits, in seconds, and the number of places."""
+    """How many versions are in memory at most, and the time limits in seconds."""
 
     capacity: int
-    wait_s: float = 30.0  # for a place
+    wait_s: float = 30.0  # of a request until its lease begins; of a publication at the head of the queue
     patience_s: float = 1.0  # with versions that are all in use, before one is marked
     mark_s: float = 10.0  # for the last lease of a marked version
 
@@ -61,27 +72,31 @@ class Waiter:
     done: "asyncio.Future[None] | None" = None  # set by the loop
 
     def deadline(self, limits: Limits) -> float:
-        """Return when a request is refused; a publication's time begins with its turn."""
+        """Return when a request is refused; that of a publication depends on the queue."""
         return math.inf if self.publication else self.since + limits.wait_s
 
 
 @dataclass(eq=False)
-class Place:
-    """One version, where it is, and which requests and publications need it there."""
+class Residence:
+    """One version, its state in the engine's memory, and which requests and publications need it there.
+
+    `Residency` and `Loader` alone write it.
+    """
 
     version: Version
     state: State = State.ABSENT
-    since: float = 0.0  # when it became resident, or was marked
+    resident_since: float = 0.0
+    marked_since: float = 0.0
     last_used: float = 0.0  # by a request, or when it became resident
     leases: set[Any] = field(default_factory=set)  # tasks of requests that the engine may be computing for
     holds: int = 0  # publications that keep it in the engine
-    waiters: list[Waiter] = field(default_factory=list)
-    served: bool = False  # an alias points at it: current or canary
+    waiters: list[Waiter] = field(default_factory=list)  # oldest first
+    serving: bool = False  # it is the current version of its alias, or the canary
     pinned: bool = False
     leaving: bool = False  # evicted as soon as it is idle
-    replaced: set[Any] = field(default_factory=set)  # the leases that there were when it was replaced
-    drain_until: float = math.inf  # when those of them that are left are cancelled
-    handle: Any = None  # the engine's, from RESIDENT on
+    leases_at_replacement: set[Any] = field(default_factory=set)  # they end before `drain_until`, or are cancelled
+    drain_until: float = math.inf
+    handle: Any = None  # the engine's, from PROBING on
     proof: Proof | None = None
     adapts_head: bool = False
     allow_no_effect: bool = False
@@ -96,22 +111,27 @@ class Place:
     @property
     def evictable(self) -> bool:
         """Return whether it may be marked, and evicted when its leases have ended."""
-        return self.loaded and not self.holds and not (self.pinned and self.served)
+        return self.loaded and not self.holds and not (self.pinned and self.serving)
 
     @property
     def for_publication(self) -> bool:
         """Return whether publications alone wait for it."""
         return all(waiter.publication for waiter in self.waiters)
 
+    @property
+    def draining(self) -> bool:
+        """Return whether requests still use it that began before it was replaced."""
+        return bool(self.leases_at_replacement & self.leases)
+
 
 class Do(StrEnum):
     """An action of the loop that executes decisions."""
 
-    LOAD = "load"  # give it a place, let the engine read it
-    EVICT = "evict"  # take its place away, let the engine forget it
+    LOAD = "load"  # let the engine read it
+    EVICT = "evict"  # let the engine forget it
     MARK = "mark"  # no new request uses it
     UNMARK = "unmark"  # requests use it again
-    REFUSE = "refuse"  # some of its waiters: there is no place
+    REFUSE = "refuse"  # some of its waiters: their time is up
     CANCEL = "cancel"  # the leases that outlived the deadline
 
 
@@ -120,7 +140,7 @@ class Action:
     """The next thing to do, and the version that it concerns."""
 
     do: Do
-    place: Place
+    residence: Residence
     waiters: tuple[Waiter, ...] = ()
 
 
@@ -131,61 +151,61 @@ class Wait:
     until: float
 
 
-def decide(places: Collection[Place], limits: Limits, turn_since: float, now: float) -> Action | Wait:
-    """Return the next action. `turn_since` is when the queue last moved; times are of the server's clock."""
-    for place in places:
-        if place.replaced & place.leases and place.drain_until <= now:
-            return Action(Do.CANCEL, place)
-        if late := tuple(waiter for waiter in place.waiters if waiter.deadline(limits) <= now):
-            return Action(Do.REFUSE, place, late)
-        if place.state is State.MARKED and not (place.evictable or place.leaving):
-            return Action(Do.UNMARK, place)
-    can_evict = sum(place.state is State.UNLOADING for place in places) < HEADROOM
+def decide(residences: Collection[Residence], limits: Limits, head_since: float, now: float) -> Action | Wait:
+    """Return the next action.
+
+    `head_since` is when a version last left the queue: no version has been its head for longer. Times are of the
+    server's clock.
+    """
+    for one in residences:
+        if one.draining and one.drain_until <= now:
+            return Action(Do.CANCEL, one)
+        if late := tuple(waiter for waiter in one.waiters if waiter.deadline(limits) <= now):
+            return Action(Do.REFUSE, one, late)
+        if one.state is State.MARKED and not (one.evictable or one.leaving):
+            return Action(Do.UNMARK, one)
+    can_evict = sum(one.state is State.UNLOADING for one in residences) < HEADROOM
     if can_evict:
-        for place in places:
-            if place.leaving and place.loaded and not (place.leases or place.holds):
-                return Action(Do.EVICT, place)
-    dates = [place.drain_until for place in places if place.replaced & place.leases]
-    dates += [waiter.deadline(limits) for place in places for waiter in place.waiters]
-    for_first = _for_the_first(places, limits, turn_since, now, can_evict=can_evict)
-    if isinstance(for_first, Wait):
-        return Wait(min([for_first.until, *dates]))
-    return for_first
+        for one in residences:
+            if one.leaving and one.loaded and not (one.leases or one.holds):
+                return Action(Do.EVICT, one)
+    for_head = _for_the_head(residences, limits, head_since, now, can_evict=can_evict)
+    if isinstance(for_head, Action):
+        return for_head
+    dates = [one.drain_until for one in residences if one.draining]
+    dates += [waiter.deadline(limits) for one in residences for waiter in one.waiters]
+    return Wait(min([for_head.until, *dates]))
 
 
-def _for_the_first(
-    places: Collection[Place], limits: Limits, turn_since: float, now: float, *, can_evict: bool
+def _for_the_head(
+    residences: Collection[Residence], limits: Limits, head_since: float, now: float, *, can_evict: bool
 ) -> Action | Wait:
-    """Return the next action for the first version of the queue."""
-    marked = [place for place in places if place.state is State.MARKED]
-    to_unmark = [place for place in marked if not place.leaving]
-    loading = [place for place in places if place.state in (State.LOADING, State.PROBING)]
-    # The last of the places that load at a time is for requests: these do not wait for the probes of publications.
-    for_publications = sum(place.for_publication for place in loading) < HEADROOM - 1
-    queue = sorted(
-        (place for place in places if place.state is State.WAITING and (for_publications or not place.for_publication)),
-        key=lambda place: place.waiters[0].since,
-    )
+    """Return the next action for the head of the queue."""
+    marked = [one for one in residences if one.state is State.MARKED]
+    to_unmark = [one for one in marked if not one.leaving]
+    loading = [one for one in residences if one.state in (State.LOADING, State.PROBING)]
+    for_publications = sum(one.for_publication for one in loading) < MOST_LOADS - 1
+    queue = [one for one in residences if one.state is State.WAITING and (for_publications or not one.for_publication)]
     if not queue:
         return Action(Do.UNMARK, to_unmark[0]) if to_unmark else Wait(math.inf)
-    if len(loading) >= HEADROOM:
+    if len(loading) >= MOST_LOADS:
         return Wait(math.inf)
-    first = queue[0]
-    if sum(place.loaded for place in places) + len(loading) < limits.capacity:
-        return Action(Do.LOAD, first)
-    evictable = [place for place in places if place.evictable]
-    if idle := [place for place in evictable if not place.leases]:
-        oldest = min(idle, key=lambda place: place.last_used)
+    head = min(queue, key=lambda one: one.waiters[0].since)
+    if sum(one.loaded for one in residences) + len(loading) < limits.capacity:
+        return Action(Do.LOAD, head)
+    evictable = [one for one in residences if one.evictable]
+    if idle := [one for one in evictable if not one.leases]:
+        oldest = min(idle, key=lambda one: one.last_used)
         return Action(Do.EVICT, oldest) if can_evict else Wait(math.inf)
-    turn = max(first.waiters[0].since, turn_since)
-    if first.for_publication and now >= turn + limits.wait_s:
-        return Action(Do.REFUSE, first, tuple(first.waiters))
-    for place in to_unmark:
-        if now >= place.since + limits.mark_s:
-            return Action(Do.UNMARK, place)
-    ends = [place.since + limits.mark_s for place in marked if now < place.since + limits.mark_s]
-    to_mark = [place for place in evictable if place.state is State.RESIDENT]
-    if to_mark and not ends and now >= turn + limits.patience_s:
-        return Action(Do.MARK, min(to_mark, key=lambda place: place.since))
-    dates = ends or ([turn + limits.patience_s] if to_mark else [])
-    return Wait(min([*dates, turn + limits.wait_s if first.for_publication else math.inf]))
+    began = max(head.waiters[0].since, head_since)
+    if head.for_publication and now >= began + limits.wait_s:
+        return Action(Do.REFUSE, head, tuple(head.waiters))
+    for one in to_unmark:
+        if now >= one.marked_since + limits.mark_s:
+            return Action(Do.UNMARK, one)
+    ends = [one.marked_since + limits.mark_s for one in marked if now < one.marked_since + limits.mark_s]
+    to_mark = [one for one in evictable if one.state is State.RESIDENT]
+    if to_mark and not ends and now >= began + limits.patience_s:
+        return Action(Do.MARK, min(to_mark, key=lambda one: one.resident_since))
+    dates = ends or ([began + limits.patience_s] if to_mark else [])
+    return Wait(min([*dates, began + limits.wait_s if head.for_publication else math.inf]))

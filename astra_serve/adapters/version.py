@@ -28,7 +28,7 @@ class Alias:
     pinned: bool = False  # current and canary are never evicted
     source: str | None = None  # of `current`; None where only the store has it
 
-    def served(self) -> Iterator[Version]:
+    def serving(self) -> Iterator[Version]:
         """Yield the versions that requests for the bare name reach."""
         yield self.current
         if self.canary:
@@ -36,5 +36,5 @@ class Alias:
 
     def versions(self) -> Iterator[Version]:
         """Yield every version that a request may name."""
-        yield from self.served()
+        yield from self.serving()
         yield from self.previous

@@ -1,13 +1,16 @@
-"""A new version on every replica, or on none.
+"""A new version on every replica, or the document's old entry is restored.
 
     prepare   every replica fetches, verifies and loads it, and proves it on its engine; no alias points at it
     verify    it is the same version everywhere
-    flip      the document names it, by its digest (compare-and-swap)
+    flip      the document names it, by its digest (compare-and-swap of the entry); a canary ends
     serve     every replica has read the document, and serves the version
 
-If anything fails after the flip, a signal included, the document's entry is restored, and names the version that was
-served; the replicas that answer are waited for, at most 60 s. A rollout that is killed leaves one document or the
-other, complete, and the replicas follow it.
+The replicas work in parallel; the timeout holds for each step and replica.
+
+If anything fails after the flip, a signal included, the document's entry is restored, with the digest of the version
+that was served, or removed if there was none. The replicas that answer are waited for, at most 60 s; a second signal
+does not interrupt that. A rollout that is killed leaves the new document or the old one, complete, and the replicas
+follow it.
 """
 
 import asyncio
@@ -22,14 +25,14 @@ from astra_serve.client.replicas import Replica, of_all
 from astra_serve.document import desired, document_text
 from astra_serve.document.desired import Adapter, Document, Step
 from astra_serve.document.entry_text import with_entry
-from astra_serve.document.history import known_source, steps_back
+from astra_serve.document.history import known_source, rollback_history
 from astra_serve.errors import BadDocument, Conflict, ServeError
 from converter.errors import first_line
 
 POLL_S = 0.2
-READS = 3  # of a document that others change, until the replicas have read the same text
+READS = 3  # of a document that others change, until the replicas have read the same text as this process
 RESTORE_S = 60.0  # for a store that fails to take the document back, and for replicas to serve the version before
-KEPT = {"required", "pin", "allow_no_effect"}  # settings of an entry whose version changes
+INHERITED = {"required", "pin", "allow_no_effect"}  # settings of an entry whose version changes
 
 Report = Callable[[str, str], None]  # called with a step, and what happened
 
@@ -72,11 +75,11 @@ async def rollout(
     """
     where, document = await _document(replicas, where)
     old = document.get(name)
-    adapters = await of_all(replicas, lambda replica: _settled(replica, name, timeout_s))
+    adapters = await of_all(replicas, lambda replica: _outcome(replica, name, timeout_s))
     served = [adapter for adapter in adapters if adapter and adapter["version"]]
-    kept = old.model_dump(include=KEPT, exclude_defaults=True) if old else {}
+    inherited = old.model_dump(include=INHERITED, exclude_defaults=True) if old else {}
     try:
-        version = await prepare(name, {**kept, **wanted}, replicas, report, timeout_s)
+        version = await prepare(name, {**inherited, **wanted}, replicas, report, timeout_s)
     except ServeError as error:
         raise ServeError(f"{error}; nothing was changed") from error
     now = datetime.now(UTC).replace(microsecond=0)
@@ -84,8 +87,8 @@ async def rollout(
     digest, source = version["digest"], wanted["source"]
     if source.startswith("sha256:"):
         source = known_source(old, digest) or version.get("source") or source
-    previous = steps_back(old, steps, digest)
-    new = desired.entry({"name": name, **kept, **wanted, "source": source, "digest": digest, "previous": previous})
+    previous = rollback_history(old, steps, digest)
+    new = desired.entry({"name": name, **inherited, **wanted, "source": source, "digest": digest, "previous": previous})
     proved = {adapter["version"]["digest"] for adapter in served if adapter["state"] == "serving"}
     flip = Flip(where, document, new, proved.pop() if len(proved) == 1 else None)
     await _flip(flip, replicas, report, timeout_s)
@@ -193,7 +196,7 @@ async def _restore(flip: Flip, replicas: Sequence[Replica], report: Report) -> s
                 return f"the document's entry could not be restored: {error}"
             await asyncio.sleep(1)
     if flip.old is not None and flip.served is None:  # the version before is unknown
-        waits: list[Coroutine[Any, Any, Any]] = [_settled(replica, flip.new.name, RESTORE_S) for replica in replicas]
+        waits: list[Coroutine[Any, Any, Any]] = [_outcome(replica, flip.new.name, RESTORE_S) for replica in replicas]
     else:
         waits = [_serves(replica, flip.new.name, flip.served, report, RESTORE_S) for replica in replicas]
     ended = await asyncio.gather(*waits, return_exceptions=True)
@@ -253,7 +256,7 @@ def _edit(where: str, change: Callable[[str], str]) -> tuple[str, str]:
         raise ServeError(f"the document at {where} cannot be changed: {first_line(error)}") from error
 
 
-async def _settled(replica: Replica, name: str, timeout_s: float) -> dict[str, Any] | None:
+async def _outcome(replica: Replica, name: str, timeout_s: float) -> dict[str, Any] | None:
     """Wait until an adapter is served or failed, and return it; None where there is none. Raises ServeError."""
     try:
         async with asyncio.timeout(timeout_s):
@@ -270,7 +273,7 @@ async def _serves(replica: Replica, name: str, digest: str | None, report: Repor
     Raises ServeError where it does not.
     """
     await _refreshed(replica)
-    found = await _settled(replica, name, timeout_s)
+    found = await _outcome(replica, name, timeout_s)
     version = found and found["version"]
     if found and found["state"] == "failed":
         raise ServeError(f"{replica.name} does not serve it: {found['reason']}")

@@ -1,8 +1,12 @@
-"""The changes of each adapter, one after the other: which one runs, which ones wait, and which one is superseded.
+r"""The changes of each adapter, one after the other: which one runs, which ones wait, and which one is superseded.
 
-A change that prepares a version (publish, rollback, canary) is superseded by a newer publish, rollback or remove of the
-same adapter, as long as it has not begun to write the document: its caller gets an error that names the newer change,
-and its download ends. Pin, unpin and canary wait for the changes before them.
+    newer \ older           publish, rollback, canary    remove, pin, unpin
+    publish, rollback,      superseded                   waited for
+    remove
+    canary, pin, unpin      waited for                   waited for
+
+A change is superseded only as long as it has not begun to write the document: its caller gets an error that names the
+newer change, and its download ends. From then on it is waited for until the reconciler has its outcome.
 """
 
 import asyncio

@@ -5,8 +5,11 @@
     write     the document's entry is replaced by compare-and-swap; a write that fails never reaches traffic
     follow    the reconciler serves the entry; if that fails, the document's entry is put back, and followed
 
-Nothing serves what the document does not say. The document is also followed when others change it: within 5 s, or at
-once where the file system reports changes.
+The alias moves only after the document has been written. The versions are held from the first step to the end of the
+last, so nothing has to be loaded in between. The write compares the entry alone: changes of other adapters, by others,
+do not disturb it. A client that disconnects cancels nothing. After a crash the server follows the document as it is.
+
+The document is also followed when others change it: within 5 s, or at once where the file system reports changes.
 """
 
 import asyncio
@@ -33,7 +36,7 @@ from astra_serve.control.reconcile import Reconciler
 from astra_serve.control.status import Phase, Status
 from astra_serve.document import desired
 from astra_serve.document.desired import Adapter, Canary, Document, Step
-from astra_serve.document.history import known_source, steps_back
+from astra_serve.document.history import known_source, rollback_history
 from astra_serve.errors import NotPublished, ServeError, Unavailable, UnknownAdapter
 from converter.errors import AstraError
 
@@ -88,7 +91,7 @@ class Control:
         return self._required.not_ready()
 
     async def publish(self, name: str, source: str, digest: str | None = None, **settings: Any) -> None:
-        """Serve the adapter at `source` as `name`; the version that served becomes the first step back.
+        """Serve the adapter at `source` as `name`; the version that served becomes the first of its rollback history.
 
         Raises ServeError: NotPublished with the reason when the version is not served; then nothing has changed.
         """
@@ -101,10 +104,10 @@ class Control:
         await self._change(name, "publish", edit)
 
     async def rollback(self, name: str, digest: str | None = None) -> None:
-        """Serve the version before again, or the one with `digest` of the steps back. Raises ServeError."""
+        """Serve the version before again, or the one with `digest` of the rollback history. Raises ServeError."""
 
         def edit(old: Adapter | None) -> dict[str, Any]:
-            steps = [step.digest for step in _there(old, name).steps]
+            steps = [step.digest for step in _require(old, name).steps]
             target = digest or next(iter(steps), None)
             if target is None or target not in steps:
                 raise ServeError(f"{name!r} has no such previous version; there are: {', '.join(steps) or 'none'}")
@@ -132,7 +135,7 @@ class Control:
         async with self.changes.turn(name, "remove") as change:
             change.writing = True
             await self.refresh()
-            await self.state.replace(name, _there(self.state.document.get(name), name), None)
+            await self.state.replace(name, _require(self.state.document.get(name), name), None)
             self._follow()
 
     def source(self, digest: str) -> str | None:
@@ -140,7 +143,10 @@ class Control:
         return self._store.source(digest)
 
     async def prepare(self, entry: Adapter) -> Version:
-        """Return the version of `entry` once the engine has proved it; no alias points at it. Raises NotPublished."""
+        """Return the version of `entry` once the engine has proved it; no alias points at it.
+
+        It does not wait for other changes of the adapter. Raises NotPublished.
+        """
         try:
             return await self._preparation.prove(entry, Status(entry, self.fleet.events, self._clock))
         except (AstraError, OSError) as error:
@@ -158,16 +164,20 @@ class Control:
                 prepared = await held.enter_async_context(self._preparation.hold(entry, change.status))
             except (AstraError, OSError) as error:
                 raise NotPublished(f"{name!r} was not published: {_reason(error)}") from error
-            spent = change.status.spent()
+            preparation_seconds = change.status.elapsed()
             change.writing, change.status = True, None
             new = self._resolved(entry, old, prepared)
             before = self._served(name)
             await self.state.replace(name, old, new)
-            self._follow({name: spent})
-            status = await self.reconciler.settled(name)
+            self._follow({name: preparation_seconds})
+            status = await self.reconciler.outcome(name)
             if status.entry == new and status.phase is Phase.FAILED:
-                await self._put_back(name, old, new, before)
-                raise NotPublished(f"{name!r} was not published: {status.reason}")
+                reason = f"{name!r} was not published: {status.reason}"
+                try:
+                    await self._put_back(name, old, new, before)
+                except ServeError as error:
+                    raise NotPublished(f"{reason}; the document's entry could not be put back: {error}") from error
+                raise NotPublished(reason)
 
     async def _put_back(self, name: str, old: Adapter | None, new: Adapter, served: Step | None) -> None:
         """Write the entry as it was, with the digest that served: the source alone may have other bytes by now."""
@@ -177,16 +187,16 @@ class Control:
         self._follow()
 
     def _resolved(self, entry: Adapter, old: Adapter | None, prepared: Prepared) -> Adapter:
-        """Return an entry with the digests of its versions, and the steps back."""
+        """Return an entry with the digests of its versions and its rollback history."""
         digest, canary = prepared.current.digest, entry.canary
         if canary and prepared.canary:
             canary = canary.model_copy(update={"digest": prepared.canary.digest})
         served = self._served(entry.name)
-        previous = steps_back(old, [served] if served else [], digest)
+        previous = rollback_history(old, [served] if served else [], digest)
         return entry.model_copy(update={"digest": digest, "canary": canary, "previous": previous})
 
     def _served(self, name: str) -> Step | None:
-        """Return the version that serves now as a step back."""
+        """Return the version that serves now, as a step of the rollback history."""
         alias = self.fleet.aliases.get(name)
         if alias is None:
             return None
@@ -196,12 +206,12 @@ class Control:
     def _as_served(self, old: Adapter | None, name: str) -> dict[str, Any]:
         """Return the digest of an entry that keeps its version: its source may have other bytes by now."""
         served = self._served(name)
-        return {"digest": _there(old, name).digest or (served and served.digest)}
+        return {"digest": _require(old, name).digest or (served and served.digest)}
 
     def _source(self, old: Adapter | None, digest: str) -> str:
         return known_source(old, digest) or self.source(digest) or digest
 
-    def _follow(self, spent: Mapping[str, dict[str, float]] = MappingProxyType({})) -> None:
+    def _follow(self, preparation_seconds: Mapping[str, dict[str, float]] = MappingProxyType({})) -> None:
         before, document = self._followed, self.state.document
         self._followed = document
         for entry in before.adapters:
@@ -209,11 +219,11 @@ class Control:
                 self.reconciler.remove(entry.name)
         for entry in document.adapters:
             if before.get(entry.name) != entry:
-                self.reconciler.want(entry, spent=spent.get(entry.name))
+                self.reconciler.want(entry, preparation_seconds=preparation_seconds.get(entry.name))
         self._required.follow(document)
 
 
-def _there(entry: Adapter | None, name: str) -> Adapter:
+def _require(entry: Adapter | None, name: str) -> Adapter:
     if entry is None:
         raise UnknownAdapter(f"there is no adapter {name!r}")
     return entry

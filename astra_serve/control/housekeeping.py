@@ -44,7 +44,7 @@ class Housekeeping:
         for status in list(self._reconciler.status.values()):
             alias = self._fleet.aliases.get(status.entry.name)
             if alias and status.phase is Phase.SERVING:
-                failures = (self._fleet.residency.place(version).failed for version in alias.served())
+                failures = (self._fleet.residency.of(version).failed for version in alias.serving())
                 if reason := next(filter(None, failures), None):
                     status.enter(Phase.FAILED, reason)
                     self._reconciler.want(status.entry, again=True)
@@ -53,11 +53,11 @@ class Housekeeping:
         """Remove the versions from the store that nothing refers to, but for the newest of them. Raises OSError."""
         async with self._preparation.may_begin:
             all_status = self._reconciler.status.values()
-            if self._preparation.active or not all(status.phase.settled for status in all_status):
+            if self._preparation.active or not all(status.phase.final for status in all_status):
                 return  # nothing refers yet to versions that were just added
             versions = self._fleet.named() | self._preparation.for_later()
             self._fleet.residency.forget(versions)
-            versions |= {place.version for place in self._fleet.residency.loaded()}
+            versions |= {residence.version for residence in self._fleet.residency.loaded()}
             kept = {version.digest for version in versions}
             for entry in (status.entry for status in all_status):
                 kept |= {entry.source, entry.digest or "", entry.canary.version if entry.canary else ""}

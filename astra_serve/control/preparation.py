@@ -64,9 +64,9 @@ class Preparation:
                 for version in (current, canary) if canary else (current,):
                     if again or entry.pin or not self._served(version):
                         hold = self._fleet.residency.hold(version, allow_no_effect=entry.allow_no_effect)
-                        loaded = self._fleet.residency.place(version).loaded
-                        place = await holds.enter_async_context(hold)
-                        for part, seconds in () if loaded else place.seconds.items():
+                        loaded = self._fleet.residency.of(version).loaded
+                        residence = await holds.enter_async_context(hold)
+                        for part, seconds in () if loaded else residence.seconds.items():
                             status.parts[part] = status.parts.get(part, 0.0) + seconds
                 yield Prepared(current, canary)
         finally:
@@ -89,8 +89,8 @@ class Preparation:
         return {version for version, _ in self._for_later.values()}
 
     def _served(self, version: Version) -> bool:
-        alias, place = self._fleet.aliases.get(version.alias), self._fleet.residency.place(version)
-        return bool(alias and version in alias.served() and place.proof and place.failed is None)
+        alias, residence = self._fleet.aliases.get(version.alias), self._fleet.residency.of(version)
+        return bool(alias and version in alias.serving() and residence.proof and residence.failed is None)
 
     async def _version(self, name: str, source: str, expected: str | None, status: Status) -> Version:
         """Return the version of a source, which the store has then."""

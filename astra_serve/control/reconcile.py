@@ -1,12 +1,15 @@
 """From the desired state to what is served: one sequential worker for each adapter, independent of all others.
 
     pending -> fetching -> verifying -> loading -> serving: the alias points at the new version
-                                               \\-> failed: the version before serves on
+                  |            |           |
+                  +------------+-----------+-----> failed: the version before, if any, still serves
 
-A worker turns the newest entry of its adapter into an outcome. A failure that may heal by itself (a source that cannot
-be read, or whose bytes are not the ones that were named) is tried again after 1, 5, 30 and 120 s, or as soon as the
-source changes, which is looked at every 5 s. Any other failure is tried again when its entry changes, or when a
-document that could not be read is readable again. A newer entry ends the attempt of the one before.
+A worker turns the newest entry of its adapter into an outcome. A version that the store has is neither fetched nor
+verified. A failure that may heal by itself (a source that cannot be read, or does not have the digest that the entry
+names) is tried again after 1, 5, 30, 120 s and then every 120 s, or as soon as the source changes, which is looked at
+every 5 s. Where the engine has no memory for it, that is 5 s. Any other failure is tried again when its entry changes,
+or when a document that could not be read is readable again. A version that fails after it has served is brought again
+(`housekeeping`). A newer entry ends the attempt of the one before.
 """
 
 import asyncio
@@ -50,7 +53,7 @@ class Failed:
 def outcome_of(error: Exception, tries: int) -> RetryAfter | Failed:
     """Return the outcome of an attempt that raised `error`, after `tries` earlier ones."""
     if isinstance(error, Unavailable):
-        if error.retry_after_s is not None:  # no place in the engine
+        if error.retry_after_s is not None:  # no memory in the engine
             return RetryAfter(str(error), float(error.retry_after_s))
         if isinstance(error.__cause__, Exception):
             return outcome_of(error.__cause__, tries)
@@ -78,15 +81,15 @@ class Reconciler:
             while True:
                 workers.create_task(self._work(await self._new.get()))
 
-    def want(self, entry: Adapter, *, again: bool = False, spent: dict[str, float] | None = None) -> None:
+    def want(self, entry: Adapter, *, again: bool = False, preparation_seconds: dict[str, float] | None = None) -> None:
         """Serve an adapter as `entry` says, if it is another entry than before, or is to be tried `again`.
 
-        `spent` are the seconds that its preparation took.
+        `preparation_seconds` is what its preparation took, for its status.
         """
         name, known = entry.name, self.status.get(entry.name)
         if again or known is None or known.entry != entry:
             self._fleet.expected.add(name)
-            self.status[name] = Status(entry, self._fleet.events, self._clock, seconds=spent or {})
+            self.status[name] = Status(entry, self._fleet.events, self._clock, seconds=preparation_seconds or {})
             self._restart(name)
 
     def remove(self, name: str) -> None:
@@ -104,9 +107,9 @@ class Reconciler:
             if status.phase is Phase.FAILED:
                 self.want(status.entry, again=True)
 
-    async def settled(self, name: str) -> Status:
+    async def outcome(self, name: str) -> Status:
         """Wait until an adapter is served or failed, and return its status. Raises KeyError where it is not wanted."""
-        while not (status := self.status[name]).phase.settled:
+        while not (status := self.status[name]).phase.final:
             await self._fleet.events.change()
         return status
 

@@ -47,22 +47,22 @@ def state(control: Control, status: Status) -> str:
     """Return the phase of an entry, and of one whose versions are loaded the part of that phase."""
     if status.phase is Phase.LOADING:
         loading = (State.WAITING, State.LOADING, State.PROBING)
-        places = control.fleet.residency.of_alias(status.entry.name)
-        return next((str(place.state) for place in places if place.state in loading), "loading")
+        residences = control.fleet.residency.of_alias(status.entry.name)
+        return next((str(residence.state) for residence in residences if residence.state in loading), "loading")
     return str(status.phase)
 
 
 def version(control: Control, found: Version, source: str | None = None) -> dict[str, Any]:
     """Return the state of a version."""
-    place = control.fleet.residency.place(found)
+    residence = control.fleet.residency.of(found)
     return {
         "name": found.name,
         "digest": found.digest,
         "source": source,
         "residency": control.fleet.residency.where(found),
-        "requests": len(place.leases) + sum(not waiter.publication for waiter in place.waiters),
-        "failed": place.failed,
-        "probe": asdict(place.proof.verdict) if place.proof else None,
+        "requests": len(residence.leases) + sum(not waiter.publication for waiter in residence.waiters),
+        "failed": residence.failed,
+        "probe": asdict(residence.proof.verdict) if residence.proof else None,
     }
 
 

@@ -10,7 +10,7 @@ from astra_serve.document.desired import Adapter
 
 
 class Phase(StrEnum):
-    """A phase of an entry. LOADING covers the wait for a place, the load and the probe of its versions."""
+    """A phase of an entry. LOADING covers the wait for memory, the load and the probe of its versions."""
 
     PENDING = "pending"
     FETCHING = "fetching"
@@ -20,7 +20,7 @@ class Phase(StrEnum):
     FAILED = "failed"
 
     @property
-    def settled(self) -> bool:
+    def final(self) -> bool:
         """Return whether nothing more happens to the entry, unless it is tried again."""
         return self in (Phase.SERVING, Phase.FAILED)
 
@@ -43,14 +43,14 @@ class Status:
 
     def enter(self, phase: Phase, reason: str | None = None, version: str | None = None) -> None:
         """Begin a phase and emit its event."""
-        self.seconds, self.parts = self.spent(), {}
+        self.seconds, self.parts = self.elapsed(), {}
         self.phase, self.reason, self.since, self._entered = phase, reason, time.time(), self.clock.now()
         if phase is not Phase.LOADING:  # `residency` emits the parts of that phase
-            seconds = dict(self.seconds) if phase.settled else {}
+            seconds = dict(self.seconds) if phase.final else {}
             self.events.emit(Event(self.entry.name, phase, version, reason, seconds))
 
-    def spent(self) -> dict[str, float]:
-        """Return the seconds of each phase until now; of LOADING its parts, and the wait for a place."""
+    def elapsed(self) -> dict[str, float]:
+        """Return the seconds of each phase until now; of LOADING its parts, and the wait for memory."""
         duration = self.clock.now() - self._entered
         waiting = {"waiting": max(0.0, duration - sum(self.parts.values()))}
         found = dict(self.seconds)

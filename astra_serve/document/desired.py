@@ -7,7 +7,7 @@
         required: true                      # a server that starts is not ready without it
         pin: true                           # never evicted from the engine's memory
         allow_no_effect: true               # served even if it changes no answer
-        previous:                           # the steps back, newest first; at most 8
+        previous:                           # the rollback history, newest first; at most 8
           - {digest: sha256:91bc..., source: ./support-lora-v1, replaced: 2026-11-27T09:00:00Z}
           - sha256:8ad1...                  # as documents were written before sources were kept
         canary: {version: ./support-lora-v3, digest: sha256:77d0..., weight: 0.1}

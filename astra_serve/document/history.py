@@ -1,4 +1,4 @@
-"""The steps back of an entry: which versions a rollback can reach, newest first, each with its source."""
+"""The rollback history of an entry: the versions that a rollback can reach, newest first, each with its source."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from astra_serve.document.desired import Adapter, Digest, Step
 MOST_STEPS = 8
 
 
-def steps_back(old: Adapter | None, served: Sequence[Step], digest: str) -> list[Step | Digest]:
+def rollback_history(old: Adapter | None, served: Sequence[Step], digest: str) -> list[Step | Digest]:
     """Return `previous` of an entry whose version becomes `digest`.
 
     The versions that `served` are first, whatever the document said; then the one of the entry as it was, and its

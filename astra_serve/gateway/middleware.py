@@ -145,10 +145,12 @@ class Gateway:
             await refuse(send, 400, "priority is not served: leave it out", "priority")
             return
         try:
-            async with self._fleet.lease(request.model, _caller(scope, user if isinstance(user, str) else "")) as place:
-                if place:
-                    request.version, request.handle = place.version, place.handle
-                if place and place.adapts_head and content.get("prompt_logprobs") is not None:
+            async with self._fleet.lease(
+                request.model, _caller(scope, user if isinstance(user, str) else "")
+            ) as residence:
+                if residence:
+                    request.version, request.handle = residence.version, residence.handle
+                if residence and residence.adapts_head and content.get("prompt_logprobs") is not None:
                     reason = "the engine gives no prompt_logprobs with an adapter of lm_head: leave it out"
                     await refuse(send, 400, reason, "prompt_logprobs")
                     return

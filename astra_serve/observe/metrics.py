@@ -147,7 +147,7 @@ class Metrics:
             if alias is None:
                 continue
             where.append(([name, residency.where(alias.current)], 1))
-            if proof := residency.place(alias.current).proof:
+            if proof := residency.of(alias.current).proof:
                 effect.append(([name], proof.verdict.effect))
                 if proof.verdict.deviation is not None:
                     deviation.append(([name], proof.verdict.deviation))
@@ -162,7 +162,7 @@ class Metrics:
         The base is listed, too: Gateway API's endpoint picker ignores an empty list, and would keep the one before.
         """
         residency, text = self._fleet.residency, "The base and adapters in the engine's memory; since 1970"
-        loaded = [name for name, alias in self._fleet.aliases.items() if residency.place(alias.current).loaded]
+        loaded = [name for name, alias in self._fleet.aliases.items() if residency.of(alias.current).loaded]
         values = [str(residency.limits.capacity + 1), ",".join([self._fleet.base_name, *loaded]), ""]
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
         return _gauge("lora_requests_info", text, [(values, time.time())], *labels)

@@ -17,7 +17,7 @@ from astra_serve.adapters.events import Events
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.adapters.loading import Loader
 from astra_serve.adapters.residency import Residency
-from astra_serve.adapters.schedule import Limits, Place
+from astra_serve.adapters.schedule import Limits, Residence
 from astra_serve.adapters.store import Store
 from astra_serve.adapters.version import Version
 from astra_serve.control import admin
@@ -103,8 +103,8 @@ class Memory:
     def residency(self) -> Residency:
         return self.fleet.residency
 
-    def place(self, version: Version) -> Place:
-        return self.residency.place(version)
+    def residence(self, version: Version) -> Residence:
+        return self.residency.of(version)
 
     def current(self, name: str) -> str | None:
         """Return the digest that a name points at."""
@@ -117,8 +117,8 @@ class Memory:
 
     async def answer(self, model: str, caller: str = "") -> tuple[str, float] | None:
         """Return the version that answers a request, and its value in the engine."""
-        async with self.fleet.lease(model, caller) as place:
-            return None if place is None else (place.version.name, self.engine.loaded[place.handle])
+        async with self.fleet.lease(model, caller) as residence:
+            return None if residence is None else (residence.version.name, self.engine.loaded[residence.handle])
 
 
 @dataclass
@@ -146,7 +146,7 @@ class World(Memory):
         await self.control.refresh()
 
     async def settled(self, name: str) -> Status:
-        return await self.reconciler.settled(name)
+        return await self.reconciler.outcome(name)
 
     async def enters(self, name: str, phase: str) -> Status:
         """Wait until an adapter is in a phase."""
@@ -178,7 +178,7 @@ async def running(*parts: Any) -> AsyncIterator[None]:
 async def memory(
     engine: StandInEngine, store: Store, base: Base, capacity: int = 2, **limits: float
 ) -> AsyncIterator[Memory]:
-    """Yield a running memory of `capacity` places."""
+    """Yield a running memory of `capacity` residences."""
     engine.capacity = capacity
     clock, events = ManualClock(), Events()
     loader = Loader(engine, store, base, events, clock)

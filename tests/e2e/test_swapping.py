@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -110,8 +112,9 @@ def test_residency_slot_is_read_from_the_engine(api: httpx.Client, client, loras
 def test_the_metrics_page_has_adapters_and_the_engine(server: Server, api: httpx.Client, client) -> None:
     before = metrics(server)
     demo.ask(client, "sql", tasks.rows("sql", test=True, n=1)[0])
-    after = metrics(server)
     requests = 'astra_requests_total{adapter="sql",outcome="ok"}'
+    until(lambda: metrics(server)[requests] > before[requests])
+    after = metrics(server)
     assert after[requests] == before[requests] + 1
     for name in ("astra_prompt_tokens_total", "astra_output_tokens_total"):
         assert after[f'{name}{{adapter="sql"}}'] > before[f'{name}{{adapter="sql"}}']
@@ -168,6 +171,19 @@ def test_the_charts_smoke_test_passes_on_a_live_server_and_fails_where_nothing_l
     assert len(dead.stderr.splitlines()) == 1
 
 
+def until(look: Callable[[], Any]) -> Any:
+    """Returns what `look` finds, after 10 s at most: the server's log and counters may follow an answer by a moment."""
+    end = time.monotonic() + 10
+    while not (found := look()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
+
+
+def lines_of(server: Server, request_id: str) -> list[dict[str, Any]]:
+    lines = server.log.read_text().splitlines()
+    return [json.loads(line) for line in lines if f'"request_id": "{request_id}"' in line]
+
+
 def metrics(server: Server) -> dict[str, float]:
     page = httpx.get(f"{server.url}/metrics").text
     lines = (line.rpartition(" ") for line in page.splitlines() if not line.startswith("#"))
@@ -178,8 +194,7 @@ def test_every_request_has_a_line_of_json_in_the_log_with_its_id_adapter_and_ver
     body = {"model": "sql", "prompt": "x", "max_tokens": 3}
     answer = httpx.post(f"{server.url}/v1/completions", json=body, headers={"X-Request-Id": "find-me"}, timeout=60)
     assert answer.headers["x-request-id"] == "find-me"
-    lines = [json.loads(line) for line in server.log.read_text().splitlines() if '"request_id": "find-me"' in line]
-    (line,) = lines
+    (line,) = until(lambda: lines_of(server, "find-me"))
     assert (line["adapter"], line["version"], line["outcome"]) == ("sql", answer.json()["model"], "ok")
     assert (line["output_tokens"], line["status"]) == (3, 200)
     assert "e2e-token" not in server.log.read_text()

@@ -32,7 +32,7 @@ async def test_a_request_finishes_on_its_version_which_is_evicted_then(engine, s
             await quiet()
             assert held.version == one
             assert engine.loaded[held.handle] == 1.0  # still there for the one that leases it
-        await m.residency.settled()
+        await m.residency.idle()
         assert list(engine.loaded) == [two.name]
 
 
@@ -57,8 +57,8 @@ async def test_requests_that_outlive_the_deadline_of_their_version_are_cancelled
         assert not task.done()
         await m.clock.advance(0.2)
         assert task.cancelled()
-        await m.residency.settled()
-        assert m.place(one).state is State.ABSENT
+        await m.residency.idle()
+        assert m.residence(one).state is State.ABSENT
 
 
 @in_a_loop
@@ -70,8 +70,8 @@ async def test_requests_of_a_version_that_serves_again_are_not_cancelled(engine,
             m.fleet.point("a", Alias(two, (one,)), 5)
             m.fleet.point("a", Alias(one, (two,)), 5)
             await m.clock.advance(60)
-        await m.residency.settled()
-        assert m.place(one).state is State.RESIDENT
+        await m.residency.idle()
+        assert m.residence(one).state is State.RESIDENT
 
 
 @in_a_loop
@@ -81,7 +81,7 @@ async def test_the_engine_never_has_more_adapters_than_places_and_headroom(engin
         serve(m, *(version(name, value) for value, name in zip((1.0, 2.0, 3.0, 4.0, 5.0, 6.0), "abcdef", strict=True)))
         answers = await asyncio.gather(*(m.answer("abcdef"[i * 5 % 6]) for i in range(60)))
         assert all(answers)
-        await m.residency.settled()
+        await m.residency.idle()
         assert len(engine.loaded) == 2
 
 
@@ -115,7 +115,7 @@ async def test_a_request_without_a_place_for_wait_s_is_refused_with_the_time_to_
             await m.clock.advance(29)
             assert not waiting.done()
             await m.clock.advance(1)
-            with pytest.raises(Unavailable, match="waits for a place in the engine") as caught:
+            with pytest.raises(Unavailable, match="waits for the engine's memory") as caught:
                 await waiting
             assert caught.value.retry_after_s == 5
         assert await m.answer("b") is not None
@@ -130,7 +130,7 @@ async def test_a_request_that_gave_up_takes_no_place_and_a_long_stream_closes_no
         async with m.fleet.lease("long") as held:
             cold = asyncio.create_task(m.answer("cold"))
             await m.clock.advance(1)
-            assert m.place(held.version).state is State.MARKED
+            assert m.residence(held.version).state is State.MARKED
             beside = asyncio.create_task(m.answer("long"))
             await m.clock.advance(9.9)
             assert not beside.done()
@@ -139,8 +139,8 @@ async def test_a_request_that_gave_up_takes_no_place_and_a_long_stream_closes_no
             await m.clock.advance(20)
             with pytest.raises(Unavailable):
                 await cold
-            assert m.place(held.version).state is State.RESIDENT
-        await m.residency.settled()
+            assert m.residence(held.version).state is State.RESIDENT
+        await m.residency.idle()
         assert m.loaded() == ["long"]
 
 
@@ -214,10 +214,10 @@ async def test_requests_do_not_wait_for_the_loads_of_publications(engine, store,
         holds = [m.residency.hold(one) for one in others]
         publications = [asyncio.create_task(hold.__aenter__()) for hold in holds]
         await quiet()
-        assert sum(m.place(one).state is State.LOADING for one in others) == 3
+        assert sum(m.residence(one).state is State.LOADING for one in others) == 3
         asked = asyncio.create_task(m.answer("asked"))
         await quiet()
-        assert m.place(Version("asked", m.current("asked"))).state is State.LOADING
+        assert m.residence(Version("asked", m.current("asked"))).state is State.LOADING
         engine.gate.set()
         assert await asked is not None
         await asyncio.gather(*publications)
@@ -273,7 +273,7 @@ async def test_a_version_that_the_engine_does_not_forget_costs_a_place_and_nothi
         engine.stuck = {"a"}
         await m.residency.unload(one)
         assert m.residency.limits.capacity == 1
-        assert "still holds" in m.place(one).failed
+        assert "still holds" in m.residence(one).failed
         for name in "bcbc":
             assert await m.answer(name) is not None
         with pytest.raises(Unavailable, match="still holds"):
@@ -302,7 +302,7 @@ async def test_a_version_that_is_published_again_must_answer_as_before(engine, s
         for _ in range(2):
             async with m.residency.hold(one):
                 pass
-            await m.residency.settled()
+            await m.residency.idle()
         assert [asked for asked in engine.asked if asked[0] == one.name] == [(one.name, 8, False), (one.name, 1, False)]
         engine.silent = {"a"}  # other weights under the same bytes: a fault of the engine
         with pytest.raises(Unavailable, match="nats from its answers with this version before"):
@@ -319,7 +319,7 @@ async def test_a_permission_to_change_nothing_ends_with_the_publication_that_had
         zero = version("a", 0.0)
         async with m.residency.hold(zero, allow_no_effect=True):
             pass
-        await m.residency.settled()
+        await m.residency.idle()
         with pytest.raises(Unavailable, match="changes nothing"):
             async with m.residency.hold(zero):
                 pass
@@ -378,9 +378,9 @@ async def test_a_publication_that_is_cancelled_leaves_nothing_in_the_engine(engi
         holding.cancel()
         await quiet()
         engine.gate.set()
-        await m.residency.settled()
+        await m.residency.idle()
         assert not engine.loaded
-        assert m.place(one).holds == 0
+        assert m.residence(one).holds == 0
 
 
 @in_a_loop
@@ -389,12 +389,12 @@ async def test_a_request_that_is_cancelled_as_it_is_granted_holds_no_lease(engin
         one = version("a", 1.0)
         serve(m, one)
         asked = asyncio.create_task(m.fleet.lease("a").__aenter__())
-        while m.place(one).state is not State.RESIDENT:
+        while m.residence(one).state is not State.RESIDENT:
             await asyncio.sleep(0)
         asked.cancel()
         await quiet()
-        assert not m.place(one).leases
-        assert not m.place(one).waiters
+        assert not m.residence(one).leases
+        assert not m.residence(one).waiters
 
 
 @in_a_loop
@@ -422,7 +422,7 @@ async def test_many_swaps_under_load_leave_nothing_behind_and_mix_nothing(engine
                 m.fleet.point("a", Alias(new), 5)
         stop = True
         await asyncio.gather(*clients)
-        await m.residency.settled()
+        await m.residency.idle()
         assert not wrong
         assert asked > 100
         assert len(engine.loaded) == 1
@@ -435,7 +435,7 @@ async def test_proofs_of_versions_that_nothing_names_are_forgotten(engine, store
         for held in (one, two):
             async with m.residency.hold(held):
                 pass
-        await m.residency.settled()
+        await m.residency.idle()
         m.residency.forget({one})
-        assert m.place(one).proof is not None
-        assert m.place(two).proof is None
+        assert m.residence(one).proof is not None
+        assert m.residence(two).proof is None

@@ -8,36 +8,38 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from astra_serve.adapters.schedule import HEADROOM, Action, Do, Limits, Place, State, Wait, Waiter, decide
+from astra_serve.adapters.schedule import HEADROOM, Action, Do, Limits, Residence, State, Wait, Waiter, decide
 from astra_serve.adapters.version import Version
 
 NOW = 100.0
 LIMITS = Limits(capacity=2, wait_s=30.0, patience_s=1.0, mark_s=10.0)
 
 
-def place(name: str, state: State, **facts: Any) -> Place:
-    return Place(Version(name, f"sha256:{name}"), state, **{"served": True, **facts})
+def residence(name: str, state: State, **facts: Any) -> Residence:
+    return Residence(Version(name, f"sha256:{name}"), state, **{"serving": True, **facts})
 
 
-def resident(name: str, *, leases: int = 0, **facts: Any) -> Place:
+def resident(name: str, *, leases: int = 0, **facts: Any) -> Residence:
     """A version that was used at NOW - 10, and became resident at NOW - 20."""
-    facts = {"since": NOW - 20, "last_used": NOW - 10, **facts}
-    return place(name, facts.pop("state", State.RESIDENT), leases={f"{name}{i}" for i in range(leases)}, **facts)
+    facts = {"resident_since": NOW - 20, "last_used": NOW - 10, **facts}
+    return residence(name, facts.pop("state", State.RESIDENT), leases={f"{name}{i}" for i in range(leases)}, **facts)
 
 
-def waiting(name: str, *since: float, publication: bool = False, state: State = State.WAITING, **facts: Any) -> Place:
+def waiting(
+    name: str, *since: float, publication: bool = False, state: State = State.WAITING, **facts: Any
+) -> Residence:
     waiters = [Waiter(one, publication=publication) for one in since or (NOW,)]
-    return place(name, state, waiters=waiters, **facts)
+    return residence(name, state, waiters=waiters, **facts)
 
 
-def loading(*names: str, publication: bool = False) -> list[Place]:
+def loading(*names: str, publication: bool = False) -> list[Residence]:
     return [waiting(name, publication=publication, state=State.LOADING) for name in names]
 
 
-def decision(*places: Place, turn_since: float = 0.0, now: float = NOW, capacity: int = 2) -> tuple[Any, Any]:
+def decision(*residences: Residence, head_since: float = 0.0, now: float = NOW, capacity: int = 2) -> tuple[Any, Any]:
     """Return the action and its version's name, or "wait" and until when."""
-    found = decide(places, replace(LIMITS, capacity=capacity), turn_since, now)
-    return (found.do, found.place.version.alias) if isinstance(found, Action) else ("wait", found.until)
+    found = decide(residences, replace(LIMITS, capacity=capacity), head_since, now)
+    return (found.do, found.residence.version.alias) if isinstance(found, Action) else ("wait", found.until)
 
 
 def test_the_first_waiter_gets_a_free_place() -> None:
@@ -62,12 +64,12 @@ def test_the_least_recently_used_idle_version_is_evicted_first() -> None:
         resident("kept", last_used=0, state=State.MARKED, leases=1),
     ],
 )
-def test_a_version_that_is_pinned_leased_or_held_is_not_evicted(kept: Place) -> None:
+def test_a_version_that_is_pinned_leased_or_held_is_not_evicted(kept: Residence) -> None:
     assert decision(kept, resident("idle", last_used=NOW - 1), waiting("c")) == (Do.EVICT, "idle")
 
 
 def test_a_pinned_version_that_no_alias_serves_any_more_is_evicted() -> None:
-    assert decision(resident("a", pinned=True, served=False, last_used=0), resident("b"), waiting("c")) == (
+    assert decision(resident("a", pinned=True, serving=False, last_used=0), resident("b"), waiting("c")) == (
         Do.EVICT,
         "a",
     )
@@ -79,30 +81,33 @@ def test_a_marked_version_without_leases_is_idle_whatever_waits_for_it() -> None
 
 
 def test_where_all_are_in_use_the_version_resident_for_the_longest_time_is_marked_after_the_patience() -> None:
-    long, short = resident("long", leases=1, since=NOW - 50), resident("short", leases=1, since=NOW - 40)
+    long, short = (
+        resident("long", leases=1, resident_since=NOW - 50),
+        resident("short", leases=1, resident_since=NOW - 40),
+    )
     assert decision(short, long, waiting("c", NOW - 0.5)) == ("wait", NOW + 0.5)
     assert decision(short, long, waiting("c", NOW - 1.0)) == (Do.MARK, "long")
-    assert decision(short, long, waiting("c", NOW - 5.0), turn_since=NOW - 0.25) == ("wait", NOW + 0.75)
+    assert decision(short, long, waiting("c", NOW - 5.0), head_since=NOW - 0.25) == ("wait", NOW + 0.75)
 
 
 def test_a_mark_lasts_for_mark_s_and_then_another_version_is_marked() -> None:
-    busy, marked = resident("busy", leases=1), resident("a", leases=1, state=State.MARKED, since=NOW - 9)
+    busy, marked = resident("busy", leases=1), resident("a", leases=1, state=State.MARKED, marked_since=NOW - 9)
     queue = waiting("c", NOW - 20)
     assert decision(busy, marked, queue) == ("wait", NOW + 1)
     assert decision(busy, marked, queue, now=NOW + 1) == (Do.UNMARK, "a")
-    assert decision(busy, resident("a", leases=1, since=NOW), queue) == (Do.MARK, "busy")
+    assert decision(busy, resident("a", leases=1, resident_since=NOW), queue) == (Do.MARK, "busy")
 
 
 def test_only_one_version_is_marked_at_a_time() -> None:
-    marked = resident("a", leases=1, state=State.MARKED, since=NOW)
+    marked = resident("a", leases=1, state=State.MARKED, marked_since=NOW)
     assert decision(marked, resident("b", leases=1), waiting("c", 80.0)) == ("wait", NOW + 10)
 
 
 def test_a_version_that_leaves_anyway_is_marked_once_and_after_mark_s_another_one() -> None:
-    leaving = resident("a", leases=1, since=NOW - 50, leaving=True)
+    leaving = resident("a", leases=1, resident_since=NOW - 50, leaving=True)
     queue = waiting("c", NOW - 2)
     assert decision(leaving, queue, capacity=1) == (Do.MARK, "a")
-    marked = replace(leaving, state=State.MARKED, since=NOW)
+    marked = replace(leaving, state=State.MARKED, marked_since=NOW)
     assert decision(marked, queue, capacity=1) == ("wait", NOW + 10)
     assert decision(marked, queue, capacity=1, now=NOW + 10) == ("wait", NOW + 28)
     assert decision(marked, resident("b", leases=1), queue, now=NOW + 10) == (Do.MARK, "b")
@@ -110,16 +115,16 @@ def test_a_version_that_leaves_anyway_is_marked_once_and_after_mark_s_another_on
 
 @pytest.mark.parametrize("facts", [{"holds": 1}, {"pinned": True}])
 def test_a_marked_version_that_becomes_pinned_or_held_is_unmarked(facts: dict[str, Any]) -> None:
-    marked = resident("a", leases=1, state=State.MARKED, since=NOW, **facts)
+    marked = resident("a", leases=1, state=State.MARKED, marked_since=NOW, **facts)
     assert decision(marked, resident("b", leases=1), waiting("c")) == (Do.UNMARK, "a")
 
 
 def test_a_version_is_unmarked_when_no_request_waits_for_a_place_any_more() -> None:
-    assert decision(resident("a", leases=1, state=State.MARKED, since=NOW)) == (Do.UNMARK, "a")
+    assert decision(resident("a", leases=1, state=State.MARKED, marked_since=NOW)) == (Do.UNMARK, "a")
 
 
 def test_an_unloaded_version_stays_marked_until_its_last_lease_ends() -> None:
-    marked = resident("a", leases=1, state=State.MARKED, since=NOW, leaving=True)
+    marked = resident("a", leases=1, state=State.MARKED, marked_since=NOW, leaving=True)
     assert decision(marked) == ("wait", math.inf)
     assert decision(replace(marked, leases=set())) == (Do.EVICT, "a")
 
@@ -130,15 +135,15 @@ def test_a_request_is_refused_when_it_has_waited_for_wait_s_wherever_its_version
         found = decide([late], LIMITS, 0.0, NOW)
         assert isinstance(found, Action)
         assert (found.do, found.waiters) == (Do.REFUSE, (late.waiters[0],))
-    busy = resident("a", leases=1), resident("b", leases=1, state=State.MARKED, since=NOW)
+    busy = resident("a", leases=1), resident("b", leases=1, state=State.MARKED, marked_since=NOW)
     assert decision(*busy, waiting("c", NOW - 0.5), waiting("d", NOW - 29.9))[1] == pytest.approx(NOW + 0.1)
 
 
 def test_a_publication_waits_for_its_turn_without_limit_and_wait_s_from_then_on() -> None:
     busy = [resident(name, leases=1, holds=1) for name in "ab"]
     late = waiting("c", 0.0, publication=True)
-    assert decision(*busy, late, turn_since=NOW - 29) == ("wait", NOW + 1)
-    assert decision(*busy, late, turn_since=NOW - 30) == (Do.REFUSE, "c")
+    assert decision(*busy, late, head_since=NOW - 29) == ("wait", NOW + 1)
+    assert decision(*busy, late, head_since=NOW - 30) == (Do.REFUSE, "c")
 
 
 def test_a_request_for_the_same_version_gives_a_publication_the_patience_of_a_request() -> None:
@@ -156,14 +161,14 @@ def test_at_most_headroom_versions_are_loaded_at_a_time_and_the_last_one_is_for_
 
 
 def test_at_most_headroom_versions_are_unloaded_at_a_time() -> None:
-    going = [place(name, State.UNLOADING) for name in "wxyz"]
+    going = [residence(name, State.UNLOADING) for name in "wxyz"]
     assert decision(*going[:3], resident("a"), waiting("c"), capacity=1) == (Do.EVICT, "a")
     assert decision(*going, resident("a"), waiting("c"), capacity=1) == ("wait", NOW + 30)
-    assert decision(*going, resident("a", leaving=True, served=False)) == ("wait", math.inf)
+    assert decision(*going, resident("a", leaving=True, serving=False)) == ("wait", math.inf)
 
 
 def test_a_replaced_version_is_evicted_as_soon_as_it_is_idle() -> None:
-    replaced = resident("a", served=False, leaving=True)
+    replaced = resident("a", serving=False, leaving=True)
     assert decision(replaced) == (Do.EVICT, "a")
     for facts in ({"leases": {"r"}}, {"holds": 1}):
         assert decision(replace(replaced, **facts)) == ("wait", math.inf)
@@ -171,8 +176,8 @@ def test_a_replaced_version_is_evicted_as_soon_as_it_is_idle() -> None:
 
 
 def test_the_leases_of_a_replaced_version_are_cancelled_at_its_deadline_and_later_ones_are_not() -> None:
-    replaced = resident("a", served=False, leaving=True, drain_until=NOW + 5)
-    replaced.leases, replaced.replaced = {"old", "later"}, {"old", "ended"}
+    replaced = resident("a", serving=False, leaving=True, drain_until=NOW + 5)
+    replaced.leases, replaced.leases_at_replacement = {"old", "later"}, {"old", "ended"}
     assert decision(replaced) == ("wait", NOW + 5)
     assert decision(replaced, now=NOW + 5) == (Do.CANCEL, "a")
     replaced.leases.remove("old")
@@ -184,13 +189,13 @@ class Simulation:
 
     def __init__(self, capacity: int) -> None:
         self.limits = Limits(capacity, wait_s=30.0, patience_s=1.0, mark_s=10.0)
-        self.places = {name: place(name, State.ABSENT) for name in "abcde"}
-        self.now, self.turn_since, self.requests = 0.0, 0.0, 0
+        self.residences = {name: residence(name, State.ABSENT) for name in "abcde"}
+        self.now, self.head_since, self.requests = 0.0, 0.0, 0
 
     def execute(self) -> Wait:
         """Execute decisions until one is to wait, which must not take long."""
         for _ in range(100):
-            found = decide(self.places.values(), self.limits, self.turn_since, self.now)
+            found = decide(self.residences.values(), self.limits, self.head_since, self.now)
             if isinstance(found, Wait):
                 assert found.until > self.now
                 return found
@@ -199,20 +204,20 @@ class Simulation:
         raise AssertionError("decisions without an end")
 
     def act(self, action: Action) -> None:
-        one = action.place
+        one = action.residence
         match action.do:
             case Do.LOAD:
                 assert one.state is State.WAITING
-                one.state, self.turn_since = State.LOADING, self.now
+                one.state, self.head_since = State.LOADING, self.now
             case Do.EVICT:
                 assert one.loaded
                 assert not one.leases
                 assert not one.holds
-                assert one.leaving or not (one.pinned and one.served)
+                assert one.leaving or not (one.pinned and one.serving)
                 one.state, one.leaving = State.UNLOADING, False
             case Do.MARK:
                 assert one.state is State.RESIDENT
-                one.state, one.since = State.MARKED, self.now
+                one.state, one.marked_since = State.MARKED, self.now
             case Do.UNMARK:
                 assert one.state is State.MARKED
                 self.becomes_resident(one)
@@ -220,12 +225,12 @@ class Simulation:
                 assert action.waiters
                 one.waiters = [waiter for waiter in one.waiters if waiter not in action.waiters]
                 if one.state is State.WAITING and not one.waiters:
-                    one.state, self.turn_since = State.ABSENT, self.now
+                    one.state, self.head_since = State.ABSENT, self.now
             case Do.CANCEL:
-                one.leases -= one.replaced
+                one.leases -= one.leases_at_replacement
 
-    def becomes_resident(self, one: Place) -> None:
-        one.state, one.since, waiters, one.waiters = State.RESIDENT, self.now, one.waiters, []
+    def becomes_resident(self, one: Residence) -> None:
+        one.state, one.resident_since, waiters, one.waiters = State.RESIDENT, self.now, one.waiters, []
         for waiter in waiters:
             if waiter.publication:
                 one.holds += 1
@@ -233,16 +238,16 @@ class Simulation:
                 one.leases.add(waiter.lease)
 
     def check(self) -> None:
-        states = [one.state for one in self.places.values()]
+        states = [one.state for one in self.residences.values()]
         taken = sum(state in (State.LOADING, State.RESIDENT, State.MARKED) for state in states)
         assert taken <= self.limits.capacity
         assert states.count(State.UNLOADING) <= HEADROOM
-        for one in self.places.values():
+        for one in self.residences.values():
             assert bool(one.waiters) or one.state is not State.WAITING
 
     def step(self, what: str, name: str, number: float) -> None:
         """Let something happen to the version `name`."""
-        one = self.places[name]
+        one = self.residences[name]
         if what == "publish" and one.loaded:
             one.holds, one.leaving = one.holds + 1, False
         elif what in ("request", "publish"):
@@ -263,7 +268,12 @@ class Simulation:
         elif what == "pin":
             one.pinned = not one.pinned
         elif what == "retire" and one.loaded:
-            one.served, one.leaving, one.replaced, one.drain_until = False, True, set(one.leases), self.now + number
+            one.serving, one.leaving, one.leases_at_replacement, one.drain_until = (
+                False,
+                True,
+                set(one.leases),
+                self.now + number,
+            )
         elif what == "time":
             self.now += number
 
@@ -286,11 +296,13 @@ def test_whatever_happens_no_place_is_given_twice_and_every_waiter_is_served_or_
         memory.execute()
         memory.check()
     for _ in range(200):  # all loads finish, and no request ends by itself
-        for name in memory.places:
+        for name in memory.residences:
             memory.step("finish", name, 0)
         until = memory.execute().until
-        if until == math.inf and not any(p.state in (State.LOADING, State.UNLOADING) for p in memory.places.values()):
+        if until == math.inf and not any(
+            p.state in (State.LOADING, State.UNLOADING) for p in memory.residences.values()
+        ):
             break
         memory.now = max(memory.now, until if until < math.inf else memory.now)
-    assert not any(one.waiters for one in memory.places.values())
-    assert not any(one.leaving and one.loaded and not (one.leases or one.holds) for one in memory.places.values())
+    assert not any(one.waiters for one in memory.residences.values())
+    assert not any(one.leaving and one.loaded and not (one.leases or one.holds) for one in memory.residences.values())

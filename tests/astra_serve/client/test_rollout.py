@@ -92,7 +92,7 @@ class Three:
 
     async def nothing_held(self) -> None:
         for world in self.worlds:
-            await world.residency.settled()
+            await world.residency.idle()
             assert len(world.engine.loaded) == len(world.fleet.aliases)
 
 
@@ -580,7 +580,7 @@ async def test_status_lists_every_difference_between_replicas(three, write_lora)
         second.refresh = third.refresh = lambda: asyncio.sleep(0)  # they do not read it
         t.write(Adapter(name="a", source=str(write_lora("two", 2.0))))
         assert "r0: a is " in "".join((await replicas.status(t.replicas))["drift"])  # it has looked, and is on its way
-        await first.reconciler.settled("a")
+        await first.reconciler.outcome("a")
         state = await replicas.status(t.replicas, {"a": old})
         assert [line.partition(" ")[0] for line in state["drift"]] == ["the", "a", "r0:"]
         assert "r1, r2" in state["drift"][1]
@@ -588,7 +588,7 @@ async def test_status_lists_every_difference_between_replicas(three, write_lora)
         second.refresh, third.refresh = unread
         t.worlds[1].engine.refuse.add("a@")
         await second.refresh()
-        await second.reconciler.settled("a")
+        await second.reconciler.outcome("a")
         t.wires[2].cut = True
         drift = "\n".join((await replicas.status(t.replicas))["drift"])
         assert "r1: a is failed, serves a@" in drift

@@ -27,7 +27,7 @@ def digests(answer: Any) -> list[str]:
 
 @in_a_loop
 async def test_publish_and_rollback_work_from_the_document_of_the_readme(world, write_lora) -> None:
-    """Its entry has a source and no digest: the version that served is the first step back all the same."""
+    """Its entry has a source and no digest: the version that served is first in the rollback history all the same."""
     async with world() as w:
         one, two = write_lora("one", 1.0), write_lora("two", 2.0)
         await w.follow(README.format(source=one))
@@ -188,7 +188,7 @@ async def test_a_write_that_fails_never_reaches_traffic(world, write_lora, monke
         assert "the document cannot be changed: No space left on device" in answer.json()["error"]["message"]
         assert not pointed
         assert (w.file.read_text(), w.current("a")) == (before, current)
-        await w.residency.settled()
+        await w.residency.idle()
         assert len(w.engine.loaded) == 1
 
 
@@ -455,7 +455,7 @@ async def test_a_prepared_version_serves_no_request_and_its_publication_reads_no
         assert prepared["digest"] == version_digest(two)
         assert (await w.api.get("/adapters/b")).status_code == 404
         assert w.fleet.resolve(prepared["name"]) is None
-        await w.residency.settled()
+        await w.residency.idle()
         assert not w.engine.loaded
         body = {"source": "/not/there", "digest": prepared["digest"]}
         assert (await w.api.put("/adapters/b", json=body)).status_code == 200

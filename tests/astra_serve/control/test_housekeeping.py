@@ -29,7 +29,7 @@ async def test_the_store_keeps_the_versions_that_are_referred_to_and_a_few_more(
         for i in range(1, 16):
             answer = await w.api.put("/adapters/a", json={"source": str(write_lora(str(i), float(i)))})
             digests.append(answer.json()["version"]["digest"])
-        await w.residency.settled()
+        await w.residency.idle()
         await w.housekeeping.collect()
         there = [digest in store for digest in digests]
         assert all(there[-9:])  # the current one and the eight that a rollback can reach
@@ -41,7 +41,7 @@ async def test_a_version_that_was_prepared_for_later_stays_for_an_hour(world, wr
     monkeypatch.setattr("astra_serve.control.housekeeping.KEEP", 0)
     async with world() as w:
         digest = (await w.api.put("/prepared/b", json={"source": str(write_lora("two", 2.0))})).json()["digest"]
-        await w.residency.settled()
+        await w.residency.idle()
         await w.clock.advance(3599)
         await w.housekeeping.collect()
         assert digest in store

@@ -178,7 +178,7 @@ async def test_an_adapter_that_changes_nothing_or_does_not_fit_is_not_served_and
             assert status.phase == "failed"
             assert reason in status.reason
             assert w.current("a") == before
-        await w.residency.settled()
+        await w.residency.idle()
         assert len(engine.loaded) == 1
 
 
@@ -196,7 +196,7 @@ async def test_an_adapter_must_answer_as_its_probe_says(world, write_lora) -> No
     async with world() as w:
         await w.follow(document({"name": "a", "source": str(write_lora("right", 1.0, probe=probe(1.0)))}))
         assert (await w.settled("a")).phase == "serving"
-        verdict = w.place(w.fleet.aliases["a"].current).proof.verdict
+        verdict = w.residence(w.fleet.aliases["a"].current).proof.verdict
         assert (verdict.recorded, verdict.prompts) == (True, 1)
         assert (verdict.effect, verdict.deviation) == (pytest.approx(1.0), pytest.approx(0.0))
         for name, value, recorded, reason in [
@@ -227,7 +227,7 @@ async def test_an_adapter_that_is_removed_from_the_document_leaves_the_engine(wo
         for name in "ab":
             await w.settled(name)
         await w.follow(document(entries[1]))
-        await w.residency.settled()
+        await w.residency.idle()
         assert w.loaded() == ["b"]
         assert w.fleet.resolve("a") is None
 
@@ -242,7 +242,7 @@ async def test_more_adapters_than_fit_at_once_are_all_served_and_no_more_of_them
         for entry in entries:
             await w.enters(entry["name"], "serving")
             assert w.current(entry["name"]) == version_digest(Path(entry["source"]))
-        await w.residency.settled()
+        await w.residency.idle()
         assert len(engine.loaded) == 1
 
 

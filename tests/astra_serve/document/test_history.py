@@ -1,10 +1,10 @@
-"""The steps back of an entry, and the sources that it knows."""
+"""The rollback history of an entry, and the sources that it knows."""
 
 import pytest
 
 from astra_serve.document import desired
 from astra_serve.document.desired import Adapter, Step
-from astra_serve.document.history import MOST_STEPS, known_source, steps_back
+from astra_serve.document.history import MOST_STEPS, known_source, rollback_history
 
 A, B, C, D = ("sha256:" + 64 * digit for digit in "abcd")
 
@@ -32,12 +32,12 @@ def entry(**facts: object) -> Adapter:
 def test_the_version_that_served_comes_first_then_those_of_the_entry_each_once(
     old: Adapter | None, served: list[Step], expected: list[object]
 ) -> None:
-    assert steps_back(old, served, D) == expected
+    assert rollback_history(old, served, D) == expected
 
 
 def test_the_newest_eight_steps_are_kept() -> None:
     digests = [f"sha256:{number:064x}" for number in range(12)]
-    assert steps_back(entry(previous=digests), [], D) == digests[:MOST_STEPS]
+    assert rollback_history(entry(previous=digests), [], D) == digests[:MOST_STEPS]
 
 
 @pytest.mark.parametrize(

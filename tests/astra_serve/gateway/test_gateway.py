@@ -87,7 +87,7 @@ async def test_the_lease_lasts_until_the_response_has_ended_in_any_way(front) ->
         await body_of(receive)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"x", "more_body": True})
-        leases.append(len(place.leases))
+        leases.append(len(residence.leases))
         started.set()
         if scope["path"] == "/breaks":
             raise RuntimeError("broken")
@@ -97,18 +97,18 @@ async def test_the_lease_lasts_until_the_response_has_ended_in_any_way(front) ->
 
     started = asyncio.Event()
     async with front(handler) as (http, m, _, _):
-        place = m.place(m.fleet.aliases["a"].current)
+        residence = m.residence(m.fleet.aliases["a"].current)
         assert (await http.post("/v1", json={"model": "a"})).text == "xy"
-        assert not place.leases
+        assert not residence.leases
         await http.post("/breaks", json={"model": "a"})
-        assert not place.leases
+        assert not residence.leases
         started.clear()
         cancelled = asyncio.create_task(http.post("/hangs", json={"model": "a"}))
         await started.wait()
         cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
             await cancelled
-        assert not place.leases
+        assert not residence.leases
     assert leases == [1, 1, 1]
 
 
@@ -279,15 +279,15 @@ async def test_the_engines_work_for_a_request_ends_before_its_lease(front) -> No
         await say(send, "x")
 
     async def abort(ids: set[str]) -> None:
-        aborted.append((ids, len(place.leases)))
+        aborted.append((ids, len(residence.leases)))
         stop.set()
 
     async with front(handler, abort) as (http, m, _, _):
-        place = m.place(m.fleet.aliases["a"].current)
+        residence = m.residence(m.fleet.aliases["a"].current)
         await http.post("/v1", json={"model": "a"})
         assert aborted == [({"engine-1"}, 1)]
         assert left_behind[0].done()
-        assert not place.leases
+        assert not residence.leases
 
 
 @in_a_loop
@@ -295,7 +295,7 @@ async def test_prompt_logprobs_are_refused_where_the_engine_would_give_wrong_one
     async with front(echo) as (http, m, _, _):
         body = {"model": "a", "prompt_logprobs": 1}
         assert (await http.post("/v1", json=body)).status_code == 200
-        m.place(m.fleet.aliases["a"].current).adapts_head = True
+        m.residence(m.fleet.aliases["a"].current).adapts_head = True
         assert (await http.post("/v1", json=body)).status_code == 400
         assert (await http.post("/v1", json={"model": "a"})).status_code == 200
 

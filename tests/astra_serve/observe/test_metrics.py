@@ -135,7 +135,7 @@ async def test_the_series_of_an_adapter_end_with_it(page, write_lora) -> None:
         version = p.world.fleet.aliases["a"].current
         p.metrics.count(request("a", version))
         p.world.reconciler.remove("a")
-        await p.world.residency.settled()
+        await p.world.residency.idle()
         for name in ("requests_total", "adapter_swap_seconds_count", "adapter_info"):
             assert "a" not in p.adapters(name)
         p.metrics.count(request("a", version))  # one that ended after it
