@@ -1,16 +1,21 @@
 """The document that one server follows: where it is, its text and its entries as they were read or written last."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import httpx
 
+from astra_serve.adapters.fetch import Sources
 from astra_serve.document import desired, document_text
 from astra_serve.document.desired import Adapter, Document
 from astra_serve.document.entry_text import with_entry
 from astra_serve.errors import BadDocument, ServeError
 from converter.errors import first_line, without_secrets
 
+P = ParamSpec("P")
+T = TypeVar("T")
 ANSWER_S = 10.0  # for a page to answer, and between two parts of it
 
 
@@ -20,8 +25,9 @@ class DesiredState:
     A text is parsed once, in a thread, whether it has a fault or not.
     """
 
-    def __init__(self, where: str, page_s: float = 60.0) -> None:
-        """A page is read for at most `page_s` seconds."""
+    def __init__(self, where: str, sources: Sources | None = None, page_s: float = 60.0) -> None:
+        """A thread of `sources` reads it: the end of a server waits for none. A page is read for at most `page_s`."""
+        self._sources = sources or Sources()
         self.document = Document()
         self.fault: str | None = None  # why the text as it is now is not followed
         self.read_once = False
@@ -74,10 +80,13 @@ class DesiredState:
         self.check_writable()
         async with self._busy:
             try:  # in a thread: it waits for other writers and for the disk
-                _, self._text = await asyncio.to_thread(document_text.edit, self._where, change)
+                _, self._text = await self._in_thread(document_text.edit, self._where, change)
             except OSError as error:
                 raise ServeError(f"the document cannot be changed: {error.strerror or error}") from error
             self.document = found
+
+    async def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._sources.threads.run("the document", function, *args, **kwargs)
 
     def _check_not_gone(self, text: str) -> None:
         if not text.strip() and self.document.adapters:
@@ -86,12 +95,12 @@ class DesiredState:
     async def _now(self) -> tuple[Document, str]:
         """Return the document as it is now, and its text. Raises ServeError, OSError, httpx.HTTPError and others."""
         if not self._where.startswith(("http://", "https://")):
-            return await asyncio.to_thread(lambda: self._parsed(document_text.read(self._where)))
+            return await self._in_thread(lambda: self._parsed(document_text.read(self._where)))
         async with asyncio.timeout(self._page_s):
             data, etag = await self._page()
         if data is None:
             return self.document, self._text
-        found = await asyncio.to_thread(lambda: self._parsed(document_text.decoded(data, self._where)))
+        found = await self._in_thread(lambda: self._parsed(document_text.decoded(data, self._where)))
         self._etag = etag
         return found
 
