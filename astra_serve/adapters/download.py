@@ -76,7 +76,7 @@ def main() -> int:
     Thread(target=_tell, args=(watched,), daemon=True).start()
     name, most = "", 0
     try:
-        get = (_hub if order["source"].startswith("hf://") else _url)(order["source"], watched)
+        get = (_hub if order["source"].startswith("hf://") else _url)(order, watched)
         for name, most in order["files"].items():
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
             try:
@@ -92,37 +92,43 @@ def main() -> int:
     return 0
 
 
-def _hub(source: str, watched: list[Path]) -> Get:
-    """Return how a file of a hub's repository is fetched: of the revision as it is now, into the hub's own cache."""
+def _hub(order: dict[str, Any], watched: list[Path]) -> Get:
+    """Return how a file of a hub's repository is fetched: of the commit as it is now, into the hub's own cache."""
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download  # half a second
     from huggingface_hub.file_download import repo_folder_name
 
-    repository, _, revision = source.removeprefix("hf://").partition("@")
+    repository, _, revision = order["source"].removeprefix("hf://").partition("@")
     cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
     watched.append(cache / "blobs")
     if constants.HF_HUB_OFFLINE:
-        found = Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
-        return lambda name, target, _: _copy(found / name, target)
+        patterns = list(order["files"])
+        found = snapshot_download(repository, revision=revision or None, allow_patterns=patterns, local_files_only=True)
+        return lambda name, target, _: _copy(Path(found) / name, target)
     # Not snapshot_download: where the hub fails it returns what its cache has, with or without the record.
     commit = HfApi().repo_info(repository, revision=revision or None).sha
-    assert commit is not None
-    listed = HfApi().list_repo_tree(repository, revision=commit)
-    sizes = {entry.path: getattr(entry, "size", None) for entry in listed}
+    sizes = {one.path: getattr(one, "size", None) for one in HfApi().list_repo_tree(repository, revision=commit)}
 
     def get(name: str, target: Path, most: int) -> None:
         if name not in sizes:
             raise FileNotFoundError(name)
         _Bounded(most).set_size(sizes[name])
-        _copy(Path(hf_hub_download(repository, name, revision=commit)), target)
+        try:
+            here = Path(hf_hub_download(repository, name, revision=revision or None))
+        except FileNotFoundError as error:  # also where the hub does not answer
+            raise OSError(first_line(error)) from error
+        if here.parent.name != commit:
+            raise OSError("the repository was changed while it was read")
+        _copy(here, target)
 
     return get
 
 
-def _url(source: str, _: list[Path]) -> Get:
+def _url(order: dict[str, Any], _: list[Path]) -> Get:
     """Return how a file below a URL is fetched."""
     import fsspec
 
+    source = order["source"]
     options: dict[str, Any] = {}
     if source.startswith(("http://", "https://")):
         import aiohttp

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import aiohttp
 import fsspec
 
 from astra_serve.adapters import download
@@ -87,11 +86,9 @@ async def fetch(source: str, store: Store, roots: tuple[Path, ...] = (), sources
     CannotFetch, CannotStore, and MalformedAdapter where a file is too large.
     """
     sources = sources or Sources()
-    scheme, separator, rest = source.partition("://")
     if "::" in source:
         raise CannotFetch("a source is one URL, without '::'")
-    if not separator or scheme in ("file", "local"):
-        path = Path(rest if separator else source)
+    if path := local_path(source):
         return await sources.read(source, _local, path, roots, sources.limits.max_bytes)
     try:
         return await _downloaded(source, store, sources)
@@ -101,16 +98,25 @@ async def fetch(source: str, store: Store, roots: tuple[Path, ...] = (), sources
         return await _downloaded(source, store, sources)
 
 
+def local_path(source: str) -> Path | None:
+    """Return the folder of a source on this machine, None for any other source."""
+    scheme, separator, rest = source.partition("://")
+    if not separator:
+        return Path(source)
+    return Path(rest) if scheme in ("file", "local") else None
+
+
 def origin(source: str) -> str:
     """Return where a source is, without its path: scheme and host, or the mount point of a local folder."""
     if source.startswith("hf://"):
         return "hf://"
-    if "://" in source and not source.startswith(("file://", "local://")):
+    path = local_path(source)
+    if path is None:
         with suppress(ValueError):
             parts = urlsplit(source)
             return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
         return source[:100]
-    path = Path(source.partition("://")[2] if "://" in source else source).absolute()
+    path = path.absolute()
     return next((str(one) for one in (path, *path.parents) if str(one) in _mounts()), "/")
 
 
@@ -129,6 +135,8 @@ def _mounts() -> set[str]:
 def _fingerprint(source: str, timeout_s: float) -> list[Any]:
     options: dict[str, Any] = {}
     if source.startswith(("http://", "https://")):
+        import aiohttp  # which fsspec needs for HTTP alone
+
         options = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=timeout_s)}}
     system, path = fsspec.core.url_to_fs(source if "://" in source else str(Path(source).expanduser()), **options)
     system.invalidate_cache()

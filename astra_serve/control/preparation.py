@@ -13,7 +13,7 @@ from pathlib import Path
 
 from astra_serve.adapters.clock import Clock
 from astra_serve.adapters.events import Event
-from astra_serve.adapters.fetch import Sources, fetch
+from astra_serve.adapters.fetch import Sources, fetch, local_path
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.adapters.store import Store
 from astra_serve.adapters.version import Version
@@ -112,6 +112,6 @@ class Preparation:
             digest = await self.sources.read(source, self._store.add, folder, expected, source, kept)
         except Damaged as error:
             raise Damaged(f"{without_secrets(source)}: {error}") from error
-        if "://" not in source and await self.sources.fingerprint(source) != before:
+        if local_path(source) and await self.sources.fingerprint(source) != before:
             raise CannotFetch(f"{source} was changed while it was read: is it complete?")
         return digest

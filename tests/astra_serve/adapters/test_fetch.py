@@ -31,6 +31,7 @@ class StubHub(BaseHTTPRequestHandler):
     files: ClassVar[dict[str, bytes]] = {}
     moved: ClassVar[dict[str, str]] = {}
     elsewhere: ClassVar[dict[str, bytes]] = {}
+    failing: ClassVar[dict[str, int]] = {}  # the status of files that are listed
     asked: ClassVar[list[str]] = []
     broken: ClassVar[int] = 0  # the status of every answer, if it is not 0
 
@@ -52,8 +53,11 @@ class StubHub(BaseHTTPRequestHandler):
                 for n, d in {**self.files, **self.elsewhere}.items()
             ]
             self._answer(json.dumps(tree).encode())
-        elif self.path.startswith(f"/org/adapter/resolve/{COMMIT}/") and last in self.files:
-            self._answer(self.files[last])
+        elif self.path.startswith("/org/adapter/resolve/") and last in self.files:
+            if last in self.failing:
+                self.send_error(self.failing[last])
+            else:
+                self._answer(self.files[last])
         elif last in self.moved and self.path.startswith("/org/adapter/"):  # as the hub sends large files elsewhere
             self.send_response(302)
             self.send_header("Location", self.moved[last])
@@ -86,7 +90,7 @@ class StubHub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch, tmp_path: Path) -> Iterator[type[StubHub]]:
     monkeypatch.setattr(StubHub, "files", {})
-    for name in ("moved", "elsewhere"):
+    for name in ("moved", "elsewhere", "failing"):
         monkeypatch.setattr(StubHub, name, {})
     monkeypatch.setattr(StubHub, "asked", [])
     monkeypatch.setattr(StubHub, "broken", 0)
@@ -135,10 +139,18 @@ def test_the_hub_may_send_a_file_from_elsewhere(hub, store, write_lora, other_ho
 def test_a_redirect_to_itself_is_one_line(hub, store, write_lora) -> None:
     hub.files |= {path.name: path.read_bytes() for path in write_lora("one", 1.0).iterdir()}
     hub.elsewhere["adapter_model.safetensors"] = hub.files.pop("adapter_model.safetensors")
-    hub.moved["adapter_model.safetensors"] = f"/org/adapter/resolve/{COMMIT}/adapter_model.safetensors"
+    hub.moved["adapter_model.safetensors"] = "/org/adapter/resolve/v1/adapter_model.safetensors"
     with pytest.raises(CannotFetch, match=r"cannot be fetched: adapter_model\.safetensors: ") as caught:
         fetched("hf://org/adapter@v1", store)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [500, 404])
+def test_an_error_of_the_hub_on_a_record_that_it_lists_fails_the_download(hub, store, write_lora, status: int) -> None:
+    hub.files |= {path.name: path.read_bytes() for path in write_lora("one", 1.0).iterdir()}
+    hub.failing["astra.json"] = status
+    with pytest.raises(CannotFetch, match=r"hf://org/adapter@v1 cannot be fetched: astra\.json: "):
+        fetched("hf://org/adapter@v1", store)
 
 
 def test_a_hub_that_fails_is_not_replaced_by_what_its_cache_has_without_the_record(
