@@ -66,6 +66,7 @@ def server(admin: Admin, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 def end(server: Server) -> None:
     """SIGTERM while a stream runs: not ready, no new request, the stream ends complete, and the status is 0."""
     body = {"model": "sql", "prompt": "Table a (b, c)", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    body |= {"n": 16}  # more than the sockets hold: the stream cannot end before it is read
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as stream:
         lines = stream.iter_lines()
         next(lines)
