@@ -16,8 +16,8 @@ from tests.support import demo
 from tests.support.server import Server, astra_serve, free_port
 from trainer.embedded import tasks
 
-# A completion and a chat; the demo trains the third, too, and all of them for longer.
-TASKS, STEPS = ("sql", "intent"), 80
+# A completion and a chat; the demo trains the third, too, and all of them on more rows.
+TASKS, SETTINGS = ("sql", "intent"), ("steps=80", "batch_size=8")
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tasks.write(out / "data")
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor() as pool:
         patch.setenv("OMP_NUM_THREADS", "1")  # each on a core of its own: three quarters of the time
-        found = pool.map(lambda task: demo.train_and_convert(task, out, STEPS), TASKS)
+        found = pool.map(lambda task: demo.train_and_convert(task, out, SETTINGS), TASKS)
         return dict(zip(TASKS, found, strict=True))
 
 
