@@ -62,6 +62,7 @@ class Control:
         self.state, self.fleet, self.reconciler, self.changes = state, fleet, reconciler, Changes()
         self._store, self._preparation, self._required, self._clock = store, preparation, required, clock
         self._followed = Document()
+        fleet.complete = False
 
     async def run(self) -> None:
         """Read the document and follow it until cancelled."""
@@ -221,6 +222,7 @@ class Control:
             if before.get(entry.name) != entry:
                 self.reconciler.want(entry, preparation_seconds=preparation_seconds.get(entry.name))
         self._required.follow(document)
+        self.fleet.complete = True
 
 
 def _require(entry: Adapter | None, name: str) -> Adapter:

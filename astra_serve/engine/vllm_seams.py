@@ -24,7 +24,6 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.metrics.stats import RequestStateStats
@@ -41,10 +40,10 @@ from astra_serve.adapters.fleet import Fleet
 from astra_serve.errors import ServeError
 from astra_serve.gateway import request as requests
 from astra_serve.gateway.middleware import OPEN, Gateway, Served, Subscribers
+from astra_serve.gateway.models import PATH, Models
 
 # /invocations answers with the base whatever `model` says; and clients of a model may not scale its engine.
 NOT_SERVED = ("/invocations", "/scale_elastic_ep", "/is_scaling_elastic_ep")
-MODELS = "/v1/models"
 GENERATE = ["prompt", "sampling_params", "request_id"]
 CLIENT = ("generate", "abort", "add_lora", "remove_lora", "list_loras", "collective_rpc", "errored")
 
@@ -84,9 +83,11 @@ async def application(
     _expect(models.lora_requests == {}, "OpenAIServingModels.lora_requests")
     models.lora_requests = Served()
     paths = {getattr(route, "path", "") for route in app.router.routes}
-    _expect(MODELS in paths, f"route {MODELS}")
-    app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", "") not in (*NOT_SERVED, MODELS)]
-    app.add_api_route(MODELS, _models(models, fleet), methods=["GET"])
+    _expect(PATH in paths, f"route {PATH}")
+    app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", "") not in (*NOT_SERVED, PATH)]
+    listed = Models(fleet, client.model_config.max_model_len)
+    app.add_api_route(PATH, listed.show_all, methods=["GET"])
+    app.add_api_route(PATH + "/{model:path}", listed.show, methods=["GET"])
     _expect(callable(getattr(app.router, "middleware_stack", None)), "Router.middleware_stack")
     gateway = Gateway(
         app.router.middleware_stack, fleet, subscribers, abort=client.abort, serves=lambda scope: _serves(app, scope)
@@ -99,21 +100,6 @@ def known_keys(app: FastAPI, args: Namespace) -> Callable[[Headers], bool] | Non
     """Return whether headers carry one of vLLM's API keys; None where there is no key."""
     keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
     return AuthenticationMiddleware(app, keys).verify_token if keys else None
-
-
-def _models(models: OpenAIServingModels, fleet: Fleet) -> Callable[[], Any]:
-    async def show_available_models() -> dict[str, Any]:
-        """List the base and the adapters that are served."""
-        found = await models.registry.show_available_models()
-        parent = found.data[0].id
-        found.data += [
-            ModelCard(id=name, root=alias.current.name, parent=parent, permission=[ModelPermission()])
-            for name, alias in fleet.aliases.items()
-        ]
-        listed: dict[str, Any] = found.model_dump()
-        return listed
-
-    return show_available_models
 
 
 def _serves(app: FastAPI, scope: Any) -> bool:

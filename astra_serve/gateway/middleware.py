@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.adapters.residency import PAST_DEADLINE
-from astra_serve.errors import Unavailable
+from astra_serve.errors import Unavailable, UnknownAdapter
 from astra_serve.gateway import request as requests
 from astra_serve.gateway.request import Request
 
@@ -26,6 +26,13 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
 
+ERRORS = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    404: "NotFoundError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+}
 REQUEST_ID = rb"[A-Za-z0-9._:-]{1,128}"
 OPEN = frozenset({"/health", "/livez", "/readyz", "/metrics", "/ping"})  # the server's state: no models, no API keys
 
@@ -102,7 +109,7 @@ class Gateway:
         body, replay = await _read(receive)
         content = _content(body)
         model = content.get("model")
-        if not isinstance(model, str):  # the base, as vLLM reads it, or a mistake that the handler reports
+        if not (model and isinstance(model, str)):  # the base, as vLLM reads it, or a mistake that the handler reports
             model = self._fleet.base_name
         task = asyncio.current_task()
         assert task is not None
@@ -162,6 +169,8 @@ class Gateway:
                     await self._finish(request)
         except Unavailable as error:
             await refuse(send, 503, str(error), "model", error.retry_after_s)
+        except UnknownAdapter as error:
+            await refuse(send, 404, str(error), "model")
 
     async def _finish(self, request: Request) -> None:
         """End the engine's work for a request: its version is leased until then.
@@ -256,10 +265,14 @@ async def refuse(
     send: Send, status: int, message: str, param: str | None = None, retry_after_s: int | None = None
 ) -> None:
     """Answer with an error in OpenAI's format."""
-    kind = {400: "BadRequestError", 401: "AuthenticationError", 503: "ServiceUnavailableError"}[status]
-    body = json.dumps({"error": {"message": message, "type": kind, "param": param, "code": status}}).encode()
+    body = json.dumps(error_content(status, message, param)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if retry_after_s is not None:
         headers.append((b"retry-after", str(retry_after_s).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def error_content(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    """Return an error in OpenAI's format."""
+    return {"error": {"message": message, "type": ERRORS[status], "param": param, "code": status}}

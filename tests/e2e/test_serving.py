@@ -78,6 +78,7 @@ def test_the_engine_compiles_the_model_with_its_adapters_and_takes_the_fast_kern
 def test_models_lists_the_base_and_every_adapter_with_its_parent(client: openai.OpenAI) -> None:
     models = {model.id: model.model_extra["parent"] for model in client.models.list()}
     assert models == {"base": None, **dict.fromkeys(TASKS, "base")}
+    assert [client.models.retrieve(name).id for name in models] == list(models)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -116,8 +117,8 @@ def test_an_unknown_model_gets_openais_404(server: Server, path: str, model: str
 
 
 def test_the_client_raises_its_own_not_found_error(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError):
-        client.completions.create(model="no-such-adapter", prompt="x")
+    with pytest.raises(openai.NotFoundError, match="did you mean 'sql'"):
+        client.completions.create(model="sqll", prompt="x")
 
 
 @pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])

@@ -63,7 +63,7 @@ async def echo(_scope: Any, receive: Any, send: Any) -> None:
 
 
 @in_a_loop
-async def test_a_handler_finds_the_version_under_the_name_of_the_request_and_no_other(front) -> None:
+async def test_a_handler_finds_the_version_under_the_name_of_the_request_and_no_other(front, base) -> None:
     served = Served()
 
     async def handler(_scope, receive, send) -> None:
@@ -74,7 +74,7 @@ async def test_a_handler_finds_the_version_under_the_name_of_the_request_and_no_
 
     async with front(handler) as (http, m, _, _):
         version = m.fleet.aliases["a"].current.name
-        for model, expected in (("a", version), (version, version), ("none", None)):
+        for model, expected in (("a", version), (version, version), (base.name, None)):
             assert (await http.post("/v1/completions", json={"model": model})).json() == expected
     assert list(served) == []
 
@@ -113,7 +113,7 @@ async def test_the_lease_lasts_until_the_response_has_ended_in_any_way(front) ->
 
 
 @in_a_loop
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"a"', b'{"model": 3}', b"[" * 100_000, b"\xff"])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"a"', b'{"model": 3}', b'{"model": ""}', b"[" * 100_000, b"\xff"])
 async def test_a_body_without_a_model_reaches_the_handler_unchanged(front, body: bytes) -> None:
     async def handler(_scope, receive, send) -> None:
         assert await body_of(receive) == body
@@ -142,6 +142,22 @@ async def test_an_adapter_that_cannot_be_served_now_gets_openais_error_and_when_
 
 
 @in_a_loop
+async def test_an_unknown_model_gets_openais_error_with_the_nearest_name(front) -> None:
+    async def handler(*_: Any) -> None:
+        raise AssertionError("it must not get this far")
+
+    async with front(handler) as (http, m, _, ended):
+        answer = await http.post("/v1/completions", content=b'{"model": "a\\ud800"}')
+        message = "the model 'a\\ud800' does not exist: did you mean 'a'?"
+        expected = {"message": message, "type": "NotFoundError", "param": "model", "code": 404}
+        assert (answer.status_code, answer.json()) == (404, {"error": expected})
+        assert (ended[-1].status, ended[-1].adapter) == (404, None)
+        m.fleet.complete = False
+        answer = await http.post("/v1/completions", json={"model": "aa"})
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+
+
+@in_a_loop
 async def test_a_request_cannot_set_its_priority(front) -> None:
     async with front(echo) as (http, _, _, _):
         assert (await http.post("/v1/completions", json={"model": "a", "priority": 0})).status_code == 200
@@ -151,7 +167,7 @@ async def test_a_request_cannot_set_its_priority(front) -> None:
 
 
 @in_a_loop
-async def test_every_request_ends_with_its_id_its_version_and_its_outcome(front) -> None:
+async def test_every_request_ends_with_its_id_its_version_and_its_outcome(front, base) -> None:
     async def handler(scope, receive, send) -> None:
         await body_of(receive)
         if scope["path"] == "/breaks":
@@ -161,8 +177,9 @@ async def test_every_request_ends_with_its_id_its_version_and_its_outcome(front)
     async with front(handler) as (http, _, _, ended):
         for path, model, outcome in (
             ("/200", "a", "ok"),
-            ("/200", "base", "ok"),
-            ("/404", "none", "client_error"),
+            ("/200", base.name, "ok"),
+            ("/404", base.name, "client_error"),
+            ("/200", "none", "client_error"),
             ("/500", "a", "server_error"),
             ("/breaks", "a", "server_error"),
         ):
