@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
+from starlette.datastructures import Headers
+
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.adapters.residency import PAST_DEADLINE
 from astra_serve.errors import Unavailable, UnknownAdapter
@@ -73,13 +75,17 @@ class Gateway:
         *,
         abort: Callable[[set[str]], Awaitable[None]],
         serves: Callable[[Scope], bool],
+        cache_salt: Callable[[Headers], str | None] = lambda _: None,
     ) -> None:
-        """`abort` ends the engine's work by its ids; `serves` says whether a request is one to a model."""
+        """`abort` ends the engine's work by its ids; `serves` says whether a request is one to a model.
+
+        `cache_salt` returns the salt of the prefix cache for the API key in a request's headers.
+        """
         self.running: set[Request] = set()
         self.drained = False  # by an operator: not ready, but requests that arrive all the same are served
         self.closed: str | None = None  # why no request is admitted any more
         self._app, self._fleet, self._subscribers = app, fleet, subscribers
-        self._abort, self._serves = abort, serves
+        self._abort, self._serves, self._cache_salt = abort, serves, cache_salt
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -119,6 +125,7 @@ class Gateway:
             model=model,
             task=task,
             adapter=self._fleet.known(model),
+            cache_salt=self._cache_salt(Headers(scope=scope)),
             on_first_token=self._subscribers.first_token,
         )
         send = _recorded(send, request)

@@ -25,6 +25,7 @@ class Request:
     adapter: str | None = None  # the adapter's name in `model`; None for the base, and for an unknown name
     version: Version | None = None  # that serves it; None for the base, and before the lease
     handle: object = None  # the engine's, of that version
+    cache_salt: str | None = None  # of its API key, for the engine's prefix cache
     status: int | None = None
     streams: bool = False
     complete: bool = False  # the last byte was sent
