@@ -2,7 +2,8 @@
 
     MeteredClient  a client of the engine for vLLM's handlers: counts the work for each request, and salts its prompts
     application    vLLM's HTTP application with the gateway behind vLLM's middleware, in front of its handlers;
-                   /v1/models lists the adapters; the routes of NOT_SERVED are removed
+                   /v1/models lists the adapters; background responses belong to their requests; the routes of
+                   NOT_SERVED are removed
     check          verifies that each touched object still looks as expected
 
 `cpu_lora` and `worker_extension` run inside the engine's processes and check what they touch themselves.
@@ -25,6 +26,7 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.metrics.stats import RequestStateStats
@@ -38,6 +40,7 @@ except ImportError:  # from 0.33 on
     from vllm.entrypoints.common.cli_args import validate_parsed_serve_args as validate_parsed_serve_args
 
 from astra_serve.adapters.fleet import Fleet
+from astra_serve.engine import background
 from astra_serve.errors import ServeError
 from astra_serve.gateway import request as requests
 from astra_serve.gateway.api_key import CacheSalts
@@ -84,6 +87,8 @@ async def application(
     models = app.state.openai_serving_models
     _expect(models.lora_requests == {}, "OpenAIServingModels.lora_requests")
     models.lora_requests = Served()
+    if responses := getattr(app.state, "openai_serving_responses", None):
+        _hold_background(responses)
     paths = {getattr(route, "path", "") for route in app.router.routes}
     _expect(PATH in paths, f"route {PATH}")
     app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", "") not in (*NOT_SERVED, PATH)]
@@ -101,6 +106,18 @@ async def application(
     )
     app.router.middleware_stack = gateway
     return app, gateway
+
+
+def _hold_background(responses: OpenAIServingResponses) -> None:
+    """Let the gateway know the tasks of background responses, and bound what is kept of responses."""
+    for name, mine in {
+        "background_tasks": background.Tasks(responses),
+        "response_store": background.Newest(),
+        "msg_store": background.Newest(),
+        "event_store": background.Newest(),
+    }.items():
+        _expect(getattr(responses, name, None) == {}, f"OpenAIServingResponses.{name}")
+        setattr(responses, name, mine)
 
 
 def known_keys(app: FastAPI, args: Namespace) -> Callable[[Headers], bool] | None:

@@ -1,5 +1,7 @@
 """In front of vLLM's handlers: a request's `model` is resolved once, and its version leased until the last byte.
 
+The version of a response that is computed in the background is leased until that work has ended.
+
 The handlers look adapters up in a mapping (`Served`). It has the version of the running request and nothing else:
 whatever happens to the alias meanwhile, a request finds the version that it was admitted with.
 """
@@ -171,6 +173,8 @@ class Gateway:
                 token = requests.current.set(request)
                 try:
                     await self._app(scope, receive, send)
+                    if request.background:
+                        await asyncio.wait(request.background)
                 finally:
                     requests.current.reset(token)
                     await self._finish(request)
@@ -180,11 +184,15 @@ class Gateway:
             await refuse(send, 404, str(error), "model")
 
     async def _finish(self, request: Request) -> None:
-        """End the engine's work for a request: its version is leased until then.
+        """End the work for a request, in the background and in the engine: its version is leased until then.
 
         A handler that is cancelled leaves a task of its own behind, which goes on.
         """
         request.over = True
+        for task in request.background:
+            task.cancel()
+        if request.background:
+            await asyncio.wait(request.background, timeout=requests.CLOSING_S)
         if request.computing:
             await self._abort(set(request.computing))
             await request.computed()
@@ -204,7 +212,7 @@ def _request_id(scope: Scope) -> str:
 def _watched(receive: Receive, request: Request) -> Receive:
     async def watched() -> Message:
         message = await receive()
-        if message["type"] == "http.disconnect" and not request.complete:
+        if message["type"] == "http.disconnect" and not request.complete and not request.background:
             request.disconnected = True
         return message
 

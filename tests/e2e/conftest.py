@@ -54,6 +54,7 @@ def server(admin: Admin, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     options += ["--admin-port", str(admin.port)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASTRA_ADMIN_TOKEN", admin.token)
+        patch.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
         with astra_serve(options, folder / "server.log") as running:
             while (ready := httpx.get(f"{running.url}/readyz")).status_code == 503:
                 assert running.process.poll() is None

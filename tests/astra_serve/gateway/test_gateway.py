@@ -13,7 +13,7 @@ from astra_serve.adapters.version import Alias, Version
 from astra_serve.gateway import request as requests
 from astra_serve.gateway.middleware import Gateway, Served, Subscribers
 from astra_serve.gateway.request import Request
-from tests.astra_serve.world import Memory, in_a_loop, memory
+from tests.astra_serve.world import Memory, in_a_loop, memory, quiet
 
 SCOPE = {"type": "http", "method": "POST", "path": "/v1", "headers": []}
 Front = Callable[..., AbstractAsyncContextManager[tuple[httpx.AsyncClient, Memory, Gateway, list[Request]]]]
@@ -305,6 +305,69 @@ async def test_the_engines_work_for_a_request_ends_before_its_lease(front) -> No
         assert aborted == [({"engine-1"}, 1)]
         assert left_behind[0].done()
         assert not residence.leases
+
+
+async def answer_before(work: Any, send: Any) -> None:
+    """Answer as a handler does that leaves its work to the background."""
+    request = requests.current.get()
+    assert request is not None
+    request.background.add(asyncio.create_task(work))
+    await say(send, "queued")
+
+
+@in_a_loop
+async def test_work_in_the_background_keeps_its_lease_and_a_server_that_ends_waits_for_it(front) -> None:
+    go_on, over = asyncio.Event(), []
+
+    async def work() -> None:
+        await go_on.wait()
+        over.append(requests.current.get().over)
+
+    async def handler(_scope, receive, send) -> None:
+        await body_of(receive)
+        await answer_before(work(), send)
+
+    async with front(handler) as (_, m, gateway, ended):
+        answered = asyncio.Event()
+        messages = iter([{"type": "http.request", "body": b'{"model": "a"}'}])
+
+        async def receive() -> Any:
+            return next(messages)
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                answered.set()
+
+        residence = m.residence(m.fleet.aliases["a"].current)
+        request = asyncio.create_task(gateway(dict(SCOPE), receive, send))
+        await answered.wait()
+        closing = asyncio.create_task(gateway.close("the server is shutting down", finish_s=60))
+        await quiet()
+        assert (len(residence.leases), ended, closing.done()) == (1, [], False)
+        go_on.set()
+        await asyncio.gather(request, closing)
+        assert (residence.leases, over) == (set(), [False])
+        assert [(one.outcome, one.status) for one in ended] == [("ok", 200)]
+
+
+@in_a_loop
+async def test_work_in_the_background_that_outlives_the_deadline_is_cancelled(front) -> None:
+    tasks = []
+
+    async def handler(_scope, receive, send) -> None:
+        await body_of(receive)
+        await answer_before(asyncio.Event().wait(), send)
+        tasks.extend(requests.current.get().background)
+
+    async with front(handler) as (http, m, gateway, ended):
+        running = asyncio.create_task(http.post("/v1", json={"model": "a"}))
+        while not tasks:
+            await asyncio.sleep(0)
+        await gateway.close("the server is shutting down", finish_s=0)
+        assert (await running).json() == "queued"
+        assert tasks[0].cancelled()
+        assert not m.residence(m.fleet.aliases["a"].current).leases
+        assert [one.outcome for one in ended] == ["server_error"]
 
 
 @in_a_loop
