@@ -9,6 +9,7 @@ whatever happens to the alias meanwhile, a request finds the version that it was
 import asyncio
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, MutableMapping
 from contextlib import suppress
@@ -30,6 +31,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
 
+logger = logging.getLogger("vllm.astra_serve")
 ERRORS = {
     400: "BadRequestError",
     401: "AuthenticationError",
@@ -93,10 +95,12 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Admit a request to a model; hand any other one on."""
-        if scope["type"] == "http" and scope["method"] == "POST" and self._serves(scope):
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif scope["method"] == "POST" and self._serves(scope):
             await self._admit(scope, receive, send)
         else:
-            await self._app(scope, receive, send)
+            await self._hand_on(scope, receive, send)
 
     def not_ready(self) -> list[str]:
         """Return the reasons why requests should be sent to another server."""
@@ -119,13 +123,11 @@ class Gateway:
         model = content.get("model")
         if not (model and isinstance(model, str)):  # the base, as vLLM reads it, or a mistake that the handler reports
             model = self._fleet.base_name
-        task = asyncio.current_task()
-        assert task is not None
         request = Request(
             id=_request_id(scope),
             path=scope["path"],
             model=model,
-            task=task,
+            task=_this_task(),
             adapter=self._fleet.known(model),
             cache_salt=self._cache_salt(Headers(scope=scope)),
             on_first_token=self._subscribers.first_token,
@@ -139,16 +141,28 @@ class Gateway:
             if error.args != (PAST_DEADLINE,):
                 raise
             await _cut_off(send, request)
-            task.uncancel()
+            request.task.uncancel()
         except Exception:
             request.broke = True
-            raise
+            if request.status is not None:
+                raise
+            await _fail(send, request)
         finally:
             self.running.discard(request)
             if not self.running:
                 self._idle.set()
             for subscriber in self._subscribers.ended:
                 subscriber(request)
+
+    async def _hand_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(id=_request_id(scope), path=scope["path"], model="", task=_this_task())
+        send = _recorded(send, request)
+        try:
+            await self._app(scope, receive, send)
+        except Exception:
+            if request.status is not None:
+                raise
+            await _fail(send, request)
 
     async def _serve(
         self, request: Request, content: dict[str, Any], scope: Scope, receive: Receive, send: Send
@@ -196,6 +210,12 @@ class Gateway:
         if request.computing:
             await self._abort(set(request.computing))
             await request.computed()
+
+
+def _this_task() -> "asyncio.Task[object]":
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 def _request_id(scope: Scope) -> str:
@@ -264,6 +284,12 @@ def _caller(scope: Scope, user: str) -> str:
     if key:
         return hashlib.sha256(key).hexdigest()
     return str((scope.get("client") or ("",))[0])
+
+
+async def _fail(send: Send, request: Request) -> None:
+    """Answer a request whose handler has raised the exception that is handled now, and log that."""
+    logger.exception("%s 500, request %s", request.path, request.id, extra={"request_id": request.id, "status": 500})
+    await refuse(send, 500, f"the server has failed: its log has the reason beside the request's id {request.id}")
 
 
 async def _cut_off(send: Send, request: Request) -> None:

@@ -184,10 +184,30 @@ async def test_every_request_ends_with_its_id_its_version_and_its_outcome(front,
             ("/breaks", "a", "server_error"),
         ):
             await http.post(path, json={"model": model})
+            assert ended[-1].status is not None
             assert (ended[-1].outcome, ended[-1].model) == (outcome, model)
             assert (ended[-1].version is not None) == (model == "a")
             assert ended[-1].adapter == ("a" if model == "a" else None)
         assert len({request.id for request in ended}) == len(ended)
+
+
+@in_a_loop
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_a_handler_that_raises_gives_openais_500_with_the_id_that_the_log_has(front, method: str, caplog) -> None:
+    async def handler(*_: Any) -> None:
+        raise KeyError("/secret/path")
+
+    async with front(handler) as (http, _, _, _):
+        headers = {"X-Request-Id": "mine-1"}
+        answer = await http.request(method, "/v1/x", json={"model": "a"}, headers=headers)
+    assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine-1")
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("InternalServerError", 500)
+    assert "mine-1" in error["message"]
+    assert "secret" not in answer.text
+    (record,) = caplog.records
+    assert (record.getMessage(), record.status) == ("/v1/x 500, request mine-1", 500)
+    assert record.exc_info[0] is KeyError
 
 
 @in_a_loop
