@@ -41,10 +41,10 @@ class Fleet:
         name = model.partition("@")[0]
         return name if name in self.aliases or name in self.expected else None
 
-    def resolve(self, model: str, caller: str = "") -> Version | None:
+    def resolve(self, model: str, share_by: str = "") -> Version | None:
         """Return the version that `model` (`name` or `name@digest-prefix`) points at now, or None.
 
-        Beside a canary, a hash of the caller decides: the same caller gets the same version.
+        Beside a canary, a hash of `share_by` decides, the user or the id of a request: a user stays with one version.
         """
         name, at, prefix = model.partition("@")
         alias = self.aliases.get(name)
@@ -53,18 +53,18 @@ class Fleet:
         if at:
             found = {v for v in alias.versions() if v.digest.removeprefix("sha256:").startswith(prefix)}
             return found.pop() if len(found) == 1 and len(prefix) >= SHORTEST_PREFIX else None
-        if alias.canary and _share(f"{name}\0{caller}") < alias.weight:
+        if alias.canary and _share(f"{name}\0{share_by}") < alias.weight:
             return alias.canary
         return alias.current
 
     @asynccontextmanager
-    async def lease(self, model: str, caller: str = "") -> AsyncIterator[Residence | None]:
+    async def lease(self, model: str, share_by: str = "") -> AsyncIterator[Residence | None]:
         """Keep the version that `model` points at now in the engine until the block ends; None for the base.
 
         Raises UnknownAdapter, and Unavailable where the version cannot be loaded, or not in time, or the name is not
         served yet.
         """
-        version = self.resolve(model, caller)
+        version = self.resolve(model, share_by)
         if version is not None:
             if model == version.alias:
                 self.requests[model][version] += 1

@@ -7,7 +7,6 @@ whatever happens to the alias meanwhile, a request finds the version that it was
 """
 
 import asyncio
-import hashlib
 import json
 import logging
 import re
@@ -175,9 +174,8 @@ class Gateway:
             await refuse(send, 400, "priority is not served: leave it out", "priority")
             return
         try:
-            async with self._fleet.lease(
-                request.model, _caller(scope, user if isinstance(user, str) else "")
-            ) as residence:
+            share_by = user if user and isinstance(user, str) else request.id  # of a canary
+            async with self._fleet.lease(request.model, share_by) as residence:
                 if residence:
                     request.version, request.handle = residence.version, residence.handle
                 if residence and residence.adapts_head and content.get("prompt_logprobs") is not None:
@@ -274,16 +272,6 @@ def _content(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _caller(scope: Scope, user: str) -> str:
-    """Return the caller, for a canary: the user in the request, otherwise the hash of its API key, or its address."""
-    if user:
-        return user
-    key = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-    if key:
-        return hashlib.sha256(key).hexdigest()
-    return str((scope.get("client") or ("",))[0])
 
 
 async def _fail(send: Send, request: Request) -> None:

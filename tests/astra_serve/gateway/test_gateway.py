@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
@@ -398,6 +399,26 @@ async def test_prompt_logprobs_are_refused_where_the_engine_would_give_wrong_one
         m.residence(m.fleet.aliases["a"].current).adapts_head = True
         assert (await http.post("/v1", json=body)).status_code == 400
         assert (await http.post("/v1", json={"model": "a"})).status_code == 200
+
+
+@in_a_loop
+async def test_a_canary_gets_its_share_of_one_key_and_a_user_stays_with_one_version(front, store, write_lora) -> None:
+    async with front(echo) as (http, m, _, ended):
+        current, canary = m.fleet.aliases["a"].current, Version("a", store.add(write_lora("two", 2.0)))
+        m.fleet.point("a", Alias(current, canary=canary, weight=0.5), 1)
+        http.headers["Authorization"] = "Bearer one-key"
+
+        async def versions(bodies: Iterable[dict[str, Any]]) -> Counter[Version]:
+            ended.clear()
+            for body in bodies:
+                await http.post("/v1", json={"model": "a", **body})
+            return Counter(one.version for one in ended)
+
+        for without_user in ({}, {"user": ""}, {"user": 3}):
+            assert 20 < (await versions([without_user] * 100))[canary] < 80
+        assert 20 < (await versions({"user": str(number)} for number in range(100)))[canary] < 80
+        for user in ("x", "y", "z"):
+            assert len(await versions([{"user": user}] * 10)) == 1
 
 
 @in_a_loop
