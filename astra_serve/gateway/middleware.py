@@ -22,6 +22,7 @@ from astra_serve.adapters.fleet import Fleet
 from astra_serve.adapters.residency import PAST_DEADLINE
 from astra_serve.errors import Unavailable, UnknownAdapter
 from astra_serve.gateway import request as requests
+from astra_serve.gateway.errors import error_body
 from astra_serve.gateway.request import Request
 
 Scope = MutableMapping[str, Any]
@@ -31,13 +32,6 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
 
 logger = logging.getLogger("vllm.astra_serve")
-ERRORS = {
-    400: "BadRequestError",
-    401: "AuthenticationError",
-    404: "NotFoundError",
-    500: "InternalServerError",
-    503: "ServiceUnavailableError",
-}
 REQUEST_ID = rb"[A-Za-z0-9._:-]{1,128}"
 OPEN = frozenset({"/health", "/livez", "/readyz", "/metrics", "/ping"})  # the server's state: no models, no API keys
 
@@ -294,14 +288,9 @@ async def refuse(
     send: Send, status: int, message: str, param: str | None = None, retry_after_s: int | None = None
 ) -> None:
     """Answer with an error in OpenAI's format."""
-    body = json.dumps(error_content(status, message, param)).encode()
+    body = error_body(status, message, param)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if retry_after_s is not None:
         headers.append((b"retry-after", str(retry_after_s).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-def error_content(status: int, message: str, param: str | None = None) -> dict[str, Any]:
-    """Return an error in OpenAI's format."""
-    return {"error": {"message": message, "type": ERRORS[status], "param": param, "code": status}}

@@ -4,11 +4,11 @@ import time
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.errors import Unavailable
-from astra_serve.gateway.middleware import error_content
+from astra_serve.gateway.errors import error_body
 
 PATH = "/v1/models"
 
@@ -26,7 +26,7 @@ class Models:
         names = [self._fleet.base_name, *self._fleet.aliases]
         return {"object": "list", "data": [self._card(name) for name in names]}
 
-    async def show(self, request: Request) -> JSONResponse:
+    async def show(self, request: Request) -> Response:
         """Show one model; a name with slashes is a base of the hub."""
         model = request.path_params["model"]
         if model == self._fleet.base_name or self._fleet.resolve(model):
@@ -34,8 +34,8 @@ class Models:
         error = self._fleet.unknown(model)
         if isinstance(error, Unavailable):
             headers = {"Retry-After": str(error.retry_after_s)}
-            return JSONResponse(error_content(503, str(error), "model"), 503, headers)
-        return JSONResponse(error_content(404, str(error), "model"), 404)
+            return Response(error_body(503, str(error), "model"), 503, headers, "application/json")
+        return Response(error_body(404, str(error), "model"), 404, media_type="application/json")
 
     def _card(self, model: str) -> dict[str, Any]:
         """Return a model's facts; `created` is when the base, or the adapter's current version, began to serve."""
