@@ -17,6 +17,7 @@ from typing import Any
 from uuid import uuid4
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.adapters.residency import PAST_DEADLINE
@@ -137,9 +138,7 @@ class Gateway:
             request.task.uncancel()
         except Exception:
             request.broke = True
-            if request.status is not None:
-                raise
-            await _fail(send, request)
+            raise
         finally:
             self.running.discard(request)
             if not self.running:
@@ -149,13 +148,21 @@ class Gateway:
 
     async def _hand_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(id=_request_id(scope), path=scope["path"], model="", task=_this_task())
-        send = _recorded(send, request)
+        await self._call(request, scope, receive, _recorded(send, request))
+
+    async def _call(self, request: Request, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the handlers answer. What they raise is logged, and is a 500 if the answer has not begun."""
         try:
             await self._app(scope, receive, send)
+        except HTTPException:  # the router has no such path or method
+            raise
         except Exception:
+            request.broke = True
             if request.status is not None:
                 raise
-            await _fail(send, request)
+            facts = {"request_id": request.id, "status": 500}
+            logger.exception("%s 500, request %s", request.path, request.id, extra=facts)
+            await refuse(send, 500, f"the server has failed: its log has the reason beside the id {request.id}")
 
     async def _serve(
         self, request: Request, content: dict[str, Any], scope: Scope, receive: Receive, send: Send
@@ -178,8 +185,8 @@ class Gateway:
                     return
                 token = requests.current.set(request)
                 try:
-                    await self._app(scope, receive, send)
-                    if request.background:
+                    await self._call(request, scope, receive, send)
+                    if request.background and not request.broke:
                         await asyncio.wait(request.background)
                 finally:
                     requests.current.reset(token)
@@ -266,12 +273,6 @@ def _content(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-async def _fail(send: Send, request: Request) -> None:
-    """Answer a request whose handler has raised the exception that is handled now, and log that."""
-    logger.exception("%s 500, request %s", request.path, request.id, extra={"request_id": request.id, "status": 500})
-    await refuse(send, 500, f"the server has failed: its log has the reason beside the request's id {request.id}")
 
 
 async def _cut_off(send: Send, request: Request) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from astra_serve.adapters.version import Alias, Version
 from astra_serve.gateway import request as requests
@@ -209,6 +210,16 @@ async def test_a_handler_that_raises_gives_openais_500_with_the_id_that_the_log_
     (record,) = caplog.records
     assert (record.getMessage(), record.status) == ("/v1/x 500, request mine-1", 500)
     assert record.exc_info[0] is KeyError
+
+
+@in_a_loop
+async def test_a_path_that_the_router_does_not_know_is_no_failure_of_the_server(front) -> None:
+    app = FastAPI()
+    async with front(app.router.middleware_stack, serves=lambda _: False) as (_, _, gateway, _):
+        app.router.middleware_stack = gateway
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
+            for method, path, status in (("GET", "/nonsense", 404), ("POST", "/openapi.json", 405)):
+                assert (await http.request(method, path)).status_code == status
 
 
 @in_a_loop
