@@ -1,8 +1,10 @@
 """The promises that only the real engine can keep: real HTTP, the official client, adapters trained in this session."""
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -125,6 +127,17 @@ def test_the_client_raises_its_own_not_found_error(client: openai.OpenAI) -> Non
 def test_no_request_can_load_or_unload_an_adapter(server: Server, path: str) -> None:
     body = {"lora_name": "sql", "lora_path": "/etc"}
     assert httpx.post(server.url + path, json=body).status_code == 404
+
+
+def test_a_path_forges_no_line_of_the_log(server: Server) -> None:
+    sent = httpx.post(f"{server.url}/v1/responses/x%0aforged%1b[2J/cancel")
+    assert sent.status_code == 404
+    found: list[dict[str, Any]] = []
+    while not found:
+        lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+        found = [line for line in lines if line.get("request_id") == sent.headers["x-request-id"]]
+    assert found[0]["path"] == r"/v1/responses/x\nforged\x1b[2J/cancel"
+    assert all(value.isprintable() for value in found[0].values() if isinstance(value, str))
 
 
 def test_the_base_answers_as_itself_while_every_adapter_is_busy(client: openai.OpenAI) -> None:
