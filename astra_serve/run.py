@@ -115,6 +115,7 @@ async def _serve(
         subscribers.first_token.append(metrics.first_token)
         subscribers.ended.extend([metrics.count, log.request])
         events.subscribers.extend([metrics.note, log.event])
+        log.protect()
         _add_health(app, not_ready)
         keys = vllm_seams.known_keys(app, args)
         async with asyncio.TaskGroup() as background:
