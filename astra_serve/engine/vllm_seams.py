@@ -2,13 +2,14 @@
 
     MeteredClient  a client of the engine for vLLM's handlers: counts the work for each request
     application    vLLM's HTTP application with the gateway behind vLLM's middleware, in front of its handlers;
-                   /v1/models lists the adapters; the routes of NOT_SERVED are removed
+                   /v1/models lists the adapters; only the routes of `gateway.routes` are left
     check          verifies that each touched object still looks as expected
 
 `cpu_lora` and `worker_extension` run inside the engine's processes and check what they touch themselves.
 """
 
 import inspect
+import sys
 import time
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Callable
@@ -41,9 +42,8 @@ from astra_serve.adapters.fleet import Fleet
 from astra_serve.errors import ServeError
 from astra_serve.gateway import request as requests
 from astra_serve.gateway.middleware import OPEN, Gateway, Served, Subscribers
+from astra_serve.gateway.routes import RouteErrors, served
 
-# /invocations answers with the base whatever `model` says; and clients of a model may not scale its engine.
-NOT_SERVED = ("/invocations", "/scale_elastic_ep", "/is_scaling_elastic_ep")
 MODELS = "/v1/models"
 GENERATE = ["prompt", "sampling_params", "request_id"]
 CLIENT = ("generate", "abort", "add_lora", "remove_lora", "list_loras", "collective_rpc", "errored")
@@ -85,14 +85,25 @@ async def application(
     models.lora_requests = Served()
     paths = {getattr(route, "path", "") for route in app.router.routes}
     _expect(MODELS in paths, f"route {MODELS}")
-    app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", "") not in (*NOT_SERVED, MODELS)]
+    app.router.routes[:] = [r for r in served(app.router.routes) if getattr(r, "path", "") != MODELS]
     app.add_api_route(MODELS, _models(models, fleet), methods=["GET"])
     _expect(callable(getattr(app.router, "middleware_stack", None)), "Router.middleware_stack")
     gateway = Gateway(
-        app.router.middleware_stack, fleet, subscribers, abort=client.abort, serves=lambda scope: _serves(app, scope)
+        RouteErrors(app.router.middleware_stack),
+        fleet,
+        subscribers,
+        abort=client.abort,
+        serves=lambda scope: _serves(app, scope),
+        longest_text=_longest_text(client),
     )
     app.router.middleware_stack = gateway
     return app, gateway
+
+
+def _longest_text(client: EngineClient) -> int:
+    """Return the number of characters that fits into the model's context at most."""
+    tokenizer = client.renderer.tokenizer
+    return client.model_config.max_model_len * tokenizer.max_chars_per_token if tokenizer else sys.maxsize
 
 
 def known_keys(app: FastAPI, args: Namespace) -> Callable[[Headers], bool] | None:

@@ -8,7 +8,8 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, MutableMapping
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,15 +18,20 @@ from uuid import uuid4
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.adapters.residency import PAST_DEADLINE
 from astra_serve.errors import Unavailable
+from astra_serve.gateway import limits
 from astra_serve.gateway import request as requests
+from astra_serve.gateway.errors import error_body
+from astra_serve.gateway.limits import Checked
 from astra_serve.gateway.request import Request
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+# Headers of routers in front of vLLM, which set the priority, and the engine, of a request: no client may.
+INTERNAL = frozenset({b"x-vllm-priority", b"x-data-parallel-rank"})
 REQUEST_ID = rb"[A-Za-z0-9._:-]{1,128}"
 OPEN = frozenset({"/health", "/livez", "/readyz", "/metrics", "/ping"})  # the server's state: no models, no API keys
 
@@ -66,13 +72,17 @@ class Gateway:
         *,
         abort: Callable[[set[str]], Awaitable[None]],
         serves: Callable[[Scope], bool],
+        longest_text: int = sys.maxsize,
     ) -> None:
-        """`abort` ends the engine's work by its ids; `serves` says whether a request is one to a model."""
+        """`abort` ends the engine's work by its ids; `serves` says whether a request is one to a model.
+
+        `longest_text` is the number of characters that fits into the model's context at most.
+        """
         self.running: set[Request] = set()
         self.drained = False  # by an operator: not ready, but requests that arrive all the same are served
         self.closed: str | None = None  # why no request is admitted any more
         self._app, self._fleet, self._subscribers = app, fleet, subscribers
-        self._abort, self._serves = abort, serves
+        self._abort, self._serves, self._longest_text = abort, serves, longest_text
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -100,8 +110,8 @@ class Gateway:
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         body, replay = await _read(receive)
-        content = _content(body)
-        model = content.get("model")
+        checked = limits.check(_path(scope), body, self._longest_text)
+        model = checked.content.get("model")
         if not isinstance(model, str):  # the base, as vLLM reads it, or a mistake that the handler reports
             model = self._fleet.base_name
         task = asyncio.current_task()
@@ -118,7 +128,7 @@ class Gateway:
         self.running.add(request)
         self._idle.clear()
         try:
-            await self._serve(request, content, scope, _watched(replay, request), send)
+            await self._serve(request, checked, scope, _watched(replay, request), send)
         except asyncio.CancelledError as error:
             if error.args != (PAST_DEADLINE,):
                 raise
@@ -134,16 +144,16 @@ class Gateway:
             for subscriber in self._subscribers.ended:
                 subscriber(request)
 
-    async def _serve(
-        self, request: Request, content: dict[str, Any], scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def _serve(self, request: Request, checked: Checked, scope: Scope, receive: Receive, send: Send) -> None:
+        content = checked.content
         user = content.get("user")
         if self.closed:
             await refuse(send, 503, f"{self.closed}: ask again, of another server", None, 1)
             return
-        if content.get("priority"):  # the engine's priorities are for its probes: all requests have the same
-            await refuse(send, 400, "priority is not served: leave it out", "priority")
+        if checked.fault:
+            await refuse(send, 400, checked.fault.message, checked.fault.param)
             return
+        scope["headers"] = [header for header in scope["headers"] if header[0] not in INTERNAL]
         try:
             async with self._fleet.lease(
                 request.model, _caller(scope, user if isinstance(user, str) else "")
@@ -223,13 +233,9 @@ async def _read(receive: Receive) -> tuple[bytes, Receive]:
     return body, replay
 
 
-def _content(body: bytes) -> dict[str, Any]:
-    """Return a JSON object; an empty one where the body is none."""
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _path(scope: Scope) -> str:
+    """Return the path of a request below `--root-path`."""
+    return str(scope["path"].removeprefix(scope.get("root_path", "")))
 
 
 def _caller(scope: Scope, user: str) -> str:
@@ -256,8 +262,7 @@ async def refuse(
     send: Send, status: int, message: str, param: str | None = None, retry_after_s: int | None = None
 ) -> None:
     """Answer with an error in OpenAI's format."""
-    kind = {400: "BadRequestError", 401: "AuthenticationError", 503: "ServiceUnavailableError"}[status]
-    body = json.dumps({"error": {"message": message, "type": kind, "param": param, "code": status}}).encode()
+    body = error_body(status, message, param)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if retry_after_s is not None:
         headers.append((b"retry-after", str(retry_after_s).encode()))
