@@ -1,5 +1,6 @@
 # make demo   train three adapters, convert them, serve them from one engine, and ask them held-out questions
 # make test   the test suite
+# make slow-test    training that is killed, resumed, and spread over processes
 # make docs-test    the commands, links and options of all README files, and the wheel in an environment of its own
 # make chart-test   the Helm chart's, and three servers over one document: fetches Helm 3 and 4, promtool, checkov, hadolint
 # make check  lint, format and types
@@ -8,12 +9,15 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 TORCH = $(shell grep '^torch==' requirements-cpu.lock)
 
-.PHONY: demo test docs-test chart-test check clean
+.PHONY: demo test slow-test docs-test chart-test check clean
 demo: .venv/.installed
 	.venv/bin/python -m benchmarks.demo
 
 test: .venv/.installed
 	.venv/bin/python -m pytest
+
+slow-test: .venv/.installed
+	.venv/bin/python -m pytest tests/slow
 
 docs-test: .venv/.installed
 	.venv/bin/python -m pytest tests/docs

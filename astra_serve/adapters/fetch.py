@@ -64,7 +64,7 @@ def _local(path: Path, roots: tuple[Path, ...]) -> Path:
     if roots and not any(real.is_relative_to(root.resolve()) for root in roots):
         raise CannotFetch(f"{path} is outside of the folders that adapters may be in (--adapter-root)")
     if not is_folder:
-        raise CannotFetch(f"there is no folder {path}")
+        raise CannotFetch(f"there is no folder {path} on the server")
     return real
 
 

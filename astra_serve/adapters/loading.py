@@ -11,6 +11,7 @@ from astra_serve.adapters.protocol import Engine
 from astra_serve.adapters.schedule import Residence, State
 from astra_serve.adapters.store import Store
 from astra_serve.adapters.version import Version
+from astra_serve.errors import ServeError
 
 
 class Loader:
@@ -41,6 +42,11 @@ class Loader:
         if residence.proof and not (residence.proof.of_an_effect or residence.allow_no_effect):
             residence.proof = None  # proved earlier with `allow_no_effect`; that permission is gone now
         if residence.proof is None:
+            if left_out := await self._engine.left_out(residence.handle):
+                raise ServeError(
+                    f"the engine does not adapt {len(left_out)} of its modules: {', '.join(left_out[:8])}; see "
+                    "--lora-target-modules, and vLLM's list of modules for this base"
+                )
             allowed = residence.allow_no_effect
             residence.proof = await self._prover.prove(
                 residence.handle, folder, may_change_nothing=allowed, urgent=urgent

@@ -160,8 +160,8 @@ class Gateway:
             ) as residence:
                 if residence:
                     request.version, request.handle = residence.version, residence.handle
-                if residence and residence.adapts_head and content.get("prompt_logprobs") is not None:
-                    reason = "the engine gives no prompt_logprobs with an adapter of lm_head: leave it out"
+                if residence and residence.adapts_head and _asks_prompt_logprobs(content):
+                    reason = "log probabilities of the prompt are not served for an adapter of lm_head: leave them out"
                     await refuse(send, 400, reason, "prompt_logprobs")
                     return
                 token = requests.current.set(request)
@@ -182,6 +182,12 @@ class Gateway:
         if request.computing:
             await self._abort(set(request.computing))
             await request.computed()
+
+
+def _asks_prompt_logprobs(content: dict[str, Any]) -> bool:
+    """Return whether a request asks for log probabilities of its prompt; `echo` of completions repeats the prompt."""
+    echoed = bool(content.get("echo")) and content.get("logprobs") is not None
+    return echoed or content.get("prompt_logprobs") is not None
 
 
 def _request_id(scope: Scope) -> str:

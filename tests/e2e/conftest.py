@@ -16,8 +16,8 @@ from tests.support import demo
 from tests.support.server import Server, astra_serve, free_port
 from trainer.embedded import tasks
 
-# A completion and a chat; the demo trains the third, too, and all of them for longer.
-TASKS, STEPS = ("sql", "intent"), 80
+# A completion and a chat; the demo trains the third, too, and all of them on more rows.
+TASKS, SETTINGS = ("sql", "intent"), ("steps=80", "batch_size=8")
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tasks.write(out / "data")
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor() as pool:
         patch.setenv("OMP_NUM_THREADS", "1")  # each on a core of its own: three quarters of the time
-        found = pool.map(lambda task: demo.train_and_convert(task, out, STEPS), TASKS)
+        found = pool.map(lambda task: demo.train_and_convert(task, out, SETTINGS), TASKS)
         return dict(zip(TASKS, found, strict=True))
 
 
@@ -66,6 +66,7 @@ def server(admin: Admin, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 def end(server: Server) -> None:
     """SIGTERM while a stream runs: not ready, no new request, the stream ends complete, and the status is 0."""
     body = {"model": "sql", "prompt": "Table a (b, c)", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    body |= {"n": 16}  # more than the sockets hold: the stream cannot end before it is read
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as stream:
         lines = stream.iter_lines()
         next(lines)

@@ -95,6 +95,61 @@ def test_a_hundred_hostile_adapters_are_refused_and_traffic_is_undisturbed(serve
     assert server.process.poll() is None
 
 
+def with_weights(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    """Returns a fault: other weights, and no record that would show it."""
+
+    def damage(copy: Path) -> None:
+        file = copy / adapter_dir.LORA_WEIGHTS
+        save_file({name: change(name, tensor) for name, tensor in load_file(file).items()}, file)
+        (copy / adapter_dir.PROVENANCE).unlink()
+
+    return damage
+
+
+def one(value: float, where: str) -> Callable[[Path], None]:
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if where in name:
+            tensor.view(-1)[0] = value
+        return tensor
+
+    return with_weights(change)
+
+
+OVERFLOWING = {
+    "one NaN": one(float("nan"), "layers.0.self_attn.v_proj.lora_A"),
+    "a NaN in each layer": one(float("nan"), "lora_B"),
+    "an infinity": one(float("inf"), "k_proj.lora_B"),
+    "both infinities": one(-float("inf"), "lora_A"),
+    "only NaN": with_weights(lambda _, tensor: tensor * float("nan")),
+    "1e30": one(1e30, "v_proj"),
+    "all 1e30": with_weights(lambda _, tensor: torch.full_like(tensor, 1e30)),
+    "all 1e5": with_weights(lambda _, tensor: torch.full_like(tensor, 1e5)),
+    "all 1000": with_weights(lambda _, tensor: torch.full_like(tensor, 1e3)),
+    "1e30 against 1e-30": with_weights(lambda n, tensor: torch.full_like(tensor, 1e30 if "lora_A" in n else 1e-30)),
+}
+
+
+def test_all_answers_are_the_same_after_ten_adapters_that_overflow(server, api, loras, tmp_path) -> None:
+    def ask(http: httpx.Client, model: str, prompt: str) -> str:
+        body = {"model": model, "prompt": prompt, "max_tokens": 2, "temperature": 0}
+        return http.post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["text"]
+
+    prompts = [f"{prompt} {number}" for number in range(4) for prompt in swap.PROMPTS[:5]]
+    with httpx.Client(timeout=60) as http:
+
+        def answers() -> list[str]:
+            return [ask(http, model, prompt) for model in ("base", *loras) for prompt in prompts]
+
+        before = answers()
+        for number, (name, damage) in enumerate(OVERFLOWING.items()):
+            copy = tmp_path / str(number)
+            shutil.copytree(loras["sql"], copy)
+            damage(copy)
+            answer = api.put("/adapters/overflow", json={"source": str(copy), "allow_no_effect": True})
+            assert answer.status_code == 422, name
+            assert answers() == before, name
+
+
 async def refused(server: Server, admin: Admin, attempts: list[tuple[str, Path]]) -> list[str]:
     """Publish each under load; return what went wrong."""
     headers = {"Authorization": f"Bearer {admin.token}"}

@@ -8,6 +8,7 @@ import pytest
 from astra_serve.adapters.schedule import State
 from astra_serve.adapters.version import Alias, Version
 from astra_serve.errors import Unavailable
+from tests.astra_serve.stand_in import MODULE
 from tests.astra_serve.world import Memory, in_a_loop, memory, quiet
 
 
@@ -293,6 +294,18 @@ async def test_a_version_of_an_earlier_process_is_proved_before_its_first_reques
         with pytest.raises(Unavailable, match="changes nothing"):
             await m.answer("b")
         assert m.loaded() == ["a"]
+
+
+@in_a_loop
+async def test_a_version_of_which_the_engine_leaves_modules_out_is_refused_and_unloaded(
+    engine, store, base, version
+) -> None:
+    async with memory(engine, store, base) as m:
+        engine.partly = {"a"}
+        with pytest.raises(Unavailable, match=f"does not adapt 1 of its modules: {MODULE}; see --lora-target-modules"):
+            async with m.residency.hold(version("a", 1.0)):
+                pass
+        assert not engine.loaded
 
 
 @in_a_loop
