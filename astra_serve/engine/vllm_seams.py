@@ -14,6 +14,7 @@ import time
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -25,8 +26,10 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.metrics.stats import RequestStateStats
 from vllm.version import __version__ as version
@@ -40,11 +43,14 @@ except ImportError:  # from 0.33 on
 
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.errors import ServeError
+from astra_serve.gateway import limits
 from astra_serve.gateway import request as requests
+from astra_serve.gateway.limits import Checked, Fault
 from astra_serve.gateway.middleware import OPEN, Gateway, Served, Subscribers
 from astra_serve.gateway.routes import RouteErrors, served
 
 MODELS = "/v1/models"
+ITEMS_AT_ONCE = 16
 GENERATE = ["prompt", "sampling_params", "request_id"]
 CLIENT = ("generate", "abort", "add_lora", "remove_lora", "list_loras", "collective_rpc", "errored")
 
@@ -94,16 +100,39 @@ async def application(
         subscribers,
         abort=client.abort,
         serves=lambda scope: _serves(app, scope),
-        longest_text=_longest_text(client),
+        check=_check(client),
     )
     app.router.middleware_stack = gateway
     return app, gateway
 
 
-def _longest_text(client: EngineClient) -> int:
-    """Return the number of characters that fits into the model's context at most."""
+def _check(client: EngineClient) -> Callable[[str, bytes], Checked]:
+    """Return the check of requests to this model."""
     tokenizer = client.renderer.tokenizer
-    return client.model_config.max_model_len * tokenizer.max_chars_per_token if tokenizer else sys.maxsize
+    longest_text = client.model_config.max_model_len * tokenizer.max_chars_per_token if tokenizer else sys.maxsize
+
+    def check(path: str, body: bytes) -> Checked:
+        checked = limits.check(path, body, longest_text)
+        wrong = path == "/v1/responses" and not checked.fault and _wrong_items(checked.content.get("input"))
+        return replace(checked, fault=Fault(wrong, "input")) if wrong else checked
+
+    return check
+
+
+def _wrong_items(items: Any) -> str | None:
+    """Return which items of a long Responses request are wrong, if any.
+
+    vLLM validates all of them at once, and collects up to 233 errors for each that is wrong: 5 s for 1,000 of them.
+    """
+    if not isinstance(items, list) or len(items) <= ITEMS_AT_ONCE:
+        return None  # vLLM says more about each error
+    for start in range(0, len(items), ITEMS_AT_ONCE):
+        some = items[start : start + ITEMS_AT_ONCE]
+        try:
+            ResponsesRequest.model_validate({"input": some})
+        except ValueError:
+            return f"input has a wrong item between number {start} and number {start + len(some) - 1}"
+    return None
 
 
 def known_keys(app: FastAPI, args: Namespace) -> Callable[[Headers], bool] | None:
@@ -169,7 +198,10 @@ class MeteredClient:
                             new = len(output.token_ids)
                             only_new = sampling_params.output_kind == RequestOutputKind.DELTA
                             tokens[output.index] = tokens.get(output.index, 0) + new if only_new else new
+                        _refuse_grammar(sampling_params, answer)
                         yield answer
+        except VLLMValidationError:
+            raise
         except Exception:
             request.broke = True
             raise
@@ -178,6 +210,19 @@ class MeteredClient:
                 request.prompt_tokens += len(answer.prompt_token_ids or ())
                 request.output_tokens += sum(tokens.values())
                 _note_latency(request, answer.metrics)
+
+
+def _refuse_grammar(sampling_params: SamplingParams, answer: Any) -> None:
+    """Raise VLLMValidationError, which is 400, where the engine cannot follow the request's grammar.
+
+    The engine compiles it after it has admitted the request, and ends the request as it does after a fault of its own.
+    """
+    if sampling_params.structured_outputs and any(output.finish_reason == "error" for output in answer.outputs):
+        raise VLLMValidationError(
+            "the engine cannot follow the schema or grammar of the request's structured output: it does not compile, "
+            "or allows no text",
+            parameter="structured_outputs",
+        )
 
 
 def _note_latency(request: requests.Request, stats: RequestStateStats | None) -> None:

@@ -10,6 +10,7 @@ vLLM's own bound, too. A request that lets vLLM truncate its prompt may be longe
   and lists in the prompt. The errors that vLLM collects for wrong ones take milliseconds each.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,7 @@ class Checked:
     fault: Fault | None = None
 
 
-def check(path: str, body: bytes, longest_text: int) -> Checked:
+def check(path: str, body: bytes, longest_text: int = sys.maxsize) -> Checked:
     """Return the body of a request to a model; a text that is no JSON is for vLLM to report."""
     try:
         content = json_body.parse(body)

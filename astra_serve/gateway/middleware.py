@@ -8,7 +8,6 @@ import asyncio
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -72,17 +71,17 @@ class Gateway:
         *,
         abort: Callable[[set[str]], Awaitable[None]],
         serves: Callable[[Scope], bool],
-        longest_text: int = sys.maxsize,
+        check: Callable[[str, bytes], Checked] = limits.check,
     ) -> None:
         """`abort` ends the engine's work by its ids; `serves` says whether a request is one to a model.
 
-        `longest_text` is the number of characters that fits into the model's context at most.
+        `check` reads the body of a request, by its path.
         """
         self.running: set[Request] = set()
         self.drained = False  # by an operator: not ready, but requests that arrive all the same are served
         self.closed: str | None = None  # why no request is admitted any more
         self._app, self._fleet, self._subscribers = app, fleet, subscribers
-        self._abort, self._serves, self._longest_text = abort, serves, longest_text
+        self._abort, self._serves, self._check = abort, serves, check
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -110,7 +109,7 @@ class Gateway:
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         body, replay = await _read(receive)
-        checked = limits.check(_path(scope), body, self._longest_text)
+        checked = self._check(_path(scope), body)
         model = checked.content.get("model")
         if not isinstance(model, str):  # the base, as vLLM reads it, or a mistake that the handler reports
             model = self._fleet.base_name
