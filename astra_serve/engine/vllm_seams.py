@@ -2,8 +2,8 @@
 
     MeteredClient  a client of the engine for vLLM's handlers: counts the work for each request, and salts its prompts
     application    vLLM's HTTP application with the gateway behind vLLM's middleware, in front of its handlers;
-                   /v1/models lists the adapters; background responses belong to their requests; the routes of
-                   NOT_SERVED are removed
+                   /v1/models lists the adapters; background responses belong to their requests; only the routes of
+                   `gateway.routes` are left
     check          verifies that each touched object still looks as expected
 
 `cpu_lora` and `worker_extension` run inside the engine's processes and check what they touch themselves.
@@ -11,10 +11,12 @@
 
 import hmac
 import inspect
+import sys
 import time
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -26,8 +28,10 @@ from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.metrics.stats import RequestStateStats
 from vllm.version import __version__ as version
@@ -42,13 +46,15 @@ except ImportError:  # from 0.33 on
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.engine import background
 from astra_serve.errors import ServeError
+from astra_serve.gateway import limits
 from astra_serve.gateway import request as requests
 from astra_serve.gateway.api_key import CacheSalts
+from astra_serve.gateway.limits import Checked, Fault
 from astra_serve.gateway.middleware import OPEN, Gateway, Served, Subscribers
 from astra_serve.gateway.models import PATH, Models
+from astra_serve.gateway.routes import RouteErrors, served
 
-# /invocations answers with the base whatever `model` says; and clients of a model may not scale its engine.
-NOT_SERVED = ("/invocations", "/scale_elastic_ep", "/is_scaling_elastic_ep")
+ITEMS_AT_ONCE = 16
 GENERATE = ["prompt", "sampling_params", "request_id"]
 CLIENT = ("generate", "encode", "abort", "add_lora", "remove_lora", "list_loras", "collective_rpc", "errored")
 
@@ -91,18 +97,19 @@ async def application(
         _hold_background(responses)
     paths = {getattr(route, "path", "") for route in app.router.routes}
     _expect(PATH in paths, f"route {PATH}")
-    app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", "") not in (*NOT_SERVED, PATH)]
+    app.router.routes[:] = [r for r in served(app.router.routes) if getattr(r, "path", "") != PATH]
     listed = Models(fleet, client.model_config.max_model_len)
     app.add_api_route(PATH, listed.show_all, methods=["GET"])
     app.add_api_route(PATH + "/{model:path}", listed.show, methods=["GET"])
     _expect(callable(getattr(app.router, "middleware_stack", None)), "Router.middleware_stack")
     gateway = Gateway(
-        app.router.middleware_stack,
+        RouteErrors(app.router.middleware_stack),
         fleet,
         subscribers,
         abort=client.abort,
         serves=lambda scope: _serves(app, scope),
         cache_salt=CacheSalts(_keys(args)).of,
+        check=_check(client),
     )
     app.router.middleware_stack = gateway
     return app, gateway
@@ -118,6 +125,35 @@ def _hold_background(responses: OpenAIServingResponses) -> None:
     }.items():
         _expect(getattr(responses, name, None) == {}, f"OpenAIServingResponses.{name}")
         setattr(responses, name, mine)
+
+
+def _check(client: EngineClient) -> Callable[[str, bytes], Checked]:
+    """Return the check of requests to this model."""
+    tokenizer = client.renderer.tokenizer
+    longest_text = client.model_config.max_model_len * tokenizer.max_chars_per_token if tokenizer else sys.maxsize
+
+    def check(path: str, body: bytes) -> Checked:
+        checked = limits.check(path, body, longest_text)
+        wrong = path == "/v1/responses" and not checked.fault and _wrong_items(checked.content.get("input"))
+        return replace(checked, fault=Fault(wrong, "input")) if wrong else checked
+
+    return check
+
+
+def _wrong_items(items: Any) -> str | None:
+    """Return which items of a long Responses request are wrong, if any.
+
+    vLLM validates all of them at once, and collects up to 233 errors for each that is wrong: 5 s for 1,000 of them.
+    """
+    if not isinstance(items, list) or len(items) <= ITEMS_AT_ONCE:
+        return None  # vLLM says more about each error
+    for start in range(0, len(items), ITEMS_AT_ONCE):
+        some = items[start : start + ITEMS_AT_ONCE]
+        try:
+            ResponsesRequest.model_validate({"input": some})
+        except ValueError:
+            return f"input has a wrong item between number {start} and number {start + len(some) - 1}"
+    return None
 
 
 def known_keys(app: FastAPI, args: Namespace) -> Callable[[Headers], bool] | None:
@@ -181,7 +217,10 @@ class MeteredClient:
                             new = len(output.token_ids)
                             only_new = sampling_params.output_kind == RequestOutputKind.DELTA
                             tokens[output.index] = tokens.get(output.index, 0) + new if only_new else new
+                        _refuse_grammar(sampling_params, answer)
                         yield answer
+        except VLLMValidationError:
+            raise
         except Exception:
             request.broke = True
             raise
@@ -207,6 +246,19 @@ def _salted(prompt: Any, salt: str | None) -> Any:
     if own := prompt.get("cache_salt"):
         salt = hmac.digest(salt.encode(), own.encode(), "sha256").hex()
     return {**prompt, "cache_salt": salt}
+
+
+def _refuse_grammar(sampling_params: SamplingParams, answer: Any) -> None:
+    """Raise VLLMValidationError, which is 400, where the engine cannot follow the request's grammar.
+
+    The engine compiles it after it has admitted the request, and ends the request as it does after a fault of its own.
+    """
+    if sampling_params.structured_outputs and any(output.finish_reason == "error" for output in answer.outputs):
+        raise VLLMValidationError(
+            "the engine cannot follow the schema or grammar of the request's structured output: it does not compile, "
+            "or allows no text",
+            parameter="structured_outputs",
+        )
 
 
 def _note_latency(request: requests.Request, stats: RequestStateStats | None) -> None:

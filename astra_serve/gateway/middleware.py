@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,17 +22,21 @@ from starlette.exceptions import HTTPException
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.adapters.residency import PAST_DEADLINE
 from astra_serve.errors import Unavailable, UnknownAdapter
+from astra_serve.gateway import limits
 from astra_serve.gateway import request as requests
 from astra_serve.gateway.errors import error_body
+from astra_serve.gateway.limits import Checked
 from astra_serve.gateway.request import Request
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 logger = logging.getLogger("vllm.astra_serve")
+# Headers of routers in front of vLLM, which set the priority, and the engine, of a request: no client may.
+INTERNAL = frozenset({b"x-vllm-priority", b"x-data-parallel-rank"})
 REQUEST_ID = rb"[A-Za-z0-9._:-]{1,128}"
 OPEN = frozenset({"/health", "/livez", "/readyz", "/metrics", "/ping"})  # the server's state: no models, no API keys
 
@@ -73,17 +77,19 @@ class Gateway:
         *,
         abort: Callable[[set[str]], Awaitable[None]],
         serves: Callable[[Scope], bool],
+        check: Callable[[str, bytes], Checked] = limits.check,
         cache_salt: Callable[[Headers], str | None] = lambda _: None,
     ) -> None:
         """`abort` ends the engine's work by its ids; `serves` says whether a request is one to a model.
 
-        `cache_salt` returns the salt of the prefix cache for the API key in a request's headers.
+        `check` reads the body of a request, by its path; `cache_salt` returns the salt of the prefix cache for the API
+        key in a request's headers.
         """
         self.running: set[Request] = set()
         self.drained = False  # by an operator: not ready, but requests that arrive all the same are served
         self.closed: str | None = None  # why no request is admitted any more
         self._app, self._fleet, self._subscribers = app, fleet, subscribers
-        self._abort, self._serves, self._cache_salt = abort, serves, cache_salt
+        self._abort, self._serves, self._check, self._cache_salt = abort, serves, check, cache_salt
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -113,8 +119,8 @@ class Gateway:
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         body, replay = await _read(receive)
-        content = _content(body)
-        model = content.get("model")
+        checked = self._check(_path(scope), body)
+        model = checked.content.get("model")
         if not (model and isinstance(model, str)):  # the base, as vLLM reads it, or a mistake that the handler reports
             model = self._fleet.base_name
         request = Request(
@@ -130,7 +136,7 @@ class Gateway:
         self.running.add(request)
         self._idle.clear()
         try:
-            await self._serve(request, content, scope, _watched(replay, request), send)
+            await self._serve(request, checked, scope, _watched(replay, request), send)
         except asyncio.CancelledError as error:
             if error.args != (PAST_DEADLINE,):
                 raise
@@ -164,16 +170,16 @@ class Gateway:
             logger.exception("%s 500, request %s", request.path, request.id, extra=facts)
             await refuse(send, 500, f"the server has failed: its log has the reason beside the id {request.id}")
 
-    async def _serve(
-        self, request: Request, content: dict[str, Any], scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def _serve(self, request: Request, checked: Checked, scope: Scope, receive: Receive, send: Send) -> None:
+        content = checked.content
         user = content.get("user")
         if self.closed:
             await refuse(send, 503, f"{self.closed}: ask again, of another server", None, 1)
             return
-        if content.get("priority"):  # the engine's priorities are for its probes: all requests have the same
-            await refuse(send, 400, "priority is not served: leave it out", "priority")
+        if checked.fault:
+            await refuse(send, 400, checked.fault.message, checked.fault.param)
             return
+        scope["headers"] = [header for header in scope["headers"] if header[0] not in INTERNAL]
         try:
             share_by = user if user and isinstance(user, str) else request.id  # of a canary
             async with self._fleet.lease(request.model, share_by) as residence:
@@ -272,13 +278,9 @@ async def _read(receive: Receive) -> tuple[bytes, Receive]:
     return body, replay
 
 
-def _content(body: bytes) -> dict[str, Any]:
-    """Return a JSON object; an empty one where the body is none."""
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _path(scope: Scope) -> str:
+    """Return the path of a request below `--root-path`."""
+    return str(scope["path"].removeprefix(scope.get("root_path", "")))
 
 
 async def _cut_off(send: Send, request: Request) -> None:

@@ -5,12 +5,15 @@ import asyncio
 import importlib
 import inspect
 import socket
+from contextvars import ContextVar
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
 
 from astra_serve.engine import options, server, vllm_seams
 from astra_serve.errors import ServeError
@@ -153,6 +156,34 @@ async def test_prompts_reach_the_prefix_cache_with_the_salt_of_their_key_and_the
 async def test_a_prompt_that_cannot_have_a_salt_does_not_reach_the_cache() -> None:
     with pytest.raises(TypeError, match="cannot have a salt"):
         await engine_prompt("mine", "text")
+
+
+@in_a_loop
+async def test_a_grammar_that_the_engine_ends_a_request_for_is_the_clients_fault(monkeypatch) -> None:
+    class Engine:
+        async def generate(self, *_: Any, **__: Any) -> Any:
+            output = SimpleNamespace(token_ids=[], index=0, finish_reason="error")
+            yield SimpleNamespace(metrics=None, outputs=[output], prompt_token_ids=[1])
+
+    async def ask(params: SamplingParams) -> list[Any]:
+        return [answer async for answer in vllm_seams.MeteredClient(Engine()).generate("x", params, "id")]  # type: ignore[arg-type]
+
+    request = Request(id="x", path="/v1", model="base", task=asyncio.current_task())  # type: ignore[arg-type]
+    monkeypatch.setattr(requests, "current", ContextVar("current", default=request))
+    assert len(await ask(SamplingParams())) == 1
+    assert not request.broke
+    with pytest.raises(VLLMValidationError, match="cannot follow the schema or grammar"):
+        await ask(SamplingParams(structured_outputs=StructuredOutputsParams(regex="a")))
+    assert not request.broke
+
+
+def test_wrong_items_of_a_long_responses_request_are_found_a_few_at_a_time() -> None:
+    good = [{"role": "user", "content": "x"}] * 100
+    assert vllm_seams._wrong_items(good) is None
+    assert vllm_seams._wrong_items([*good, {}, *good]) == "input has a wrong item between number 96 and number 111"
+    assert vllm_seams._wrong_items([{}] * 2048) == "input has a wrong item between number 0 and number 15"
+    assert vllm_seams._wrong_items("x") is None
+    assert vllm_seams._wrong_items([{}]) is None
 
 
 # vLLM leaves the socket that it could not bind to the garbage collector.
