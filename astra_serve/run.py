@@ -1,6 +1,7 @@
 """The server put together: engine, store, fleet, reconciliation, gateway, admin API, metrics and log.
 
-A request passes the API key, vLLM's and the operator's middleware, the gateway (which leases a version), and vLLM's
+A request passes the limits of its connection, the API key, the limit of its body, vLLM's and the operator's middleware,
+the gateway (which checks what the request asks for and leases a version), and vLLM's
 handlers. Beside the HTTP servers run: the loop of the engine's memory, the reconciler, the housekeeping, the follower
 of the document and the watch over the engine. If one of them fails, the server ends with status 1 and its reason.
 """
@@ -41,6 +42,7 @@ from astra_serve.document.desired import Document
 from astra_serve.engine import server, vllm, vllm_seams
 from astra_serve.errors import EngineLost, ServeError
 from astra_serve.gateway.api_key import ApiKeys
+from astra_serve.gateway.body import MAX_BODY, MAX_BODY_MULTIMODAL, BodyLimit
 from astra_serve.gateway.middleware import Subscribers
 from astra_serve.observe import log
 from astra_serve.observe.metrics import Metrics
@@ -60,6 +62,7 @@ class Settings:
     roots: tuple[Path, ...]  # the folders that local adapters must be in; none: anywhere
     admin: tuple[str, int] | None  # host and port
     admin_token: str
+    max_body: int | None  # bytes of a request's body; None: as large as the base needs
 
 
 def serve(args: Namespace, base: Base, settings: Settings) -> None:
@@ -109,7 +112,7 @@ async def _serve(
             work.append(control.run)
             if for_admin:
                 admin_app = admin.build(control, gateway, settings.admin_token)
-                work.append(partial(server.serve_admin, admin_app, for_admin))
+                work.append(partial(server.serve_admin, admin_app, for_admin, server.connection_limits(args)))
 
         def not_ready() -> list[str]:
             return [*gateway.not_ready(), *engine.not_ready(), *(control.not_ready() if control else [])]
@@ -118,13 +121,16 @@ async def _serve(
         subscribers.first_token.append(metrics.first_token)
         subscribers.ended.extend([metrics.count, log.request])
         events.subscribers.extend([metrics.note, log.event])
+        log.protect()
         _add_health(app, not_ready)
+        multimodal = engine.client.model_config.is_multimodal_model
+        limited = BodyLimit(app, settings.max_body or (MAX_BODY_MULTIMODAL if multimodal else MAX_BODY))
         keys = vllm_seams.known_keys(app, args)
         async with asyncio.TaskGroup() as background:
             tasks = [background.create_task(one()) for one in work]
             if isinstance(settings.document, Document):
                 await _serve_all(reconciler, settings.document)
-            outer = ApiKeys(app, keys) if keys else app
+            outer = ApiKeys(limited, keys) if keys else limited
             await server.serve(outer, app.state, args, public, gateway, settings.drain_s)
             for task in tasks:
                 task.cancel()

@@ -1,6 +1,7 @@
 """`astra-serve --base BASE --adapter name=DIR ...`: one engine, one base, every adapter by its name."""
 
 import argparse
+import re
 import sys
 from dataclasses import replace
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from converter.errors import AstraError
 MAX_SLOTS = 8
 STORES = Path("~/.cache/astra/store").expanduser()
 DOCUMENT_RANK = 64  # engine rank for adapters that are not known yet, unless --max-lora-rank says otherwise
+UNITS = {None: 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def main(argv: list[str], lines: JsonLines) -> int:
@@ -85,6 +87,7 @@ def _serve(args: argparse.Namespace, extra: list[str], base: Base, document: Doc
             roots=tuple(args.adapter_root),
             admin=(args.admin_host, args.admin_port) if args.admin_port is not None else None,
             admin_token=admin_token(),
+            max_body=args.max_body,
         ),
     )
 
@@ -115,6 +118,14 @@ def _read(document: str) -> str:
         raise ServeError(f"{document} cannot be read: {error.strerror}") from error
 
 
+def _size(text: str) -> int:
+    """Return a number of bytes, given as such or in KiB, MiB or GiB."""
+    found = re.fullmatch(r"([1-9]\d*)(KiB|MiB|GiB)?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give bytes, or a size such as 8MiB")
+    return int(found[1]) * UNITS[found[2]]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="astra-serve",
@@ -142,6 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--drain-seconds", default=600.0, **seconds, help=drain)
     silent = "an engine that is silent for so long is lost, and the server ends with status 1 (default: 300)"
     add("--engine-timeout", default=300.0, **seconds, help=silent)
+    body = "the largest body of a request, in bytes or as 8MiB (default: 8MiB, and 64MiB where the base reads pictures)"
+    add("--max-body", type=_size, metavar="SIZE", help=body)
     add("--log-format", choices=["json", "text"], help="default: text on a terminal, JSON lines everywhere else")
     add("--admin-port", type=int, metavar="PORT", help=f"the port of the admin API, with the token in {ADMIN_TOKEN}")
     add("--admin-host", default="127.0.0.1", help="its address (default: 127.0.0.1)")

@@ -43,7 +43,7 @@ def test_only_the_engine_its_server_and_its_plugin_import_vllm() -> None:
     }
     plugin = {"astra_serve/cpu_lora/__init__.py", "astra_serve/cpu_lora/wrapper.py"}
     assert users == {
-        *(f"astra_serve/engine/{name}.py" for name in ("options", "server", "vllm", "vllm_seams")),
+        *(f"astra_serve/engine/{name}.py" for name in ("background", "options", "server", "vllm", "vllm_seams")),
         *plugin,
     }
 

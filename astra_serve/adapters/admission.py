@@ -1,4 +1,4 @@
-"""The rules that an adapter must satisfy before the engine reads it. Nothing here loads weights or imports vllm."""
+"""The rules that an adapter must satisfy before the engine reads it. Nothing here imports vllm."""
 
 import re
 import threading
@@ -41,7 +41,7 @@ class Base:
         return self.weights.read()
 
     def check(self, folder: Path) -> LoraHeader:
-        """Return the header of the LoRA in `folder`, if the engine can serve it on this base.
+        """Return the header of the LoRA in `folder`, if the engine can serve it on this base; reads all weights.
 
         Raises ServeError and AdapterError.
         """
@@ -51,6 +51,12 @@ class Base:
         adapter_dir.check_shapes(folder, header.shapes, self.shapes)
         if header.rank > self.max_rank:
             raise ServeError(f"{folder} has rank {header.rank}; the engine serves at most {self.max_rank}")
+        if len(header.patterns) > 2 * len(self.shapes):
+            raise ServeError(
+                f"{folder} has {len(header.patterns)} keys in rank_pattern and alpha_pattern; the base has only "
+                f"{len(self.shapes)} layers"
+            )
+        adapter_dir.check_weights(folder)
         return header
 
 

@@ -157,7 +157,7 @@ def _local(path: Path, roots: tuple[Path, ...], max_bytes: int, _: Callable[[int
     if roots and not any(real.is_relative_to(root.resolve()) for root in roots):
         raise CannotFetch(f"{path} is outside of the folders that adapters may be in (--adapter-root)")
     if not is_folder:
-        raise CannotFetch(f"there is no folder {path}")
+        raise CannotFetch(f"there is no folder {path} on the server")
     for name, most in _most(max_bytes).items():
         if sizes.get(name, 0) > most:
             raise MalformedAdapter(f"{path}: {download.too_large(name, most)}")

@@ -11,6 +11,8 @@ from astra_serve.adapters.protocol import Engine
 from astra_serve.adapters.schedule import Residence, State
 from astra_serve.adapters.store import Store
 from astra_serve.adapters.version import Version
+from astra_serve.errors import ServeError
+from converter.errors import AstraError, without_secrets
 
 
 class Loader:
@@ -24,8 +26,21 @@ class Loader:
         """Load and prove a version, set its handle and proof, and return the seconds of its parts.
 
         A version that was proved before is admitted already: only a publication proves it again, with one prompt.
-        Raises ServeError, AdapterError and OSError; `residence.handle` is set then if the engine has it.
+        Raises ServeError, AdapterError and OSError; `residence.handle` is set then if the engine has it. Errors name
+        the source of the version, not its folder in the store.
         """
+        try:
+            return await self._load(residence)
+        except AstraError as error:
+            digest, text = residence.version.digest, str(error)
+            folder = str(self._store.folder(digest))
+            if folder not in text:
+                raise
+            source = await asyncio.to_thread(self._store.source, digest)
+            shown = without_secrets(source) if source else residence.version.name
+            raise type(error)(text.replace(folder, shown)) from error
+
+    async def _load(self, residence: Residence) -> dict[str, float]:
         version = residence.version
         self._events.emit(Event(version.alias, "loading", version.name))
         began = self._clock.now()
@@ -41,6 +56,11 @@ class Loader:
         if residence.proof and not (residence.proof.of_an_effect or residence.allow_no_effect):
             residence.proof = None  # proved earlier with `allow_no_effect`; that permission is gone now
         if residence.proof is None:
+            if left_out := await self._engine.left_out(residence.handle):
+                raise ServeError(
+                    f"the engine does not adapt {len(left_out)} of its modules: {', '.join(left_out[:8])}; see "
+                    "--lora-target-modules, and vLLM's list of modules for this base"
+                )
             allowed = residence.allow_no_effect
             residence.proof = await self._prover.prove(
                 residence.handle, folder, may_change_nothing=allowed, urgent=urgent

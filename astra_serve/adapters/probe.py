@@ -6,6 +6,7 @@ a version is published again, its answer to one prompt must be the one of its pr
 """
 
 import asyncio
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,6 +85,8 @@ class Prover:
         of_base = await self._of_base(prompts, urgent=urgent)
         effects = [_between(one, other) for one, other in zip(answers, of_base, strict=True)]
         effect, deviation = _mean(effects), None
+        if not math.isfinite(effect):
+            raise ProbeFailed("with the adapter the engine computes numbers that are not finite: its weights overflow")
         if probe:
             deviation = _mean([_from(one, prompt.adapter) for one, prompt in zip(answers, probe.prompts, strict=True)])
             if not deviation <= MOST_DEVIATION:  # a recorded NaN fails, too

@@ -10,6 +10,9 @@ class Engine(Protocol):
     async def load(self, name: str, folder: Path) -> Any:
         """Read an adapter and return its handle. Raises ServeError; the engine has forgotten the adapter then."""
 
+    async def left_out(self, handle: Any) -> list[str]:
+        """Return the modules of a loaded adapter that the engine does not adapt. Raises ServeError."""
+
     async def unload(self, handle: Any) -> None:
         """Forget an adapter, and verify that it is forgotten. Raises ServeError."""
 

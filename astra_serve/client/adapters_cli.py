@@ -35,6 +35,8 @@ def main(argv: list[str]) -> int:
         print(json.dumps(desired.json_schema(), indent=2))
         return 0
     args.url = [*args.before, *args.after] or os.environ.get(ADMIN_URL, "").replace(",", " ").split() or [DEFAULT_URL]
+    if getattr(args, "source", None):
+        args.source = _absolute(args.source)
     try:
         _check(args)
     except ServeError as error:
@@ -52,6 +54,13 @@ def main(argv: list[str]) -> int:
 def _failed(reason: object, status: int) -> int:
     print(f"astra-serve adapters: {reason}", file=sys.stderr)
     return status
+
+
+def _absolute(source: str) -> str:
+    """Return a source with its path absolute, if it is one: the server runs in another folder."""
+    if "://" in source or source.startswith("sha256:"):
+        return source
+    return os.path.abspath(os.path.expanduser(source))  # noqa: PTH100, PTH111 (links stay as they are)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -176,7 +185,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_version(words: str, help_: str) -> Callable[..., argparse.Action]:
         option, flag = add(words, help_), {"action": "store_true", "default": None}
-        option("source", metavar="SOURCE", help="a folder, hf://org/repo@revision, any fsspec URL, sha256:...")
+        kinds = "a folder that the server sees, hf://org/repo@revision, any fsspec URL, sha256:..."
+        option("source", metavar="SOURCE", help=kinds)
         option("--digest", help="refuse any other content")
         option("--required", **flag, help="a server that starts waits for it")
         option("--pin", **flag, help="never evict it")
@@ -193,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     status("expected", nargs="*", metavar="NAME=DIGEST", help="and these versions")
     status("--wait", type=float, metavar="S", help="wait at most so many seconds until they do")
     add("rollback NAME", "Serve the version before again.")("--digest", help="or this one")
-    canary = add("canary NAME", "Give a share of the requests to another version.")
+    canary = add("canary NAME", "Give a share of the requests to another version; a `user` stays with one.")
     canary("source", nargs="?", metavar="SOURCE", help="or sha256:... of a version in the store")
     canary("weight", nargs="?", type=float, metavar="WEIGHT", help="above 0 and below 1")
     canary("--end", action="store_true", help="end it")

@@ -15,8 +15,9 @@ GET    /events                        the newest, oldest first; ?follow=true: JS
 GET    /requests                      how many run; POST /drain: not ready from now on; DELETE /drain: ready again
 POST   /v1/load_lora_adapter, /v1/unload_lora_adapter    vLLM's calls, as publish and remove
 
-Errors: 400 for a request that makes no sense, 401, 404 for a name without an adapter, 409 where the document cannot be
-changed, was changed by others, or a newer change superseded this one, 422 with the reason why a version is not served.
+Errors, in OpenAI's format: 400 for a request that makes no sense, 401 before the body is read, 404 for a name without
+an adapter, 409 where the document cannot be changed, was changed by others, or a newer change superseded this one, 413
+for a body over 1 MiB, 422 with the reason why a version is not served.
 """
 
 import hmac
@@ -26,20 +27,25 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 
 from astra_serve.control import report
 from astra_serve.control.control import Control
 from astra_serve.document import desired
 from astra_serve.document.desired import Canary, Digest
 from astra_serve.errors import BadDocument, NotPublished, ServeError, UnknownAdapter
-from astra_serve.gateway.middleware import Gateway
+from astra_serve.gateway import json_body
+from astra_serve.gateway.body import MIB, BodyLimit
+from astra_serve.gateway.errors import error_body
+from astra_serve.gateway.middleware import App, Gateway, Receive, Scope, Send, refuse
 
 STATUS: dict[type[Exception], int] = {BadDocument: 400, UnknownAdapter: 404, NotPublished: 422}  # others: 409
-KINDS = {401: "AuthenticationError", 404: "NotFoundError"}  # others: BadRequestError
+MAX_BODY = MIB
+DIGEST = "a digest is sha256: and 64 hexadecimal digits"
 
 
 class _Body(BaseModel):
@@ -87,25 +93,27 @@ class VllmUnload(_Body):
 def build(control: Control, gateway: Gateway, token: str) -> FastAPI:
     """Return the admin application; every request needs `Authorization: Bearer TOKEN`."""
 
-    def authorised(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
-        if not hmac.compare_digest(given, f"Bearer {token}".encode()):
-            raise HTTPException(401, "the admin token is missing or wrong")
-
-    app = FastAPI(dependencies=[Depends(authorised)], openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    app.add_middleware(BodyLimit, most=MAX_BODY, fault=json_body.fault)
+    app.add_middleware(_Token, token=token)
 
     @app.exception_handler(HTTPException)
-    async def _http_error(_: Request, error: HTTPException) -> JSONResponse:
-        return _openai_error(error.status_code, str(error.detail))
+    async def _no_route(request: Request, error: HTTPException) -> Response:
+        return _openai_error(error.status_code, f"{request.method} {request.url.path[:200]} is not served")
 
     @app.exception_handler(RequestValidationError)
-    async def _bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def _bad_body(_: Request, error: RequestValidationError) -> Response:
         fault = error.errors()[0]
-        return _openai_error(400, f"{'.'.join(map(str, fault['loc'][1:])) or 'body'}: {fault['msg']}")
+        reason = DIGEST if fault["type"] == "string_pattern_mismatch" else fault["msg"]
+        return _openai_error(400, f"{'.'.join(map(str, fault['loc'][1:])) or 'body'}: {reason}")
 
     @app.exception_handler(ServeError)
-    async def _serve_error(_: Request, error: ServeError) -> JSONResponse:
+    async def _serve_error(_: Request, error: ServeError) -> Response:
         return _openai_error(STATUS.get(type(error), 409), str(error))
+
+    @app.exception_handler(Exception)
+    async def _failed(*_: Any) -> Response:
+        return _openai_error(500, "the server has failed: its log has the reason")
 
     app.include_router(_show(control))
     app.include_router(_change(control))
@@ -114,9 +122,22 @@ def build(control: Control, gateway: Gateway, token: str) -> FastAPI:
     return app
 
 
-def _openai_error(status: int, message: str) -> JSONResponse:
-    body = {"message": message, "type": KINDS.get(status, "BadRequestError"), "param": None, "code": status}
-    return JSONResponse({"error": body}, status_code=status)
+class _Token:
+    """ASGI middleware that refuses a request without the token before its body is read."""
+
+    def __init__(self, app: App, token: str) -> None:
+        self._app, self._expected = app, f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = next((value for name, value in scope.get("headers", ()) if name == b"authorization"), b"")
+        if scope["type"] == "lifespan" or hmac.compare_digest(given, self._expected):
+            await self._app(scope, receive, send)
+        else:
+            await refuse(send, 401, "the admin token is missing or wrong")
+
+
+def _openai_error(status: int, message: str) -> Response:
+    return Response(error_body(status, message), status, media_type="application/json")
 
 
 def _show(control: Control) -> APIRouter:

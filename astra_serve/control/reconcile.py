@@ -23,7 +23,7 @@ from astra_serve.adapters.events import Event
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.adapters.version import Alias, Version
 from astra_serve.control.preparation import Preparation, Prepared
-from astra_serve.control.status import Phase, Status
+from astra_serve.control.status import Phase, Spent, Status
 from astra_serve.document.desired import Adapter
 from astra_serve.document.history import source_of
 from astra_serve.errors import CannotFetch, CannotStore, Damaged, Unavailable
@@ -81,15 +81,16 @@ class Reconciler:
             while True:
                 workers.create_task(self._work(await self._new.get()))
 
-    def want(self, entry: Adapter, *, again: bool = False, preparation_seconds: dict[str, float] | None = None) -> None:
+    def want(self, entry: Adapter, *, again: bool = False, spent: Spent | None = None) -> None:
         """Serve an adapter as `entry` says, if it is another entry than before, or is to be tried `again`.
 
-        `preparation_seconds` is what its preparation took, for its status.
+        `spent` is the time that its preparation took, for its status.
         """
         name, known = entry.name, self.status.get(entry.name)
         if again or known is None or known.entry != entry:
             self._fleet.expected.add(name)
-            self.status[name] = Status(entry, self._fleet.events, self._clock, seconds=preparation_seconds or {})
+            began, seconds = (spent.began, spent.seconds) if spent else (None, {})
+            self.status[name] = Status(entry, self._fleet.events, self._clock, seconds=seconds, began=began)
             self._restart(name)
 
     def remove(self, name: str) -> None:

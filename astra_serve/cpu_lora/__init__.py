@@ -7,6 +7,7 @@ at the adapter's true rank, and tokens without an adapter are not touched.
 
     __init__          switches it on in the engine
     wrapper           the class that the engine calls
+    finite_cache      one adapter's overflow does not reach other requests
     ops               the same calls as PyTorch operators, so that compiled models can hold them
     grouped_lora.cpp  the operator that matters for speed, for CPUs with AVX-512 BF16
 

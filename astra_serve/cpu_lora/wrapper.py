@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from astra_serve.cpu_lora import ops
+from astra_serve.cpu_lora import finite_cache, ops
 
 UNKNOWN_RANK = torch.iinfo(torch.int32).max  # the products then take every row that the engine has
 
@@ -49,6 +49,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         }
         self.linear = ops.fastest_lora_linear()
         _watch_slots()
+        finite_cache.keep_finite()
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
@@ -116,17 +117,15 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
     ) -> None:
         """Add scale * B A x to the logits y (n_sampled, vocabulary); rows follow the sampler's mapping.
 
-        For `prompt_logprobs` the engine asks for the logits of one request's prompt, and does not name the request.
-        Raises RuntimeError when the requests of the step differ in their adapters of the logits.
+        For `prompt_logprobs` vLLM asks for the logits of one request's prompt, and does not name the request: where the
+        requests of the step differ in their adapters, these logits stay those of the base.
         """
         del buffer
         groups, y, x = self.samples, y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         slots = self.sampler_indices
         if len(slots) != len(y):
-            if not any(self.ranks["logits"][slot] for slot in slots.tolist() if slot >= 0):
+            if len(slots.unique()) != 1:
                 return
-            if len(slots.unique()) > 1:
-                raise RuntimeError("prompt_logprobs beside other requests: whose adapter the logits need is unknown")
             groups = Groups(len(y), len(groups.starts) - 1)
             groups.update(slots[:1].expand(len(y)))
         self.linear(y, x, [lora_a_stacked], [lora_b_stacked], groups.rows, groups.starts, self.ranks["logits"], scale)

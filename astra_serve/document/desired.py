@@ -32,6 +32,10 @@ MAX_SOURCE = yaml_text.MAX_SCALAR
 DIGEST = r"sha256:[0-9a-f]{64}"
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 Digest = Annotated[str, StringConstraints(pattern=f"^{DIGEST}$")]
+_IN_WORDS = {
+    f"^{NAME}$": "use up to 128 letters, digits, '.', '_' and '-', a letter or digit first",
+    f"^{DIGEST}$": "a digest is sha256: and 64 hexadecimal digits",
+}
 
 
 class _Strict(BaseModel):
@@ -179,6 +183,8 @@ def _first(error: ValidationError, place: tuple[str | int, ...] = ()) -> str:
     loc = (*place, *fault["loc"])
     path = [str(part) for part in loc if isinstance(part, int) or re.fullmatch("[a-z_]+", part)]
     where = ".".join(path)
+    if fault["type"] == "string_pattern_mismatch":
+        return f"{where}: {_IN_WORDS[fault['ctx']['pattern']]}"
     if fault["type"] != "extra_forbidden":
         return f"{where}: {re.sub(r'^Value error, ', '', fault['msg'])}" if where else str(fault["msg"])
     *parents, last = loc

@@ -17,11 +17,11 @@ import uvicorn
 from fastapi import FastAPI
 from vllm import envs
 from vllm.entrypoints.launchers.launcher import NoSignalServer, setup_server
-from vllm.entrypoints.launchers.utils import constants
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
 
 from astra_serve.errors import ServeError
+from astra_serve.gateway.connection import ConnectionLimits, limited
 from astra_serve.gateway.middleware import App, Gateway
 
 FAILING_S = 10.0  # for the errors of the requests that run when the engine is lost
@@ -50,10 +50,16 @@ def bound(args: Namespace, admin: tuple[str, int] | None) -> Iterator[tuple[sock
             sock.close()
 
 
-async def serve_admin(app: FastAPI, sock: socket.socket) -> None:
+def connection_limits(args: Namespace) -> ConnectionLimits:
+    """Return the limits of connections to both ports; vLLM's options for h11 set two of them."""
+    given = {"header_bytes": args.h11_max_incomplete_event_size, "header_count": args.h11_max_header_count}
+    return ConnectionLimits(**{name: value for name, value in given.items() if value})
+
+
+async def serve_admin(app: FastAPI, sock: socket.socket, limits: ConnectionLimits) -> None:
     """Serve the admin API until cancelled; requests that run then have a second to end."""
-    quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
-    server = NoSignalServer(uvicorn.Config(app, **quiet, timeout_graceful_shutdown=1))
+    quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off", "ws": "none"}
+    server = NoSignalServer(uvicorn.Config(app, http=limited(limits), **quiet, timeout_graceful_shutdown=1))
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     try:
         await asyncio.shield(serving)
@@ -102,6 +108,8 @@ def _listen(host: str, port: int) -> socket.socket:
 def _server(app: App, state: Any, args: Namespace) -> NoSignalServer:
     config = uvicorn.Config(
         app,
+        http=limited(connection_limits(args)),
+        ws="none",  # a request for a WebSocket is answered as any other request: no such route is served
         host=args.host,
         port=args.port,
         log_level=args.uvicorn_log_level,
@@ -111,11 +119,6 @@ def _server(app: App, state: Any, args: Namespace) -> NoSignalServer:
         **{f"ssl_{name}": getattr(args, f"ssl_{name}") for name in SSL},
         **({"log_config": found} if (found := get_uvicorn_log_config(args)) else {}),
     )
-    config.h11_max_incomplete_event_size = (
-        args.h11_max_incomplete_event_size or constants.H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT
-    )
-    most = args.h11_max_header_count or constants.H11_MAX_HEADER_COUNT_DEFAULT
-    config.h11_max_header_count = most  # type: ignore[attr-defined]  # vLLM's own, which its uvicorn reads
     config.load()
     if args.enable_ssl_refresh:
         state.ssl_refresher = SSLCertRefresher(config.ssl, args.ssl_keyfile, args.ssl_certfile, args.ssl_ca_certs)

@@ -50,6 +50,14 @@ class VllmEngine:
         self._names[number] = name
         return request
 
+    async def left_out(self, handle: LoRARequest) -> list[str]:
+        """Return the modules of a loaded adapter that no worker adapts. Raises ServeError."""
+        try:
+            of_workers = await self.client.collective_rpc("modules_left_out", args=(handle.lora_int_id,))
+        except Exception as error:  # any error of the engine's process
+            raise ServeError(f"the engine does not tell which modules it adapts: {first_line(error)}") from error
+        return sorted(set.intersection(*map(set, of_workers)))  # of a pipeline, each worker has some of the layers
+
     async def unload(self, handle: LoRARequest) -> None:
         """Forget an adapter, and verify that it is forgotten. Raises ServeError."""
         try:
@@ -132,4 +140,5 @@ async def started(args: Namespace, patience_s: float, clock: Clock) -> AsyncIter
     """Start the engine of vLLM's settings `args`, and end it when the block ends. Raises ServeError."""
     async with build_async_engine_client(args) as client:
         check(client)
+        await client.collective_rpc("mend_adapters")
         yield VllmEngine(client, base_name(args.model), patience_s, clock)

@@ -64,6 +64,7 @@ from converter.adapter_dir.lora import (
     save_lora_provenance,
 )
 from converter.adapter_dir.tensors import write_tensors
+from converter.adapter_dir.weights import check_weights
 
 __all__ = [
     "ASTRA_FORMAT",
@@ -98,6 +99,7 @@ __all__ = [
     "base_weights",
     "check_base",
     "check_shapes",
+    "check_weights",
     "digest",
     "file_in",
     "find_base",

@@ -14,6 +14,7 @@ from converter.adapter_dir.errors import CannotWrite, MalformedAdapter, NotAnAda
 CONFIG = "adapter_config.json"
 PROVENANCE = "astra.json"
 MAX_JSON_BYTES = 2**24  # the provenance of a thousand layers has 300 KiB
+MAX_CONFIG_BYTES = 2**22  # a config that names each of 20,000 experts has 1 MiB
 
 Json = dict[str, Any]
 
@@ -73,10 +74,10 @@ def read_json(folder: Path, name: str) -> Json:
 
     Raises NotAnAdapter, UnsafeAdapter and MalformedAdapter.
     """
-    file = file_in(folder, name)
+    file, limit = file_in(folder, name), MAX_CONFIG_BYTES if name == CONFIG else MAX_JSON_BYTES
     try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise MalformedAdapter(f"{file} is larger than {MAX_JSON_BYTES >> 20} MiB, the limit for an adapter's JSON")
+        if file.stat().st_size > limit:
+            raise MalformedAdapter(f"{file} is larger than {limit >> 20} MiB, the limit for {name}")
         content = json.loads(file.read_text(encoding="utf-8"))
     except MalformedAdapter:
         raise

@@ -23,6 +23,7 @@ ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _PICKLED_WEIGHTS = "adapter_model.bin"
 _PEFT_PREFIX = "base_model.model."
 _FACTORS = ("lora_A", "lora_B")
+_PATTERNS: dict[str, tuple[type, ...]] = {"rank_pattern": (int,), "alpha_pattern": (int, float)}  # types of values
 # Extensions of LoRA that PEFT supports and servers do not, with the value that switches each off.
 _UNSUPPORTED = {
     "use_dora": False,
@@ -58,6 +59,7 @@ class LoraHeader:
     rank: int
     shapes: dict[str, tuple[int, int]]  # module: (d_out, d_in)
     base_digest: str | None  # None if the adapter does not record its base
+    patterns: list[str]  # the keys of rank_pattern and alpha_pattern
 
 
 def save_lora(folder: Path, adapter: LoraAdapter, *, on_layer: Callable[[], None] = lambda: None) -> None:
@@ -100,7 +102,6 @@ def load_lora(folder: Path, *, allow_pickle: bool = False) -> LoraAdapter:
         expected = pattern_value(config.get("rank_pattern"), module, config["r"])
         if shape.rank != expected:
             raise MalformedAdapter(f"{folder}: {module!r} has rank {shape.rank}, but {CONFIG} says {expected}")
-        pattern_value(config.get("alpha_pattern"), module, 0)  # refuse regular expressions now
     return LoraAdapter(
         Layers(list(keys), lambda module: (file[keys[module]["lora_A"]], file[keys[module]["lora_B"]])),
         config,
@@ -119,7 +120,7 @@ def read_lora_header(folder: Path) -> LoraHeader:
     config = _checked_config(folder)
     if config.get("modules_to_save"):
         raise MalformedAdapter(
-            f"{folder / CONFIG} has modules_to_save={config['modules_to_save']!r}: the engine serves plain LoRA only"
+            f"{folder / CONFIG} has modules_to_save={_short(config['modules_to_save'])}: engines serve plain LoRA only"
         )
     shapes, _, head = _layers(folder, config, TensorFile(folder, LORA_WEIGHTS).shapes)
     if head:
@@ -129,7 +130,8 @@ def read_lora_header(folder: Path) -> LoraHeader:
     # The engine reads the rank from the config, not from the tensors.
     rank = max(config["r"], *(config.get("rank_pattern") or {}).values(), *(shape.rank for shape in shapes.values()))
     digest = base.get("digest") if isinstance(base, dict) and isinstance(base.get("digest"), str) else None
-    return LoraHeader(rank, {module: (shape.d_out, shape.d_in) for module, shape in shapes.items()}, digest)
+    patterns = [key for name in _PATTERNS for key in config.get(name) or {}]
+    return LoraHeader(rank, {module: (shape.d_out, shape.d_in) for module, shape in shapes.items()}, digest, patterns)
 
 
 def lora_shapes(folder: Path, *, allow_pickle: bool = False) -> dict[str, Shape]:
@@ -165,16 +167,24 @@ def check_shapes(folder: Path, shapes: Mapping[str, tuple[int, int]], base: Mapp
 
 
 def check_config(folder: Path, config: Json) -> None:
-    """Raise MalformedAdapter unless r, lora_alpha, rank_pattern and alpha_pattern have values that PEFT could write."""
+    """Raise MalformedAdapter unless r, lora_alpha, rank_pattern and alpha_pattern have values that PEFT could write.
+
+    PEFT evaluates the keys of patterns as regular expressions, but matching an untrusted expression can take forever: a
+    key must be a plain name.
+    """
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 0 < rank <= MAX_RANK:
         raise MalformedAdapter(f"{folder / CONFIG} needs r, an integer from 1 to {MAX_RANK}, not {str(rank)[:20]}")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < 1e9:
         raise MalformedAdapter(f"{folder / CONFIG} needs lora_alpha, a positive number, not {str(alpha)[:20]}")
-    for key, kinds in (("rank_pattern", (int,)), ("alpha_pattern", (int, float))):
+    for key, kinds in _PATTERNS.items():
         pattern = config.get(key) or {}
         if not isinstance(pattern, dict) or not all(type(v) in kinds and 0 < v < 1e9 for v in pattern.values()):
             raise MalformedAdapter(f"{folder / CONFIG}: {key} must map module names to positive numbers")
+        if other := next((name for name in pattern if not re.fullmatch(r"\^?[\w.-]{1,500}", name)), None):
+            raise MalformedAdapter(
+                f"pattern {other[:100]!r} in {folder / CONFIG} is a regular expression: give module names"
+            )
 
 
 def scaling_of(config: Json) -> float:
@@ -187,15 +197,11 @@ def pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) 
     """Return the value of PEFT's rank_pattern or alpha_pattern for `module`; `default` if no key matches.
 
     The first key counts that equals the module's name or its end after a dot; a key with a leading ^ must equal the
-    whole name. PEFT evaluates keys as regular expressions, but matching an untrusted expression can take forever: a key
-    that is not a plain name raises MalformedAdapter.
+    whole name.
     """
-    for key, value in (pattern or {}).items():
-        if not re.fullmatch(r"\^?[\w.-]{1,500}", key):
-            raise MalformedAdapter(f"pattern {key[:100]!r} in {CONFIG} is a regular expression: give module names")
-        if module == key.removeprefix("^") or module.endswith(f".{key}"):
-            return value
-    return default
+    parts = module.split(".")
+    names = {f"^{module}", *(".".join(parts[i:]) for i in range(len(parts)))}
+    return next((value for key, value in (pattern or {}).items() if key in names), default)
 
 
 def _checked_config(folder: Path) -> Json:
@@ -206,7 +212,7 @@ def _checked_config(folder: Path) -> Json:
         raise MalformedAdapter(f"{folder / CONFIG} has peft_type={found!r}: engines serve plain LoRA only, 'LORA'")
     for key, off in _UNSUPPORTED.items():
         if config.get(key) not in (off, None, [], {}):
-            raise MalformedAdapter(f"{folder / CONFIG} has {key}={config[key]!r}: engines serve plain LoRA only")
+            raise MalformedAdapter(f"{folder / CONFIG} has {key}={_short(config[key])}: engines serve plain LoRA only")
     return config
 
 
@@ -254,3 +260,8 @@ def _layers(
 def _provenance(folder: Path) -> Json:
     found = read_json(folder, PROVENANCE) if os.path.lexists(folder / PROVENANCE) else {}
     return found if found.get("format") == LORA_FORMAT else {}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -20,6 +20,7 @@ class StandInEngine:
         self.loads: list[str] = []
         self.refuse: set[str] = set()
         self.silent: set[str] = set()  # adapters that change nothing
+        self.partly: set[str] = set()  # adapters of which a module is left out
         self.stuck: set[str] = set()  # adapters that cannot be unloaded
         self.asked: list[tuple[str | None, int, bool]] = []
         self.died = asyncio.Event()
@@ -37,6 +38,9 @@ class StandInEngine:
         self.loaded[name] = 0.0 if any(name.startswith(s) for s in self.silent) else float(factors[0][0, 0])
         self.loads.append(name)
         return name
+
+    async def left_out(self, handle: str) -> list[str]:
+        return [MODULE] if any(handle.startswith(name) for name in self.partly) else []
 
     async def unload(self, handle: str) -> None:
         await self.gate.wait()

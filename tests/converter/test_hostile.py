@@ -195,7 +195,7 @@ def test_a_huge_config_is_refused_without_reading_it(intact, tmp_path, capsys) -
     folder = shutil.copytree(intact["lora"], tmp_path / "adapter")
     with (folder / "adapter_config.json").open("wb") as file:
         file.truncate(2**40)  # sparse: a terabyte that uses no disk space
-    refused(folder, tmp_path / "out", "is larger than 16 MiB", capsys)
+    refused(folder, tmp_path / "out", "is larger than 4 MiB", capsys)
 
 
 def test_a_huge_weight_file_is_refused_from_its_header(intact, tmp_path, capsys) -> None:

@@ -11,16 +11,17 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-import torch
 
 from astra_serve.gateway.middleware import OPEN
-from converter import adapter_dir
-from converter.adapter_dir import LoraAdapter
+from astra_serve.gateway.routes import SERVED
 from tests.support import demo
+from tests.support.loras import write_random_lora, write_untied_base
 from tests.support.server import BIN, Server, astra_serve, free_port
 
 pytestmark = pytest.mark.timeout(300)
 KEY = "the-api-key"
+OTHER_KEY = "another-api-key"
+TEXT = "select name from people where age > 30 " * 8
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 ADMIN_PORT = free_port()
 
@@ -62,64 +63,124 @@ def test_a_signal_ends_a_starting_server_and_its_engine_within_5_s(tmp_path: Pat
 
 
 @pytest.fixture(scope="module")
-def random_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter with random weights."""
-    torch.manual_seed(0)
-    shapes = adapter_dir.base_shapes(demo.BASE)
-    layers = {
-        name: (torch.randn(4, d_in) / 8, torch.randn(d_out, 4) / 8)
-        for name, (d_out, d_in) in shapes.items()
-        if name.endswith("q_proj")
-    }
-    folder = tmp_path_factory.mktemp("loras") / "random"
-    with adapter_dir.new_folder(folder) as partial:
-        adapter_dir.save_lora(
-            partial, LoraAdapter(layers, {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj"]}, {})
-        )
-    return folder
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_untied_base(tmp_path_factory.mktemp("bases") / "base")
 
 
 @pytest.fixture(scope="module")
-def server(random_lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with an API key and an operator's middleware, for this module; its last test ends it."""
+def server(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with two API keys, an operator's middleware, and few modules to adapt; the last test here ends it."""
     folder = tmp_path_factory.mktemp("lifecycle")
-    (folder / "adapters.yaml").write_text(f"adapters: [{{name: random, source: {random_lora}}}]")
-    options = ["--base", str(demo.BASE), "--enforce-eager", "--adapters", str(folder / "adapters.yaml")]
+    source = write_random_lora(folder / "random", modules=("q_proj",), base=base)
+    (folder / "adapters.yaml").write_text(f"adapters: [{{name: random, source: {source}}}]")
+    options = ["--base", str(base), "--enforce-eager", "--adapters", str(folder / "adapters.yaml")]
     options += ["--middleware", "tests.support.refusing.Refuse", "--admin-port", str(ADMIN_PORT)]
+    options += ["--lora-target-modules", "q_proj", "lm_head", "--store", str(folder / "store")]
+    options += ["--api-key", KEY, OTHER_KEY]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-        patch.setenv("VLLM_API_KEY", KEY)
         patch.setenv("ASTRA_ADMIN_TOKEN", KEY)
         with astra_serve(options, folder / "log") as running:
             yield running
 
 
-def test_a_request_that_a_key_or_a_middleware_refuses_loads_nothing(server: Server) -> None:
-    with httpx.Client(base_url=f"http://127.0.0.1:{ADMIN_PORT}", headers=HEADERS, timeout=60) as admin:
-        while (adapter := admin.get("/adapters/random")).json()["state"] != "serving":
-            assert adapter.json()["state"] != "failed", adapter.text
-            time.sleep(0.1)
-        assert admin.post("/adapters/random/unload").json()["version"]["residency"] == "disk"
-        body = {"model": "random", "prompt": "x", "max_tokens": 2}
-        url = f"{server.url}/v1/completions"
-        for headers, status in (({}, 401), ({**HEADERS, "X-Refuse": "1"}, 418)):
-            assert httpx.post(url, json=body, headers=headers).status_code == status
-            assert admin.get("/adapters/random").json()["version"]["residency"] == "disk"
-        assert httpx.post(url, json=body, headers=HEADERS, timeout=60).status_code == 200
-        assert admin.get("/adapters/random").json()["version"]["residency"] == "slot"
+@pytest.fixture
+def admin(server: Server) -> Iterator[httpx.Client]:
+    assert server.process.poll() is None
+    with httpx.Client(base_url=f"http://127.0.0.1:{ADMIN_PORT}", headers=HEADERS, timeout=60) as client:
+        yield client
+
+
+def test_a_request_that_a_key_or_a_middleware_refuses_loads_nothing(server: Server, admin: httpx.Client) -> None:
+    while (adapter := admin.get("/adapters/random")).json()["state"] != "serving":
+        assert adapter.json()["state"] != "failed", adapter.text
+        time.sleep(0.1)
+    assert admin.post("/adapters/random/unload").json()["version"]["residency"] == "disk"
+    body = {"model": "random", "prompt": "x", "max_tokens": 2}
+    url = f"{server.url}/v1/completions"
+    for headers, status in (({}, 401), ({**HEADERS, "X-Refuse": "1"}, 418)):
+        assert httpx.post(url, json=body, headers=headers).status_code == status
+        assert admin.get("/adapters/random").json()["version"]["residency"] == "disk"
+    assert httpx.post(url, json=body, headers=HEADERS, timeout=60).status_code == 200
+    assert admin.get("/adapters/random").json()["version"]["residency"] == "slot"
+
+
+def test_an_adapter_of_which_the_engine_would_leave_modules_out_is_refused_by_name(
+    admin: httpx.Client, base: Path, tmp_path: Path
+) -> None:
+    source = write_random_lora(tmp_path / "whole", modules=("q_proj", "down_proj"), base=base)
+    answer = admin.put("/adapters/whole", json={"source": str(source)})
+    assert answer.status_code == 422
+    assert "does not adapt 6 of its modules: model.layers.0.mlp.down_proj, " in answer.json()["error"]["message"]
+    assert "--lora-target-modules" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("n_tokens", [3, 12])
+def test_log_probabilities_of_a_prompt_are_not_changed_by_another_requests_adapter_of_the_head(
+    server: Server, admin: httpx.Client, base: Path, tmp_path: Path, n_tokens: int
+) -> None:
+    """3 tokens: as many rows of the prompt are asked for as there are rows of the batch."""
+    source = write_random_lora(tmp_path / "head", modules=("lm_head",), base=base)
+    url, prompt = f"{server.url}/v1/completions", list(range(5, 5 + n_tokens))
+    body = {"model": "random", "prompt": prompt, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 0}
+
+    def of_prompt() -> list[float]:
+        answer = httpx.post(url, json=body, headers=HEADERS, timeout=60)
+        assert answer.is_success, answer.text
+        return answer.json()["choices"][0]["logprobs"]["token_logprobs"][1:n_tokens]
+
+    alone = of_prompt()
+    admin.put("/adapters/head", json={"source": str(source)}).raise_for_status()
+    try:
+        long = {"model": "head", "prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", url, json=long, headers=HEADERS, timeout=60) as running:
+            lines = running.iter_lines()
+            next(lines)
+            beside = of_prompt()
+            assert "data: [DONE]" in lines
+        assert beside == pytest.approx(alone, abs=0.1)
+        assert httpx.post(url, json={**body, "model": "head"}, headers=HEADERS, timeout=60).status_code == 400
+    finally:
+        admin.delete("/adapters/head").raise_for_status()
 
 
 def test_every_path_of_the_application_needs_the_key_except_the_state_paths(server: Server) -> None:
     with httpx.Client(base_url=server.url, headers=HEADERS) as known, httpx.Client(base_url=server.url) as unknown:
         paths = known.get("/openapi.json").json()["paths"]
         assert {"/v1/completions", "/v1/chat/completions", "/tokenize"} < set(paths)
-        assert not {"/invocations", "/scale_elastic_ep"} & set(paths)
+        assert all(SERVED.fullmatch(path) for path in paths)
         assert known.post("/invocations", json={"model": "nobody", "prompt": "x"}).status_code == 404
         for path, methods in {**paths, "/livez": ["get"], "/readyz": ["get"], "/docs": ["get"]}.items():
             for method in methods:
                 closed = unknown.request(method, path, json={}).status_code == 401
                 assert closed == (path not in OPEN), f"{method} {path}"
         assert known.get("/v1/models").is_success
+
+
+def test_no_key_finds_the_prompts_of_another_one_in_the_prefix_cache(server: Server) -> None:
+    """The time to the first token would tell one tenant what another one has asked."""
+
+    def hits(key: str, path: str, **own: str) -> float:
+        """Return the tokens of one long prompt that the engine finds in its cache."""
+        before = found()
+        content = {"prompt": TEXT} if path == "completions" else {"messages": [{"role": "user", "content": TEXT}]}
+        body = {"model": "base", "max_tokens": 1, **content, **own}
+        headers = {"Authorization": f"Bearer {key}"}
+        assert httpx.post(f"{server.url}/v1/{path}", json=body, headers=headers, timeout=60).status_code == 200
+        return found() - before
+
+    def found() -> float:
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:prefix_cache_hits_total"))
+
+    for path in ("completions", "chat/completions"):
+        assert hits(KEY, path) == 0
+        assert hits(KEY, path) > 100
+        assert hits(OTHER_KEY, path) == 0
+        assert hits(OTHER_KEY, path) > 100
+        assert hits(KEY, path, cache_salt="own") == 0
+        assert hits(OTHER_KEY, path, cache_salt="own") == 0
+        assert hits(OTHER_KEY, path, cache_salt="own") > 100
 
 
 def test_a_killed_engine_gives_errors_to_its_requests_and_ends_the_server_with_status_1(server: Server) -> None:
@@ -147,3 +208,4 @@ def test_a_killed_engine_gives_errors_to_its_requests_and_ends_the_server_with_s
     *_, last = (json.loads(line)["message"] for line in text.splitlines())  # every line is JSON
     assert last.startswith("astra-serve: the engine has died")
     assert KEY not in text
+    assert OTHER_KEY not in text

@@ -18,8 +18,8 @@ import pytest
 
 from astra_serve.document import desired
 from astra_serve.document.desired import Adapter, Document
-from tests.helm.conftest import write_random_lora
 from tests.support import demo
+from tests.support.loras import write_random_lora
 from tests.support.server import BIN, Server, astra_serve, free_port
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread_each")]

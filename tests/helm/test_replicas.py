@@ -22,8 +22,8 @@ from astra_serve.adapters.store import FILES, version_digest
 from astra_serve.document import desired, document_text
 from astra_serve.document.desired import Adapter, Document
 from converter.adapter_dir import LORA_WEIGHTS
-from tests.helm.conftest import write_random_lora
 from tests.support import demo
+from tests.support.loras import write_random_lora
 from tests.support.server import BIN, Server, astra_serve, free_port
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread_each")]
@@ -105,7 +105,7 @@ class Replicas:
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("loras")
-    return [write_random_lora(folder / str(seed), seed) for seed in range(4)]
+    return [write_random_lora(folder / str(seed), seed=seed) for seed in range(4)]
 
 
 @pytest.fixture(params=["a file", "an object in S3"])

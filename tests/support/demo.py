@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,14 +20,15 @@ CONCURRENCY = 32
 console = Console()
 
 
-def train_and_convert(task: str, out: Path, steps: int = STEPS) -> Path:
+def train_and_convert(task: str, out: Path, settings: Sequence[str] = (f"steps={STEPS}",)) -> Path:
     """Train the adapter of `task` with the console scripts and return the folder of its LoRA.
 
     The rows of the tasks must be in `out`/data. Raises CalledProcessError.
     """
     data = out / "data" / f"{task}.train.jsonl"
     astra, lora = out / "astra" / task, out / "lora" / task
-    run("astra-train", "--base", str(BASE), "--data", str(data), "--out", str(astra), "--set", f"steps={steps}")
+    chosen = [part for setting in settings for part in ("--set", setting)]
+    run("astra-train", "--base", str(BASE), "--data", str(data), "--out", str(astra), *chosen)
     run("astra-convert", str(astra), str(lora), "--base", str(BASE))
     return lora
 

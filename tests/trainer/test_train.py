@@ -324,17 +324,15 @@ def test_cached_gram_matrices_serve_another_rank_and_subspace(tiny_base, jsonl, 
     assert all(torch.equal(plain[name].b0, cached[name].b0) for name in plain)
 
 
-@pytest.mark.parametrize("damage", [b"", b"\x80\x04K\x01.", b"\xff" * 64])
-def test_a_damaged_cache_is_not_used(tiny_base, jsonl, rows, tmp_path, damage: bytes) -> None:
-    data, cache = jsonl(rows), f"calibration_cache={tmp_path / 'cache'}"
-    assert astra_train(tiny_base, data, tmp_path / "first", cache) == 0
-    for file in (tmp_path / "cache").rglob("*.safetensors"):
-        file.write_bytes(damage)
-    assert astra_train(tiny_base, data, tmp_path / "second", cache) == 0
-    assert (
-        files(tmp_path / "first")["astra_weights.safetensors"]
-        == files(tmp_path / "second")["astra_weights.safetensors"]
-    )
+def test_a_damaged_cache_is_not_used(tiny_base, jsonl, rows, tmp_path) -> None:
+    data, settings = jsonl(rows), (f"calibration_cache={tmp_path / 'cache'}", "spectra=false")
+    assert astra_train(tiny_base, data, tmp_path / "first", *settings) == 0
+    first = files(tmp_path / "first")["astra_weights.safetensors"]
+    for number, damage in enumerate((b"", b"\x80\x04K\x01.", b"\xff" * 64)):
+        for file in (tmp_path / "cache").rglob("*.safetensors"):
+            file.write_bytes(damage)
+        assert astra_train(tiny_base, data, tmp_path / str(number), *settings) == 0
+        assert files(tmp_path / str(number))["astra_weights.safetensors"] == first
 
 
 def test_calibration_stops_when_the_subspaces_have_converged(tiny_base, jsonl, tmp_path) -> None:

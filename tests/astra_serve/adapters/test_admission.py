@@ -1,7 +1,9 @@
 """Admission: the adapters that may reach the engine, and the one line for each other one."""
 
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from astra_serve.adapters.schedule import HEADROOM
 from astra_serve.cli import main
 from astra_serve.errors import ServeError
 from converter import adapter_dir
-from converter.adapter_dir import LoraAdapter
+from converter.adapter_dir import AdapterError, LoraAdapter
 
 MODULE = "model.layers.0.self_attn.q_proj"  # 32 x 32 in the tiny base
 
@@ -32,6 +34,27 @@ def test_adapters_that_fit_are_admitted_with_their_rank(tiny_base: Path, tmp_pat
     (plain / "astra.json").unlink()  # somebody else's LoRA
     base = open_base(str(tiny_base))
     assert [base.check(ours).rank, base.check(plain).rank] == [4, 20]
+
+
+def test_more_patterns_than_the_base_has_layers_are_refused_and_one_that_matches_none_is_ignored(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    base = open_base(str(tiny_base))
+    folder = write_lora(tmp_path / "lora", tiny_base)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for most, refused in ((len(base.shapes), False), (len(base.shapes) + 1, True), (20_000, True)):
+        patterns = {key: {f"{key}{n}": 4 for n in range(most)} for key in ("rank_pattern", "alpha_pattern")}
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **patterns}))
+        with pytest.raises(ServeError, match="keys in rank_pattern") if refused else nullcontext():
+            assert base.check(folder).rank == 4
+
+
+def test_weights_that_are_not_finite_are_refused_before_the_engine_reads_them(tiny_base: Path, tmp_path: Path) -> None:
+    layers = {MODULE: (torch.full((4, 32), float("nan")), torch.zeros(32, 4))}
+    with adapter_dir.new_folder(tmp_path / "nan") as partial:
+        adapter_dir.save_lora(partial, LoraAdapter(layers, {"r": 4, "lora_alpha": 4}, {}))
+    with pytest.raises(AdapterError, match="contains NaN or infinite values"):
+        open_base(str(tiny_base)).check(tmp_path / "nan")
 
 
 def test_the_engines_rank_is_the_smallest_that_holds_every_adapter() -> None:

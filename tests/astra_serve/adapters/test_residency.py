@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from astra_serve.adapters.schedule import State
 from astra_serve.adapters.version import Alias, Version
 from astra_serve.errors import Unavailable
+from tests.astra_serve.stand_in import MODULE
 from tests.astra_serve.world import Memory, in_a_loop, memory, quiet
 
 
@@ -34,6 +36,18 @@ async def test_a_request_finishes_on_its_version_which_is_evicted_then(engine, s
             assert engine.loaded[held.handle] == 1.0  # still there for the one that leases it
         await m.residency.idle()
         assert list(engine.loaded) == [two.name]
+
+
+@in_a_loop
+async def test_a_version_that_does_not_fit_is_refused_in_the_words_of_its_source(
+    engine, store, base, write_lora
+) -> None:
+    async with memory(engine, store, replace(base, max_rank=8)) as m:
+        large = Version("a", store.add(write_lora("large", 1.0, rank=16), source="s3://user:password@bucket/large"))
+        with pytest.raises(Unavailable) as caught:
+            async with m.residency.hold(large):
+                pass
+        assert str(caught.value).endswith(": s3://bucket/large has rank 16; the engine serves at most 8")
 
 
 @in_a_loop
@@ -293,6 +307,18 @@ async def test_a_version_of_an_earlier_process_is_proved_before_its_first_reques
         with pytest.raises(Unavailable, match="changes nothing"):
             await m.answer("b")
         assert m.loaded() == ["a"]
+
+
+@in_a_loop
+async def test_a_version_of_which_the_engine_leaves_modules_out_is_refused_and_unloaded(
+    engine, store, base, version
+) -> None:
+    async with memory(engine, store, base) as m:
+        engine.partly = {"a"}
+        with pytest.raises(Unavailable, match=f"does not adapt 1 of its modules: {MODULE}; see --lora-target-modules"):
+            async with m.residency.hold(version("a", 1.0)):
+                pass
+        assert not engine.loaded
 
 
 @in_a_loop

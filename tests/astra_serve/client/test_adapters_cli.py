@@ -45,6 +45,20 @@ def adapters(port: int, *words: object) -> int:
     return main(["adapters", "--url", f"http://127.0.0.1:{port}", *map(str, words)])
 
 
+def test_a_relative_path_is_that_of_the_caller(port: int, write_lora, tmp_path: Path, monkeypatch, capsys) -> None:
+    folder = write_lora("one", 1.0)
+    monkeypatch.chdir(folder.parent)
+    for words in (["publish", "a", "./one"], ["prepare", "a", "one"], ["canary", "a", "../loras/one", "0.5"]):
+        words[2] = words[2].replace("loras", folder.parent.name)
+        assert adapters(port, *words) == 0, capsys.readouterr().err
+    entry = desired.parse((tmp_path / "adapters.yaml").read_text(), "").get("a")
+    assert entry is not None
+    assert entry.canary is not None
+    assert (entry.source, entry.canary.version) == (str(folder), str(folder))
+    assert adapters(port, "publish", "b", "./none") == 1
+    assert f"there is no folder {folder.parent / 'none'} on the server" in capsys.readouterr().err
+
+
 def test_publish_list_roll_back_and_remove(port: int, write_lora, capsys) -> None:
     for name, value in (("one", 1.0), ("two", 2.0)):
         assert adapters(port, "publish", "a", write_lora(name, value)) == 0

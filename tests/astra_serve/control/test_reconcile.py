@@ -53,7 +53,7 @@ async def test_one_bad_entry_delays_no_other(world, write_lora) -> None:
         await w.follow(document(none, good))
         assert (await w.settled("good")).phase == "serving"
         bad = await w.settled("none")
-        assert (bad.phase, bad.reason) == ("failed", "there is no folder /not/there; trying again in 1 s")
+        assert (bad.phase, bad.reason) == ("failed", "there is no folder /not/there on the server; trying again in 1 s")
         assert w.seen("good") == ["fetching", "verifying", "loading", "probing", "loaded", "serving"]
 
 

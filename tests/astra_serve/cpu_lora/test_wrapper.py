@@ -243,7 +243,7 @@ def test_one_compiled_model_serves_every_mix_of_adapters(linear) -> None:
     assert torch.equal(model(x), y)
 
 
-def test_prompt_logprobs_use_the_adapter_of_the_only_request_and_raise_with_several() -> None:
+def test_prompt_logprobs_use_the_adapter_of_the_only_request_and_none_with_several() -> None:
     """Then the engine asks for the logits of one request's prompt while the mapping is that of the sampled rows."""
     a, b = stacked(torch.float32, [16] * 4)
     x = normal(5, D_IN, seed=3)
@@ -251,9 +251,6 @@ def test_prompt_logprobs_use_the_adapter_of_the_only_request_and_raise_with_seve
     wrapper(GroupedPunicaWrapper, [2] * 5, prompts=[2]).add_lora_logits(y, x, a[0], b[0], 1.0)
     torch.testing.assert_close(y, x @ a[0][2, 0].T @ b[0][2, 0].T)
     several = wrapper(GroupedPunicaWrapper, [2, 0, 0], prompts=[2, 0, 0])
-    with pytest.raises(RuntimeError, match="prompt_logprobs"):
-        several.add_lora_logits(y, x, a[0], b[0], 1.0)
-    several.ranks["logits"][:] = 0  # the usual case: no adapter of the step changes the logits
     before = y.clone()
     several.add_lora_logits(y, x, a[0], b[0], 1.0)
     assert torch.equal(y, before)

@@ -1,17 +1,24 @@
 """Every name and object of vLLM that we touch."""
 
 import ast
+import asyncio
 import importlib
 import inspect
 import socket
+from contextvars import ContextVar
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
 
 from astra_serve.engine import options, server, vllm_seams
 from astra_serve.errors import ServeError
+from astra_serve.gateway import request as requests
+from astra_serve.gateway.request import Request
 from tests.astra_serve.world import in_a_loop
 
 PACKAGE = Path(vllm_seams.__file__).parents[1]
@@ -57,6 +64,7 @@ class Client:
     errored = False
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **_: Any) -> Any: ...
+    def encode(self) -> Any: ...
     def abort(self) -> Any: ...
     def add_lora(self) -> Any: ...
     def remove_lora(self) -> Any: ...
@@ -96,6 +104,86 @@ async def test_handlers_get_the_engines_client_with_everything_it_has() -> None:
     metered = vllm_seams.MeteredClient(SimpleNamespace(vllm_config="config", errored=True))  # type: ignore[arg-type]
     assert (metered.vllm_config, metered.errored) == ("config", True)
     assert inspect.isasyncgenfunction(metered.generate)
+
+
+class Recording:
+    """A client of the engine that keeps the prompts."""
+
+    def __init__(self) -> None:
+        self.prompts: list[Any] = []
+
+    async def generate(self, prompt: Any, *_: Any, **__: Any) -> Any:
+        self.prompts.append(prompt)
+        for answer in ():
+            yield answer
+
+    encode = generate
+
+
+async def engine_prompt(salt: str | None, prompt: Any, method: str = "generate") -> Any:
+    """Return the prompt that the engine gets for one of a request with this salt."""
+    client, task = Recording(), asyncio.current_task()
+    assert task is not None
+    token = requests.current.set(Request("1", "/v1", "a", task, cache_salt=salt))
+    try:
+        metered = vllm_seams.MeteredClient(client)  # type: ignore[arg-type]
+        async for _ in getattr(metered, method)(prompt, SamplingParams(), "id"):
+            pass
+    finally:
+        requests.current.reset(token)
+    (found,) = client.prompts
+    return found
+
+
+@pytest.mark.parametrize("method", ["generate", "encode"])
+@in_a_loop
+async def test_prompts_reach_the_prefix_cache_with_the_salt_of_their_key_and_the_clients_own(method: str) -> None:
+    plain = {"type": "token", "prompt_token_ids": [1, 2]}
+    assert await engine_prompt("mine", plain, method) == {**plain, "cache_salt": "mine"}
+    assert await engine_prompt(None, {**plain, "cache_salt": "own"}, method) == {**plain, "cache_salt": "own"}
+    both = {
+        (await engine_prompt(salt, {**plain, "cache_salt": own}, method))["cache_salt"]
+        for salt in ("mine", "yours")
+        for own in ("own", "mine", "yours")
+    }
+    assert len(both - {"mine", "yours", "own"}) == 6
+    assert plain == {"type": "token", "prompt_token_ids": [1, 2]}
+    pair = {"type": "enc_dec", "encoder_prompt": plain, "decoder_prompt": plain}
+    assert (await engine_prompt("mine", pair, method))["decoder_prompt"]["cache_salt"] == "mine"
+
+
+@in_a_loop
+async def test_a_prompt_that_cannot_have_a_salt_does_not_reach_the_cache() -> None:
+    with pytest.raises(TypeError, match="cannot have a salt"):
+        await engine_prompt("mine", "text")
+
+
+@in_a_loop
+async def test_a_grammar_that_the_engine_ends_a_request_for_is_the_clients_fault(monkeypatch) -> None:
+    class Engine:
+        async def generate(self, *_: Any, **__: Any) -> Any:
+            output = SimpleNamespace(token_ids=[], index=0, finish_reason="error")
+            yield SimpleNamespace(metrics=None, outputs=[output], prompt_token_ids=[1])
+
+    async def ask(params: SamplingParams) -> list[Any]:
+        return [answer async for answer in vllm_seams.MeteredClient(Engine()).generate("x", params, "id")]  # type: ignore[arg-type]
+
+    request = Request(id="x", path="/v1", model="base", task=asyncio.current_task())  # type: ignore[arg-type]
+    monkeypatch.setattr(requests, "current", ContextVar("current", default=request))
+    assert len(await ask(SamplingParams())) == 1
+    assert not request.broke
+    with pytest.raises(VLLMValidationError, match="cannot follow the schema or grammar"):
+        await ask(SamplingParams(structured_outputs=StructuredOutputsParams(regex="a")))
+    assert not request.broke
+
+
+def test_wrong_items_of_a_long_responses_request_are_found_a_few_at_a_time() -> None:
+    good = [{"role": "user", "content": "x"}] * 100
+    assert vllm_seams._wrong_items(good) is None
+    assert vllm_seams._wrong_items([*good, {}, *good]) == "input has a wrong item between number 96 and number 111"
+    assert vllm_seams._wrong_items([{}] * 2048) == "input has a wrong item between number 0 and number 15"
+    assert vllm_seams._wrong_items("x") is None
+    assert vllm_seams._wrong_items([{}]) is None
 
 
 # vLLM leaves the socket that it could not bind to the garbage collector.

@@ -1,0 +1,21 @@
+"""Errors for clients, in OpenAI's format."""
+
+import json
+
+KINDS = {
+    401: "AuthenticationError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
+    413: "RequestTooLargeError",
+    431: "RequestTooLargeError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+}
+
+
+def error_body(status: int, message: str, param: str | None = None) -> bytes:
+    """Return the body of an error as JSON in ASCII: texts of clients that cannot be encoded are escaped."""
+    kind = KINDS.get(status, "BadRequestError")
+    error = {"message": message, "type": kind, "param": param, "code": status}
+    return json.dumps({"error": error}).encode()

@@ -1,0 +1,68 @@
+"""JSON of clients, without what other parts of a server cannot hold: numbers that are not finite, halves of characters.
+
+`json.loads` accepts NaN, 1e999 and a lone surrogate (half of a character of UTF-16, as "\\ud800"). None of them can be
+written as JSON in UTF-8 again, so that an answer or a log line with one of them fails.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")  # also the halves of whole characters
+LONE = re.compile(r"[\ud800-\udfff]")  # after the escapes are resolved, whole characters are one character
+
+
+class Unusable(ValueError):
+    """Text that is JSON by Python's rules, with a value that this server does not accept; the message is one line."""
+
+
+def parse(body: bytes) -> Any:
+    """Return the JSON value. Raises Unusable, another ValueError if the text is no JSON, RecursionError."""
+    text = body.decode(json.detect_encoding(body), "surrogatepass")
+    content = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
+    if SURROGATE.search(text) and any(LONE.search(one) for one in strings(content)):
+        raise Unusable("the body has a lone surrogate, which is half of a character: send whole characters")
+    return content
+
+
+def fault(body: bytes) -> str | None:
+    """Return why JSON in a body is not accepted, in one line; None also for an empty body."""
+    try:
+        if body:
+            parse(body)
+    except RecursionError:
+        return "the body is nested too deeply"
+    except Unusable as error:
+        return str(error)
+    except json.JSONDecodeError as error:
+        return f"the body is no JSON: {error}"
+    except ValueError:
+        return "the body is not in UTF-8, or has a number with too many digits"
+    return None
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Yield every string of a JSON value, keys included."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, dict):
+            yield from one
+            left.extend(one.values())
+        elif isinstance(one, list) and not (one and isinstance(one[0], int) and all(type(x) is int for x in one)):
+            left.extend(one)
+
+
+def _not_finite(name: str) -> float:
+    raise Unusable(f"the body has {name}, which is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise Unusable(f"the body has {text[:40]}, which is too large for a number")
+    return number
