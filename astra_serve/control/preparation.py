@@ -104,8 +104,8 @@ class Preparation:
 
     async def _fetched(self, source: str, expected: str | None, status: Status, kept: list[str]) -> str:
         """Return the digest of the version that is at a source now."""
-        status.enter(Phase.FETCHING)
         before = status.seen[source] = await self.sources.fingerprint(source)
+        status.enter(Phase.FETCHING)
         folder = await fetch(source, self._store, self._roots, self.sources)
         status.enter(Phase.VERIFYING)
         try:
