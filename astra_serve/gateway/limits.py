@@ -7,9 +7,9 @@ vLLM's own bound, too.
 
 - `ANSWERS`: `n`, `best_of`, and with beam search the width; `SEQUENCES`: prompts x `n`;
 - `VALUES`: all values of a body; `INPUTS`: those of one list, as messages or texts to embed. Lists of tokens count in
-  neither. vLLM collects up to fifteen errors for a wrong value while all other requests wait: 16 s for a million errors;
-- `TRUNCATED`: characters of a text that vLLM is to truncate, if that is more than `longest_text`: it tokenises the whole
-  text before.
+  neither. vLLM collects up to fifteen errors for a wrong value while other requests wait: 16 s for a million errors;
+- `TRUNCATED`: characters of a text that vLLM is to truncate, if that is more than `longest_text`: it tokenises all of
+  it.
 """
 
 import json
