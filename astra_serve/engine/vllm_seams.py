@@ -8,6 +8,7 @@
 `cpu_lora` and `worker_extension` run inside the engine's processes and check what they touch themselves.
 """
 
+import asyncio
 import inspect
 import sys
 import time
@@ -92,6 +93,9 @@ async def application(
     _expect(MODELS in paths, f"route {MODELS}")
     app.router.routes[:] = [r for r in served(app.router.routes) if getattr(r, "path", "") != MODELS]
     app.add_api_route(MODELS, _models(models, fleet), methods=["GET"])
+    if app.openapi_url:
+        app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", "") != app.openapi_url]
+        app.add_api_route(app.openapi_url, _openapi(app), methods=["GET"], include_in_schema=False)
     _expect(callable(getattr(app.router, "middleware_stack", None)), "Router.middleware_stack")
     gateway = Gateway(
         RouteErrors(app.router.middleware_stack),
@@ -103,6 +107,14 @@ async def application(
     )
     app.router.middleware_stack = gateway
     return app, gateway
+
+
+def _openapi(app: FastAPI) -> Callable[[], Any]:
+    async def openapi() -> dict[str, Any]:
+        """Return the description of the served routes; the first time takes seconds, during which others are served."""
+        return await asyncio.to_thread(app.openapi)
+
+    return openapi
 
 
 def _check(client: EngineClient) -> Callable[[str, bytes], Checked]:

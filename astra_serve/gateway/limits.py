@@ -137,6 +137,8 @@ def _prompts(value: Any) -> int:
 def _values(content: dict[str, Any]) -> Fault | None:
     left = [(name, value) for name, value in content.items() if name not in structured.FIELDS]
     count = len(content)
+    if count > VALUES:
+        return Fault(f"the request has {count} parameters: send those that the API has")
     while left:
         name, value = left.pop()
         if not isinstance(value, dict | list) or (name in TOKENS and _are_tokens(value)):
@@ -185,10 +187,11 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _tokens(path: str, content: dict[str, Any], longest_text: int) -> Fault | None:
-    tokens = content.get("tokens")
-    if path == "/detokenize" and isinstance(tokens, list) and len(tokens) > longest_text:
-        return Fault(f"there are {len(tokens)} tokens: at most {longest_text} are served in one request", "tokens")
-    return None
+    name = "tokens" if path == "/detokenize" else "prompt"
+    tokens = content.get(name)
+    if not isinstance(tokens, list) or content.get("truncate_prompt_tokens") is not None or len(tokens) <= longest_text:
+        return None
+    return Fault(f"{name} has {len(tokens)} tokens, and a prompt of this model has fewer than {longest_text}", name)
 
 
 def _structured(content: dict[str, Any]) -> Fault | None:

@@ -36,6 +36,8 @@ def said(text: str) -> list[dict[str, Any]]:
         (TEXT, {"bad_words": [1] * 2049}, "bad_words"),
         (TEXT, {"stop_token_ids": ["x"] * 2049}, "stop_token_ids"),
         (TEXT, {"logit_bias": {str(n): 1 for n in range(50_001)}}, "logit_bias"),
+        (TEXT, {f"x{n}": n for n in range(50_001)}, None),
+        (TEXT, {"prompt": [1] * 1001}, "prompt"),
         (TEXT, {"top_k": 2**63}, "top_k"),
         (TEXT, {"structured_outputs": {"x": [1] * 50_000}}, "structured_outputs"),
         (TEXT, {"prompt_embeds": ["x"] * 513}, "prompt"),
@@ -69,7 +71,9 @@ def said(text: str) -> list[dict[str, Any]]:
         (CHAT, {"priority": -(10**26)}, "priority"),
     ],
 )
-def test_a_request_for_too_much_is_refused_with_the_parameter(path: str, content: dict[str, Any], param: str) -> None:
+def test_a_request_for_too_much_is_refused_with_the_parameter(
+    path: str, content: dict[str, Any], param: str | None
+) -> None:
     found = limits.check(path, json.dumps(content).encode(), CONTEXT)
     assert found.fault
     assert found.fault.param == param
@@ -81,8 +85,9 @@ def test_a_request_for_too_much_is_refused_with_the_parameter(path: str, content
     [
         (TEXT, {"n": 128, "prompt": ["x"] * 4}),
         (TEXT, {"n": None, "prompt": ["x" * 1000] * 512}),
-        (TEXT, {"prompt": [1] * 100_000, "allowed_token_ids": [1] * 100_000}),
+        (TEXT, {"prompt": [1] * 1000, "allowed_token_ids": [1] * 100_000}),
         (TEXT, {"prompt": [[], [1] * 100_000]}),
+        (TEXT, {"prompt": [1] * 100_000, "truncate_prompt_tokens": 5}),
         (TEXT, {"prompt": LONG, "truncate_prompt_tokens": 5}),
         (CHAT, {"messages": said("x" * 1000), "priority": 0}),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": LONG}}]}]}),
