@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from astra_serve.adapters.clock import Clock
 from astra_serve.adapters.events import Event, Events
@@ -44,6 +45,7 @@ class Status:
     reason: str | None = None
     since: float = field(default_factory=time.time)  # seconds since 1970
     seconds: dict[str, float] = field(default_factory=dict)  # the duration of each phase before this one
+    seen: dict[str, list[Any]] = field(default_factory=dict)  # fingerprints of the sources before they were read
     parts: dict[str, float] = field(default_factory=dict)  # loading and probing, as parts of the phase LOADING
     began: float | None = None  # when the change was asked for, by the server's clock; None: now
 
