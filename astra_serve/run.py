@@ -23,7 +23,7 @@ from prometheus_client import REGISTRY
 from astra_serve.adapters.admission import Base
 from astra_serve.adapters.clock import Clock
 from astra_serve.adapters.events import Events
-from astra_serve.adapters.fetch import Sources
+from astra_serve.adapters.fetch import Sources, local_path
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.adapters.loading import Loader
 from astra_serve.adapters.progress import FetchLimits, largest_adapter
@@ -97,7 +97,9 @@ async def _serve(
     async with vllm.started(args, settings.engine_timeout_s, clock) as engine:
         residency = Residency(Loader(engine, store, base, events, clock), events, Limits(settings.resident), clock)
         fleet = Fleet(base.name, residency, events)
-        sources = Sources(FetchLimits(max_bytes=largest_adapter(base.shapes, base.max_rank)))
+        document = local_path(settings.document) if isinstance(settings.document, str) else None
+        limits = FetchLimits(max_bytes=largest_adapter(base.shapes, base.max_rank))
+        sources = Sources(limits, document.absolute().parent if document else None)
         preparation = Preparation(fleet, store, clock, settings.roots, sources)
         reconciler = Reconciler(fleet, preparation, clock, settings.drain_s)
         subscribers = Subscribers()

@@ -33,10 +33,19 @@ T = TypeVar("T")
 class Sources:
     """The pools in which one server reads its sources."""
 
-    def __init__(self, limits: FetchLimits | None = None) -> None:
-        self.limits = limits or FetchLimits()
+    def __init__(self, limits: FetchLimits | None = None, folder: Path | None = None) -> None:
+        """`folder` is the document's: relative paths begin there. None: they are refused."""
+        self.limits, self._folder = limits or FetchLimits(), folder
         self.downloads = Slots(self.limits.downloads, self.limits.share)
         self.threads = Threads(self.limits.threads, self.limits.share)
+
+    def located(self, source: str) -> str:
+        """Return a source with its path absolute, if it is one. Raises CannotFetch."""
+        if "://" in source or source.startswith(("sha256:", "~")) or Path(source).is_absolute():
+            return source
+        if self._folder is None:
+            raise CannotFetch(f"{source} is a relative path, and the document is no file here: give an absolute one")
+        return str(self._folder / source)
 
     async def read(self, source: str, function: Callable[..., T], *args: Any) -> T:
         """Return `function(*args, on_bytes)`, called in a thread; `on_bytes` takes the number of bytes of each block.
@@ -61,6 +70,7 @@ class Sources:
         if source.startswith(("hf://", "sha256:")) or "::" in source:
             return []
         with suppress(Exception):  # each file system has errors of its own
+            source = self.located(source)
             async with asyncio.timeout(self.limits.look_s):
                 return await self.threads.run(origin(source), _fingerprint, source, self.limits.look_s)
         return []
@@ -88,6 +98,7 @@ async def fetch(source: str, store: Store, roots: tuple[Path, ...] = (), sources
     sources = sources or Sources()
     if "::" in source:
         raise CannotFetch("a source is one URL, without '::'")
+    source = sources.located(source)
     if path := local_path(source):
         return await sources.read(source, _local, path, roots, sources.limits.max_bytes)
     try:

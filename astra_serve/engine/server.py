@@ -17,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 from vllm import envs
 from vllm.entrypoints.launchers.launcher import NoSignalServer, setup_server
+from vllm.entrypoints.launchers.utils import constants
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
 
@@ -52,8 +53,11 @@ def bound(args: Namespace, admin: tuple[str, int] | None) -> Iterator[tuple[sock
 
 def connection_limits(args: Namespace) -> ConnectionLimits:
     """Return the limits of connections to both ports; vLLM's options for h11 set two of them."""
-    given = {"header_bytes": args.h11_max_incomplete_event_size, "header_count": args.h11_max_header_count}
-    return ConnectionLimits(**{name: value for name, value in given.items() if value})
+    given = {
+        "header_bytes": (args.h11_max_incomplete_event_size, constants.H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT),
+        "header_count": (args.h11_max_header_count, constants.H11_MAX_HEADER_COUNT_DEFAULT),
+    }
+    return ConnectionLimits(**{name: value for name, (value, default) in given.items() if value not in (None, default)})
 
 
 async def serve_admin(app: FastAPI, sock: socket.socket, limits: ConnectionLimits) -> None:

@@ -9,6 +9,7 @@
 `cpu_lora` and `worker_extension` run inside the engine's processes and check what they touch themselves.
 """
 
+import asyncio
 import hmac
 import inspect
 import sys
@@ -54,7 +55,6 @@ from astra_serve.gateway.middleware import OPEN, Gateway, Served, Subscribers
 from astra_serve.gateway.models import PATH, Models
 from astra_serve.gateway.routes import RouteErrors, served
 
-ITEMS_AT_ONCE = 16
 GENERATE = ["prompt", "sampling_params", "request_id"]
 CLIENT = ("generate", "encode", "abort", "add_lora", "remove_lora", "list_loras", "collective_rpc", "errored")
 
@@ -101,6 +101,9 @@ async def application(
     listed = Models(fleet, client.model_config.max_model_len)
     app.add_api_route(PATH, listed.show_all, methods=["GET"])
     app.add_api_route(PATH + "/{model:path}", listed.show, methods=["GET"])
+    if app.openapi_url:
+        app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", "") != app.openapi_url]
+        app.add_api_route(app.openapi_url, _openapi(app), methods=["GET"], include_in_schema=False)
     _expect(callable(getattr(app.router, "middleware_stack", None)), "Router.middleware_stack")
     gateway = Gateway(
         RouteErrors(app.router.middleware_stack),
@@ -127,6 +130,14 @@ def _hold_background(responses: OpenAIServingResponses) -> None:
         setattr(responses, name, mine)
 
 
+def _openapi(app: FastAPI) -> Callable[[], Any]:
+    async def openapi() -> dict[str, Any]:
+        """Return the description of the served routes; the first time takes seconds, during which others are served."""
+        return await asyncio.to_thread(app.openapi)
+
+    return openapi
+
+
 def _check(client: EngineClient) -> Callable[[str, bytes], Checked]:
     """Return the check of requests to this model."""
     tokenizer = client.renderer.tokenizer
@@ -141,18 +152,15 @@ def _check(client: EngineClient) -> Callable[[str, bytes], Checked]:
 
 
 def _wrong_items(items: Any) -> str | None:
-    """Return which items of a long Responses request are wrong, if any.
+    """Return which item of a Responses request is wrong, if there are several.
 
     vLLM validates all of them at once, and collects up to 233 errors for each that is wrong: 5 s for 1,000 of them.
     """
-    if not isinstance(items, list) or len(items) <= ITEMS_AT_ONCE:
-        return None  # vLLM says more about each error
-    for start in range(0, len(items), ITEMS_AT_ONCE):
-        some = items[start : start + ITEMS_AT_ONCE]
+    for number, item in enumerate(items if isinstance(items, list) and len(items) > 1 else ()):
         try:
-            ResponsesRequest.model_validate({"input": some})
+            ResponsesRequest.model_validate({"input": [item]})
         except ValueError:
-            return f"input has a wrong item between number {start} and number {start + len(some) - 1}"
+            return f"input.{number} is not an item that can be served: its fields are missing or wrong"
     return None
 
 

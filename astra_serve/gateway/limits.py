@@ -3,25 +3,29 @@
 vLLM checks the length of a prompt in tokens. Before that it parses, renders and tokenises all of it, and some routes
 (/tokenize, /detokenize) have no limit at all. `longest_text` is the number of characters that fits into the model's
 context if each token is the longest of the vocabulary, so that no longer text does, whatever its tokens are; it is
-vLLM's own bound, too. A request that lets vLLM truncate its prompt may be longer.
+vLLM's own bound, too.
 
 - `ANSWERS`: `n`, `best_of`, and with beam search the width; `SEQUENCES`: prompts x `n`;
-- `INPUTS`: the values of a list in a prompt that are not numbers, as messages or texts to embed; `OBJECTS`: all objects
-  and lists in the prompt. The errors that vLLM collects for wrong ones take milliseconds each.
+- `VALUES`: all values of a body; `INPUTS`: those of one list, as messages or texts to embed. Lists of tokens count in
+  neither. vLLM collects up to fifteen errors for a wrong value while other requests wait: 16 s for a million errors;
+- `TRUNCATED`: characters of a text that vLLM is to truncate, if that is more than `longest_text`: it tokenises all of
+  it.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from astra_serve.gateway import json_body, structured
-from astra_serve.gateway.json_body import Unusable
 
 ANSWERS = 128
 SEQUENCES = 512
 INPUTS = 2048
-OBJECTS = 20_000
+VALUES = 50_000
+TRUNCATED = 2**20
+INTEGERS = range(-(2**63), 2**63)  # that the engine's messages can have
 
 PROMPT = (
     "prompt",
@@ -50,6 +54,7 @@ NOT_TEXT = frozenset(  # keys of texts that do not enter the prompt as they are:
 WHOLE = frozenset(  # routes that make one prompt of all texts
     {"/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/tokenize"}
 )
+TOKENS = frozenset({"prompt", "input", "tokens", "stop_token_ids", "allowed_token_ids", "logprob_token_ids"})
 TOKENISING = frozenset({"/tokenize", "/detokenize"})  # routes that never truncate
 
 
@@ -73,16 +78,18 @@ def check(path: str, body: bytes, longest_text: int = sys.maxsize) -> Checked:
     """Return the body of a request to a model; a text that is no JSON is for vLLM to report."""
     try:
         content = json_body.parse(body)
-    except Unusable as error:
-        return Checked({}, Fault(str(error)))
-    except (ValueError, RecursionError):
+    except json.JSONDecodeError:
         return Checked({})
+    except (ValueError, RecursionError):
+        return Checked({}, Fault(json_body.fault(body) or ""))
     if not isinstance(content, dict):
         return Checked({})
     rules: tuple[Callable[[], Fault | None], ...] = (
         lambda: _priority(content),
+        lambda: _integers(content),
         lambda: _sequences(content),
-        lambda: _prompt(path, content, longest_text),
+        lambda: _values(content),
+        lambda: _texts(path, content, longest_text),
         lambda: _tokens(path, content, longest_text),
         lambda: _structured(content),
     )
@@ -92,6 +99,13 @@ def check(path: str, body: bytes, longest_text: int = sys.maxsize) -> Checked:
 def _priority(content: dict[str, Any]) -> Fault | None:
     if content.get("priority"):  # the engine's priorities are for its probes: all requests have the same
         return Fault("priority is not served: leave it out", "priority")
+    return None
+
+
+def _integers(content: dict[str, Any]) -> Fault | None:
+    for name, value in content.items():
+        if isinstance(value, int) and value not in INTEGERS:
+            return Fault(f"{name} is out of range: an integer has at most 64 bits", name)
     return None
 
 
@@ -120,44 +134,64 @@ def _prompts(value: Any) -> int:
     return 1 if not isinstance(value, list) or (value and isinstance(value[0], int)) else len(value)
 
 
-def _prompt(path: str, content: dict[str, Any], longest_text: int) -> Fault | None:
-    truncates = path not in TOKENISING and content.get("truncate_prompt_tokens") is not None
-    objects = 0
-    for name in PROMPT:
-        total = 0
-        for value in _values(content.get(name)):
-            if isinstance(value, str):
-                total = total + len(value) if path in WHOLE else max(total, len(value))
-                continue
-            objects += 1
-            if isinstance(value, list) and len(value) > INPUTS and not isinstance(value[0], int):
-                return Fault(f"a list in {name} has {len(value)} values: {INPUTS} are served in one request", name)
-            if objects > OBJECTS:
-                return Fault(f"the prompt has more than {OBJECTS} objects and lists: send less in one request", name)
-        if total > longest_text and not truncates:
-            most = f"the model's context holds at most {longest_text}: shorten it"
-            return Fault(f"{name} has a text of {total} characters, and {most}", name)
+def _values(content: dict[str, Any]) -> Fault | None:
+    left = [(name, value) for name, value in content.items() if name not in structured.FIELDS]
+    count = len(content)
+    if count > VALUES:
+        return Fault(f"the request has {count} parameters: send those that the API has")
+    while left:
+        name, value = left.pop()
+        if not isinstance(value, dict | list) or (name in TOKENS and _are_tokens(value)):
+            continue
+        if isinstance(value, list):
+            if len(value) > INPUTS:
+                return Fault(
+                    f"a list in {name} has {len(value)} values: {INPUTS} are served, unless all are tokens", name
+                )
+            if name == "prompt" and value is not content[name]:
+                return Fault("a prompt is a text, or a list of tokens, which are whole numbers from 0", name)
+        count += len(value)
+        if count > VALUES:
+            return Fault(f"the request has more than {VALUES} values: send less in one request", name)
+        left.extend((name, child) for child in (value.values() if isinstance(value, dict) else value))
     return None
 
 
-def _values(value: Any) -> Iterator[str | dict[str, Any] | list[Any]]:
-    """Yield every text, object and list of a value; no number, no text that is none."""
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and set(map(type, value)) <= {int} and min(value, default=0) >= 0
+
+
+def _texts(path: str, content: dict[str, Any], longest_text: int) -> Fault | None:
+    if path not in TOKENISING and content.get("truncate_prompt_tokens") is not None:
+        longest_text = max(longest_text, TRUNCATED)
+    for name in PROMPT:
+        lengths = [len(text) for text in _strings(content.get(name))]
+        length = sum(lengths) if path in WHOLE else max(lengths, default=0)
+        if length > longest_text:
+            most = f"a prompt of this model has at most {longest_text}: shorten it"
+            return Fault(f"{name} has a text of {length} characters, and {most}", name)
+    return None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield every text of a value, without those that are none."""
     left = [value]
     while left:
         one = left.pop()
-        if isinstance(one, str | dict | list):
+        if isinstance(one, str):
             yield one
-        if isinstance(one, dict):
+        elif isinstance(one, dict):
             left.extend(v for key, v in one.items() if not (key in NOT_TEXT and isinstance(v, str)))
-        elif isinstance(one, list) and not (one and isinstance(one[0], int)):
+        elif isinstance(one, list) and not _are_tokens(one):
             left.extend(one)
 
 
 def _tokens(path: str, content: dict[str, Any], longest_text: int) -> Fault | None:
-    tokens = content.get("tokens")
-    if path == "/detokenize" and isinstance(tokens, list) and len(tokens) > longest_text:
-        return Fault(f"there are {len(tokens)} tokens: at most {longest_text} are served in one request", "tokens")
-    return None
+    name = "tokens" if path == "/detokenize" else "prompt"
+    tokens = content.get(name)
+    if not isinstance(tokens, list) or content.get("truncate_prompt_tokens") is not None or len(tokens) <= longest_text:
+        return None
+    return Fault(f"{name} has {len(tokens)} tokens, and a prompt of this model has fewer than {longest_text}", name)
 
 
 def _structured(content: dict[str, Any]) -> Fault | None:

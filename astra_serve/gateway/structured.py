@@ -19,17 +19,17 @@ GRAMMAR_BYTES = 64 * 2**10
 PROPERTIES = 500
 ITEMS = 10_000
 DEPTH = 64
-TEXTS = ("regex", "grammar", "choice", "structural_tag", "whitespace_pattern")
+FIELDS = ("response_format", "structured_outputs", "text", "output_config")
 COMBINED = ("allOf", "anyOf", "oneOf")
 
 
 def fault(content: dict[str, Any]) -> tuple[str, str] | None:
     """Return why the structured output that a request asks for is refused, and its parameter; otherwise None."""
     size = 0
-    for param, grammar in _grammars(content):
-        size += len(grammar) if isinstance(grammar, str) else len(json.dumps(grammar))
+    for param, asked in [*((name, content.get(name)) for name in FIELDS), *_tools(content)]:
+        size += len(json.dumps(asked))
         if size > GRAMMAR_BYTES:
-            return f"the grammars of a request have at most {GRAMMAR_BYTES} bytes: send a smaller one", param
+            return f"the schemas and grammars of a request have at most {GRAMMAR_BYTES} bytes: send less", param
     for param, schema in _grammars(content):
         if isinstance(schema, dict) and (reason := _schema_fault(schema)):
             return f"the schema cannot be served: {reason}", param
@@ -37,7 +37,7 @@ def fault(content: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def _grammars(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield each grammar of a request with its parameter: a schema as an object, another grammar as it is."""
+    """Yield each schema of a request with its parameter, and structural tags, which have schemas in them."""
     for param, wanted in (
         ("response_format", content.get("response_format")),
         ("text", _get(content.get("text"), "format")),
@@ -46,9 +46,13 @@ def _grammars(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         if _get(wanted, "type") not in (None, "text", "json_object"):
             schema = _get(wanted, "schema", _get(_get(wanted, "json_schema"), "schema"))
             yield param, wanted if schema is None else schema
-    options = content.get("structured_outputs")
-    yield from (("structured_outputs", _get(options, name)) for name in TEXTS if _get(options, name) is not None)
-    yield "structured_outputs", _read(_get(options, "json"))
+    for name in ("json", "structural_tag"):
+        yield "structured_outputs", _read(_get(content.get("structured_outputs"), name))
+    yield from _tools(content)
+
+
+def _tools(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the schemas of the tools that the answer has to follow."""
     forced = isinstance(content.get("tool_choice"), dict) or content.get("tool_choice") in ("required", "any")
     for tool in content["tools"] if isinstance(content.get("tools"), list) else ():
         function = _get(tool, "function", tool)

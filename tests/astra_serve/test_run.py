@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -43,7 +44,8 @@ def serve(engine: StandInEngine, base, tiny_base, tmp_path: Path, monkeypatch) -
         await engine.died.wait()
         raise EngineLost("the engine has died: its log says why; start the server again")
 
-    engine.watch, engine.client, engine.not_ready = watch, None, list
+    client = SimpleNamespace(model_config=SimpleNamespace(is_multimodal_model=False))
+    engine.watch, engine.client, engine.not_ready = watch, client, list
     monkeypatch.setattr(run.vllm, "started", started)
     monkeypatch.setattr(run.vllm_seams, "application", application)
     monkeypatch.setattr(run.vllm_seams, "known_keys", lambda *_: None)
@@ -61,6 +63,7 @@ def serve(engine: StandInEngine, base, tiny_base, tmp_path: Path, monkeypatch) -
             roots=(),
             admin=("127.0.0.1", ports[1]) if isinstance(document, Path) else None,
             admin_token="token",  # noqa: S106
+            max_body=None,
         )
         monkeypatch.setattr(run, "REGISTRY", CollectorRegistry())
         run.serve(args, base, settings)

@@ -10,7 +10,7 @@ from openai.types.responses import Response
 from tests.support.server import Server
 from trainer.embedded import tasks
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(500)
 LONG = {"ignore_eos": True}
 
 

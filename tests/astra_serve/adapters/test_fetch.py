@@ -221,6 +221,18 @@ def test_a_password_in_a_source_is_in_no_argument_and_in_no_message(store) -> No
     assert "http://127.0.0.1:9/adapter cannot be fetched" in str(caught.value)
 
 
+def test_a_relative_path_begins_in_the_folder_of_the_document(store, write_lora, monkeypatch) -> None:
+    folder = write_lora("one", 1.0)
+    monkeypatch.chdir("/")
+    sources = Sources(folder=folder.parent)
+    assert fetched("./one", store, sources) == folder
+    assert fetched(f"../{folder.parent.name}/one", store, sources) == folder
+    assert asyncio.run(sources.fingerprint("one")) == asyncio.run(Sources().fingerprint(str(folder)))
+    with pytest.raises(CannotFetch, match="one is a relative path, and the document is no file here"):
+        fetched("one", store, Sources())
+    assert asyncio.run(Sources().fingerprint("one")) == []
+
+
 def test_a_local_file_that_is_too_large_is_refused_before_it_is_read(store, write_lora) -> None:
     source = write_lora("one", 1.0)
     with (source / "adapter_model.safetensors").open("ab") as file:

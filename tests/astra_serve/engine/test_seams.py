@@ -18,6 +18,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from astra_serve.engine import options, server, vllm_seams
 from astra_serve.errors import ServeError
 from astra_serve.gateway import request as requests
+from astra_serve.gateway.connection import ConnectionLimits
 from astra_serve.gateway.request import Request
 from tests.astra_serve.world import in_a_loop
 
@@ -177,13 +178,22 @@ async def test_a_grammar_that_the_engine_ends_a_request_for_is_the_clients_fault
     assert not request.broke
 
 
-def test_wrong_items_of_a_long_responses_request_are_found_a_few_at_a_time() -> None:
+def test_the_first_wrong_item_of_a_responses_request_is_found_alone() -> None:
     good = [{"role": "user", "content": "x"}] * 100
     assert vllm_seams._wrong_items(good) is None
-    assert vllm_seams._wrong_items([*good, {}, *good]) == "input has a wrong item between number 96 and number 111"
-    assert vllm_seams._wrong_items([{}] * 2048) == "input has a wrong item between number 0 and number 15"
+    for wrong in ({}, "x", 3, {"type": "message", "role": "user", "content": [{}]}):
+        assert (vllm_seams._wrong_items([*good, wrong, *good]) or "").startswith("input.100 is not an item")
     assert vllm_seams._wrong_items("x") is None
-    assert vllm_seams._wrong_items([{}]) is None
+    assert vllm_seams._wrong_items([{}]) is None  # vLLM says more about it
+
+
+def test_headers_have_our_limits_unless_vllms_options_set_others(tiny_base: Path) -> None:
+    def limits(*words: str) -> ConnectionLimits:
+        return server.connection_limits(options.parse(str(tiny_base), 0, 1, 0, words))
+
+    assert limits() == ConnectionLimits()
+    assert limits("--h11-max-incomplete-event-size", "1000").header_bytes == 1000
+    assert limits("--h11-max-header-count", "7").header_count == 7
 
 
 # vLLM leaves the socket that it could not bind to the garbage collector.

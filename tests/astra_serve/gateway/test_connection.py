@@ -124,7 +124,7 @@ async def test_a_body_that_no_handler_reads_does_not_keep_the_connection() -> No
         reader, writer = await connect()
         writer.write(HEAD + b"content-length: 1000000000\r\n\r\n")
         assert b"refused" in await reader.readuntil(b"0\r\n\r\n")
-        while not reader.at_eof():
+        while not (reader.at_eof() or reader.exception()):
             writer.write(1000 * b"x")
             await asyncio.sleep(0.001)
         writer.close()

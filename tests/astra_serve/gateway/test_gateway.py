@@ -115,7 +115,7 @@ async def test_the_lease_lasts_until_the_response_has_ended_in_any_way(front) ->
 
 
 @in_a_loop
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"a"', b'{"model": 3}', b'{"model": ""}', b"[" * 100_000, b"\xff"])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"a"', b'{"model": 3}', b'{"model": ""}'])
 async def test_a_body_without_a_model_reaches_the_handler_unchanged(front, body: bytes) -> None:
     async def handler(_scope, receive, send) -> None:
         assert await body_of(receive) == body

@@ -28,6 +28,18 @@ def said(text: str) -> list[dict[str, Any]]:
         (TEXT, {"n": 2, "prompt": [[1, 2]] * 257}, "prompt"),
         (TEXT, {"prompt": ["x"] * 513}, "prompt"),
         (TEXT, {"prompt": [{}] * 513}, "prompt"),
+        (TEXT, {"prompt": [-1] * 2049}, "prompt"),
+        (TEXT, {"prompt": [1, *["x"] * 2049]}, "prompt"),
+        (TEXT, {"prompt": [[1.5] * 10]}, "prompt"),
+        (TEXT, {"prompt": [["1"] * 10]}, "prompt"),
+        (TEXT, {"prompt": "x" * (2**20 + 1), "truncate_prompt_tokens": 5}, "prompt"),
+        (TEXT, {"bad_words": [1] * 2049}, "bad_words"),
+        (TEXT, {"stop_token_ids": ["x"] * 2049}, "stop_token_ids"),
+        (TEXT, {"logit_bias": {str(n): 1 for n in range(50_001)}}, "logit_bias"),
+        (TEXT, {f"x{n}": n for n in range(50_001)}, None),
+        (TEXT, {"prompt": [1] * 1001}, "prompt"),
+        (TEXT, {"top_k": 2**63}, "top_k"),
+        (TEXT, {"structured_outputs": {"x": [1] * 50_000}}, "structured_outputs"),
         (TEXT, {"prompt_embeds": ["x"] * 513}, "prompt"),
         (TEXT, {"prompt": ["x", LONG]}, "prompt"),
         (TEXT, {"prompt": "x", "suffix": LONG}, "suffix"),
@@ -36,7 +48,8 @@ def said(text: str) -> list[dict[str, Any]]:
         (CHAT, {"messages": [{"role": "user", "tool_calls": [{"function": {"arguments": LONG}}]}]}, "messages"),
         (CHAT, {"messages": said("x"), "tools": [{"function": {"parameters": {LONG: LONG}}}]}, "tools"),
         (CHAT, {"messages": [{}] * 2049}, "messages"),
-        (CHAT, {"messages": [{"role": "user", "content": [{}] * 2000}] * 11}, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": [{}] * 2000}] * 25}, "messages"),
+        (CHAT, {"messages": [1] * 2049}, "messages"),
         (
             CHAT,
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},
@@ -58,7 +71,9 @@ def said(text: str) -> list[dict[str, Any]]:
         (CHAT, {"priority": -(10**26)}, "priority"),
     ],
 )
-def test_a_request_for_too_much_is_refused_with_the_parameter(path: str, content: dict[str, Any], param: str) -> None:
+def test_a_request_for_too_much_is_refused_with_the_parameter(
+    path: str, content: dict[str, Any], param: str | None
+) -> None:
     found = limits.check(path, json.dumps(content).encode(), CONTEXT)
     assert found.fault
     assert found.fault.param == param
@@ -70,7 +85,9 @@ def test_a_request_for_too_much_is_refused_with_the_parameter(path: str, content
     [
         (TEXT, {"n": 128, "prompt": ["x"] * 4}),
         (TEXT, {"n": None, "prompt": ["x" * 1000] * 512}),
-        (TEXT, {"prompt": [1] * 100_000}),
+        (TEXT, {"prompt": [1] * 1000, "allowed_token_ids": [1] * 100_000}),
+        (TEXT, {"prompt": [[], [1] * 100_000]}),
+        (TEXT, {"prompt": [1] * 100_000, "truncate_prompt_tokens": 5}),
         (TEXT, {"prompt": LONG, "truncate_prompt_tokens": 5}),
         (CHAT, {"messages": said("x" * 1000), "priority": 0}),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": LONG}}]}]}),
@@ -81,7 +98,7 @@ def test_a_request_for_too_much_is_refused_with_the_parameter(path: str, content
         ("/tokenize", {"prompt": "x" * 1000}),
         ("/detokenize", {"tokens": [1] * 1000}),
         (TEXT, {"n": "many", "prompt": {"x": 1}, "best_of": []}),
-        (TEXT, {"n": 10**400 * -1, "messages": None, "input": [], "tokens": "x"}),
+        (TEXT, {"n": -1, "messages": None, "input": [], "tokens": "x"}),
     ],
 )
 def test_other_requests_are_for_the_handlers(path: str, content: dict[str, Any]) -> None:
@@ -93,6 +110,11 @@ def test_what_cannot_be_written_again_is_refused(body: bytes) -> None:
     assert limits.check(TEXT, body, CONTEXT).fault
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"[" * 100_000, b"\xff"])
+@pytest.mark.parametrize("body", [b"[" * 100_000, b"\xff", b'{"n": ' + b"9" * 5000 + b"}"])
+def test_what_cannot_be_read_is_refused(body: bytes) -> None:
+    assert limits.check(TEXT, body, CONTEXT).fault
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]"])
 def test_what_is_no_object_is_for_the_handlers_to_report(body: bytes) -> None:
     assert limits.check(TEXT, body, CONTEXT) == limits.Checked({})
