@@ -220,7 +220,8 @@ class Control:
             if document.get(entry.name) is None:
                 self.reconciler.remove(entry.name)
         for entry in document.adapters:
-            if before.get(entry.name) != entry:
+            was = before.get(entry.name)
+            if was is not entry and was != entry:  # thousands are the same objects
                 self.reconciler.want(entry, spent=spent.get(entry.name))
         self._required.follow(document)
         self.fleet.complete = True

@@ -111,7 +111,7 @@ class DesiredState:
             raise BadDocument(self._faulty[1])
         self._check_not_gone(text)
         try:
-            return desired.parse(text, self._where), text
+            return desired.parse(text, self._where).sharing(self.document), text
         except BadDocument as error:
             self._faulty = text, str(error)
             raise

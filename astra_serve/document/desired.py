@@ -102,6 +102,11 @@ class Document(_Strict):
         """Return the adapter `name`, or None."""
         return self._by_name.get(name)
 
+    def sharing(self, before: "Document") -> "Document":
+        """Return the document with the objects of `before` for the entries that are equal: comparing them is fast."""
+        shared = [was if (was := before.get(one.name)) == one else one for one in self.adapters]
+        return Document(adapters=[one for one in shared if one])
+
     def replacing(self, name: str, old: Adapter | None, new: Adapter | None) -> "Document":
         """Return the document with the entry `new` in place of `old`; None stands for no entry.
 

@@ -80,6 +80,14 @@ def test_any_text_is_a_document_that_round_trips_or_an_error_of_one_line(text: s
     assert desired.parse(desired.dump(found), "x") == found
 
 
+def test_equal_entries_of_two_documents_can_be_the_same_objects() -> None:
+    before = desired.parse("adapters: [{name: a, source: x}, {name: b, source: y}]", "x")
+    after = desired.parse("adapters: [{name: b, source: z}, {name: a, source: x}, {name: c, source: x}]", "x")
+    shared = after.sharing(before)
+    assert shared == after
+    assert shared.get("a") is before.get("a")
+
+
 def test_the_schema_has_every_key_and_no_other() -> None:
     schema = desired.json_schema()
     assert schema["additionalProperties"] is False
