@@ -162,7 +162,7 @@ def _are_tokens(value: Any) -> bool:
 
 
 def _texts(path: str, content: dict[str, Any], longest_text: int) -> Fault | None:
-    if path not in TOKENISING and content.get("truncate_prompt_tokens") is not None:
+    if _truncates(path, content):
         longest_text = max(longest_text, TRUNCATED)
     for name in PROMPT:
         lengths = [len(text) for text in _strings(content.get(name))]
@@ -189,9 +189,13 @@ def _strings(value: Any) -> Iterator[str]:
 def _tokens(path: str, content: dict[str, Any], longest_text: int) -> Fault | None:
     name = "tokens" if path == "/detokenize" else "prompt"
     tokens = content.get(name)
-    if not isinstance(tokens, list) or content.get("truncate_prompt_tokens") is not None or len(tokens) <= longest_text:
+    if not isinstance(tokens, list) or _truncates(path, content) or len(tokens) <= longest_text:
         return None
     return Fault(f"{name} has {len(tokens)} tokens, and a prompt of this model has fewer than {longest_text}", name)
+
+
+def _truncates(path: str, content: dict[str, Any]) -> bool:
+    return path not in TOKENISING and content.get("truncate_prompt_tokens") is not None
 
 
 def _structured(content: dict[str, Any]) -> Fault | None:
