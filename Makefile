@@ -3,13 +3,14 @@
 # make slow-test    training that is killed, resumed, and spread over processes
 # make docs-test    the commands, links and options of all README files, and the wheel in an environment of its own
 # make chart-test   the Helm chart's, and three servers over one document: fetches Helm 3 and 4, promtool, checkov, hadolint
+# make attack  hostile requests, adapters, sources and documents against a server, and a storm: about 12 minutes
 # make check  lint, format and types
 PYTHON ?= python3.11
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 TORCH = $(shell grep '^torch==' requirements-cpu.lock)
 
-.PHONY: demo test slow-test docs-test chart-test check clean
+.PHONY: demo test attack slow-test docs-test chart-test check clean
 demo: .venv/.installed
 	.venv/bin/python -m benchmarks.demo
 
@@ -25,6 +26,13 @@ docs-test: .venv/.installed
 chart-test: .venv/.installed
 	.venv/bin/python -m tests.helm.tools
 	.venv/bin/python -m pytest tests/helm
+
+attack: .venv/.installed .venv/attack/bin/schemathesis
+	.venv/bin/python -m benchmarks.attack --out benchmarks/results/attack.json --schemathesis .venv/attack/bin/schemathesis
+
+.venv/attack/bin/schemathesis:
+	$(PYTHON) -m venv .venv/attack
+	.venv/attack/bin/python -m pip --disable-pip-version-check --quiet install schemathesis==4.32.5
 
 check: .venv/.installed
 	.venv/bin/ruff format --check

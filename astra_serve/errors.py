@@ -13,6 +13,7 @@ class ServeError(AstraError):
     ├── UnknownAdapter no adapter has this name
     ├── NotPublished   a version was not served: it could not be prepared, or served
     ├── CannotFetch    an adapter's source cannot be read
+    ├── CannotStore    the store cannot be written: its disk is full, or read-only
     ├── Damaged        a version in the store is no longer as it was published
     ├── InUse          another server uses the store
     ├── ProbeFailed    the engine does not answer as the adapter should
@@ -43,6 +44,10 @@ class NotPublished(ServeError):
 
 class CannotFetch(ServeError):
     """An adapter's source cannot be read; trying again may help."""
+
+
+class CannotStore(ServeError):
+    """The store cannot be written, as when its disk is full or read-only; trying again may help."""
 
 
 class Damaged(ServeError):

@@ -23,8 +23,10 @@ from prometheus_client import REGISTRY
 from astra_serve.adapters.admission import Base
 from astra_serve.adapters.clock import Clock
 from astra_serve.adapters.events import Events
+from astra_serve.adapters.fetch import Sources, local_path
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.adapters.loading import Loader
+from astra_serve.adapters.progress import FetchLimits, largest_adapter
 from astra_serve.adapters.residency import Residency
 from astra_serve.adapters.schedule import Limits
 from astra_serve.adapters.store import Store, first_free
@@ -95,7 +97,10 @@ async def _serve(
     async with vllm.started(args, settings.engine_timeout_s, clock) as engine:
         residency = Residency(Loader(engine, store, base, events, clock), events, Limits(settings.resident), clock)
         fleet = Fleet(base.name, residency, events)
-        preparation = Preparation(fleet, store, clock, settings.roots)
+        document = local_path(settings.document) if isinstance(settings.document, str) else None
+        limits = FetchLimits(max_bytes=largest_adapter(base.shapes, base.max_rank))
+        sources = Sources(limits, document.absolute().parent if document else None)
+        preparation = Preparation(fleet, store, clock, settings.roots, sources)
         reconciler = Reconciler(fleet, preparation, clock, settings.drain_s)
         subscribers = Subscribers()
         app, gateway = await vllm_seams.application(engine.client, args, fleet, subscribers)
@@ -104,7 +109,7 @@ async def _serve(
         control = None
         if isinstance(settings.document, str):
             required = RequiredAdapters(fleet, reconciler)
-            state = DesiredState(settings.document)
+            state = DesiredState(settings.document, sources)
             control = Control(state, fleet, store, preparation, reconciler, required, clock)
             work.append(control.run)
             if for_admin:
@@ -118,6 +123,7 @@ async def _serve(
         subscribers.first_token.append(metrics.first_token)
         subscribers.ended.extend([metrics.count, log.request])
         events.subscribers.extend([metrics.note, log.event])
+        log.protect()
         _add_health(app, not_ready)
         multimodal = engine.client.model_config.is_multimodal_model
         limited = BodyLimit(app, settings.max_body or (MAX_BODY_MULTIMODAL if multimodal else MAX_BODY))

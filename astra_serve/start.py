@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from astra_serve.adapters.admission import Base, engine_rank, open_base, parse_adapter
-from astra_serve.document import desired
+from astra_serve.document import desired, document_text
 from astra_serve.document.desired import Adapter, Document
 from astra_serve.environment import ADMIN_TOKEN, admin_token
 from astra_serve.errors import EngineLost, ServeError
@@ -98,8 +98,8 @@ def _document(args: argparse.Namespace, base: Base, adapters: list[tuple[str, Pa
     Adapters that are known now are checked now, before the engine starts. Raises ServeError and AdapterError.
     """
     if args.adapters:
-        if not args.adapters.startswith(("http://", "https://")) and Path(args.adapters).exists():
-            desired.parse(Path(args.adapters).read_text(encoding="utf-8"), args.adapters)
+        if "://" not in args.adapters:
+            desired.parse(_read(args.adapters), args.adapters)
         return args.adapters, DOCUMENT_RANK
     if any(name == base.name for name, _ in adapters):
         raise ServeError(f"adapter {base.name!r} has the base's name: requests for the base would get the adapter")
@@ -109,6 +109,13 @@ def _document(args: argparse.Namespace, base: Base, adapters: list[tuple[str, Pa
         return Document(adapters=entries), engine_rank(ranks) if ranks else 0
     except ValidationError as error:
         raise ServeError(f"{error.errors()[0]['ctx']['error']}: names must differ") from error
+
+
+def _read(document: str) -> str:
+    try:
+        return document_text.read(document)
+    except OSError as error:
+        raise ServeError(f"{document} cannot be read: {error.strerror}") from error
 
 
 def _size(text: str) -> int:

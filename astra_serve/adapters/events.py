@@ -22,6 +22,7 @@ class Event:
     version: str | None = None
     reason: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # the duration of the steps that led to it
+    total: float | None = None  # of a version that serves now: seconds from the change to the flip, with all waits
     time: float = field(default_factory=time.time)  # seconds since 1970
 
 

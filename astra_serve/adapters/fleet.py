@@ -6,17 +6,23 @@ when nothing needs it any more.
 """
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from difflib import get_close_matches
+from heapq import nlargest
+from operator import eq
 
 from astra_serve.adapters.events import Events
 from astra_serve.adapters.residency import Residency
 from astra_serve.adapters.schedule import Residence
 from astra_serve.adapters.version import Alias, Version
-from astra_serve.errors import Unavailable
+from astra_serve.errors import Unavailable, UnknownAdapter
 
 SHORTEST_PREFIX = 6  # hexadecimal digits by which a request may name a version
+LONGEST_NAME = 200  # characters of a name that is compared with the known ones: the time grows with its square
+COMPARED = 100  # known names that one unknown name is compared with
 
 
 class Fleet:
@@ -26,6 +32,8 @@ class Fleet:
         self.base_name, self.residency, self.events = base_name, residency, events
         self.aliases: dict[str, Alias] = {}
         self.expected: set[str] = set()  # names of the desired state, served or not yet
+        self.complete = True  # False until the document has been read: names that are unknown now may be in it
+        self.since: dict[str, int] = {}  # when the current version of each alias began to serve; seconds since 1970
         self.requests: dict[str, Counter[Version]] = {}  # for the bare name, since its alias changed
 
     def known(self, model: str) -> str | None:
@@ -33,10 +41,10 @@ class Fleet:
         name = model.partition("@")[0]
         return name if name in self.aliases or name in self.expected else None
 
-    def resolve(self, model: str, caller: str = "") -> Version | None:
+    def resolve(self, model: str, share_by: str = "") -> Version | None:
         """Return the version that `model` (`name` or `name@digest-prefix`) points at now, or None.
 
-        Beside a canary, a hash of the caller decides: the same caller gets the same version.
+        Beside a canary, a hash of `share_by` decides, the user or the id of a request: a user stays with one version.
         """
         name, at, prefix = model.partition("@")
         alias = self.aliases.get(name)
@@ -45,30 +53,45 @@ class Fleet:
         if at:
             found = {v for v in alias.versions() if v.digest.removeprefix("sha256:").startswith(prefix)}
             return found.pop() if len(found) == 1 and len(prefix) >= SHORTEST_PREFIX else None
-        if alias.canary and _share(f"{name}\0{caller}") < alias.weight:
+        if alias.canary and _share(f"{name}\0{share_by}") < alias.weight:
             return alias.canary
         return alias.current
 
     @asynccontextmanager
-    async def lease(self, model: str, caller: str = "") -> AsyncIterator[Residence | None]:
-        """Keep the version that `model` points at now in the engine until the block ends; None where it is unknown.
+    async def lease(self, model: str, share_by: str = "") -> AsyncIterator[Residence | None]:
+        """Keep the version that `model` points at now in the engine until the block ends; None for the base.
 
-        Raises Unavailable where the version cannot be loaded, or not in time, or the name is not served yet.
+        Raises UnknownAdapter, and Unavailable where the version cannot be loaded, or not in time, or the name is not
+        served yet.
         """
-        version = self.resolve(model, caller)
+        version = self.resolve(model, share_by)
         if version is not None:
             if model == version.alias:
                 self.requests[model][version] += 1
             async with self.residency.lease(version) as residence:
                 yield residence
-        elif model.partition("@")[0] in self.expected - self.aliases.keys():
-            raise Unavailable(f"{model} is not served yet", retry_after_s=5)
-        else:
+        elif model == self.base_name:
             yield None
+        else:
+            raise self.unknown(model)
+
+    def unknown(self, model: str) -> UnknownAdapter | Unavailable:
+        """Return the error of a request for a name that points at nothing."""
+        name = model.partition("@")[0]
+        if name in self.expected - self.aliases.keys():
+            return Unavailable(f"{model} is not served yet", retry_after_s=5)
+        shown = repr(model if len(model) <= LONGEST_NAME else f"{model[:LONGEST_NAME]}...")
+        if not self.complete:
+            return Unavailable(f"the document has not been read, and may have {shown}: ask again", retry_after_s=5)
+        nearest = self._nearest(model)
+        hint = f"did you mean {nearest!r}?" if nearest else "GET /v1/models lists the models"
+        return UnknownAdapter(f"the model {shown} does not exist: {hint}")
 
     def point(self, name: str, alias: Alias, drain_s: float) -> None:
         """Let `name` point at `alias` from now on; requests that use the versions before have `drain_s` to end."""
         old = self.aliases.get(name)
+        if old is None or old.current != alias.current:
+            self.since[name] = int(time.time())
         self.requests[name] = Counter()
         self.aliases[name] = alias  # the flip: the next request is served by the new version
         for version in alias.serving():
@@ -78,13 +101,24 @@ class Fleet:
 
     def drop(self, name: str, drain_s: float) -> None:
         """Serve nothing under `name` any more."""
-        del self.requests[name]
+        del self.requests[name], self.since[name]
         for version in set(self.aliases.pop(name).versions()):
             self.residency.retire(version, drain_s)
 
     def named(self) -> set[Version]:
         """Return the versions that a request may name."""
         return {version for alias in self.aliases.values() for version in alias.versions()}
+
+    def _nearest(self, model: str) -> str | None:
+        """Return the name that a request most likely meant: a version of the adapter that it names, or a name."""
+        if len(model) > LONGEST_NAME:
+            return None
+        if alias := self.aliases.get(model.partition("@")[0]):
+            return alias.current.name
+        names = [self.base_name, *self.aliases]
+        if len(names) > COMPARED:  # in linear time: the names that have the most characters at the same place
+            names = nlargest(COMPARED, names, lambda name: sum(map(eq, name, model)))
+        return next(iter(get_close_matches(model, names, 1)), None)
 
 
 def _share(text: str) -> float:

@@ -12,6 +12,7 @@ from astra_serve.adapters.schedule import Residence, State
 from astra_serve.adapters.store import Store
 from astra_serve.adapters.version import Version
 from astra_serve.errors import ServeError
+from converter.errors import AstraError, without_secrets
 
 
 class Loader:
@@ -25,8 +26,21 @@ class Loader:
         """Load and prove a version, set its handle and proof, and return the seconds of its parts.
 
         A version that was proved before is admitted already: only a publication proves it again, with one prompt.
-        Raises ServeError, AdapterError and OSError; `residence.handle` is set then if the engine has it.
+        Raises ServeError, AdapterError and OSError; `residence.handle` is set then if the engine has it. Errors name
+        the source of the version, not its folder in the store.
         """
+        try:
+            return await self._load(residence)
+        except AstraError as error:
+            digest, text = residence.version.digest, str(error)
+            folder = str(self._store.folder(digest))
+            if folder not in text:
+                raise
+            source = await asyncio.to_thread(self._store.source, digest)
+            shown = without_secrets(source) if source else residence.version.name
+            raise type(error)(text.replace(folder, shown)) from error
+
+    async def _load(self, residence: Residence) -> dict[str, float]:
         version = residence.version
         self._events.emit(Event(version.alias, "loading", version.name))
         began = self._clock.now()

@@ -5,6 +5,7 @@ prompts. The engine's answers must be those of the adapter. A LoRA without a rec
 a version is published again, its answer to one prompt must be the one of its proof.
 """
 
+import asyncio
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ class Prover:
         self, handle: Any, folder: Path, *, may_change_nothing: bool = False, urgent: bool = False
     ) -> Proof:
         """Prove the engine's adapter `handle`, which was read from `folder`. Raises ProbeFailed and ServeError."""
-        probe = _recorded(folder)
+        probe = await asyncio.to_thread(_recorded, folder)
         prompts = [prompt.token_ids for prompt in probe.prompts] if probe else PROMPTS
         answers = await self._engine.next_tokens(prompts, handle, urgent=urgent)
         of_base = await self._of_base(prompts, urgent=urgent)

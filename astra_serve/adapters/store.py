@@ -7,22 +7,30 @@
 
 The engine reads from here alone. Adapters are copied, not linked: a link to somebody's file would change with the file.
 A download of the server itself is in the staging folder already, and is moved.
+
+Which versions are there is known without asking the disk, which may hang. A full disk: versions that nothing needs are
+removed, and the publication is tried once more.
 """
 
+import errno
 import fcntl
 import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Collection
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from astra_serve.errors import Damaged, InUse, ServeError
+from astra_serve.errors import CannotStore, Damaged, InUse, ServeError
 from converter import adapter_dir, atomic
 from converter.adapter_dir import CONFIG, LORA_WEIGHTS, PROVENANCE, AdapterError
+from converter.errors import without_secrets
 
 FILES = (LORA_WEIGHTS, CONFIG, PROVENANCE)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+BLOCK = 2**22  # bytes
 
 
 class Store:
@@ -46,73 +54,111 @@ class Store:
             if not isinstance(error, BlockingIOError):
                 raise ServeError(f"store {root} cannot be locked: {error.strerror}") from error
             raise InUse(f"store {root} is in use by another server: give each its own --store") from error
-        shutil.rmtree(self._staging, ignore_errors=True)  # left by a server that was killed
-        self._staging.mkdir()
+        self._root = root
+        self._changing = threading.RLock()  # held while a version appears, or is removed
+        self._kept: list[list[str]] = []
+        self._ended: list[list[str]] = []  # of these, the ones whose block has ended
+        self._spare: set[str] = set()  # versions that nothing needed when `collect` was called last
+        try:
+            shutil.rmtree(self._staging, ignore_errors=True)  # left by a server that was killed
+            self._staging.mkdir(exist_ok=True)
+            self._there = {f"sha256:{path.name}" for path in self._versions.iterdir()}
+            self._source_of = {f"sha256:{path.name}": _text(path) for path in self._sources.iterdir()}
+        except OSError as error:
+            self._lock.close()
+            raise ServeError(f"store {root} cannot be used: {error.strerror}") from error
 
     def close(self) -> None:
         """Release the store for another process."""
         self._lock.close()
 
     def staging(self) -> Path:
-        """Return a new folder to download an adapter into."""
-        return Path(tempfile.mkdtemp(dir=self._staging))
-
-    def add(self, folder: Path, expected: str | None = None, source: str | None = None) -> str:
-        """Publish the LoRA in `folder`, which came from `source`, and return its digest.
-
-        A folder of the staging area is moved. Raises AdapterError, and Damaged when the content is not the `expected`
-        one; then nothing stays.
-        """
-        staged = folder.is_relative_to(self._staging)
-        copy = folder if staged else self.staging()
+        """Return a new folder to download an adapter into. Raises CannotStore."""
         try:
-            digest = self._already(folder)
-            if digest is None or not _is(expected, digest, folder):
-                if not staged:
-                    for name in FILES:
-                        if (folder / name).is_file():
-                            shutil.copyfile(adapter_dir.file_in(folder, name), copy / name)
-                adapter_dir.load_lora(copy)  # the copy is checked: the original may change
-                digest = version_digest(copy)
-                if not _is(expected, digest, copy):
-                    raise Damaged(f"its digest is {digest}, not {expected}")
-                self._publish(copy, digest)
+            return Path(tempfile.mkdtemp(dir=self._staging))
+        except OSError as error:
+            raise self._cannot_store(error) from error
+
+    @contextmanager
+    def keeping(self) -> Iterator[list[str]]:
+        """Yield a list of digests, to be appended to; until the block ends their versions are not removed.
+
+        Neither are they removed by a collection that began before the end (`begin_collection`).
+        """
+        kept: list[str] = []
+        self._kept.append(kept)
+        try:
+            yield kept
         finally:
-            shutil.rmtree(copy, ignore_errors=True)
-        if source:
-            with atomic.new_file(self._source(digest)) as file:
-                file.write_text(source, encoding="utf-8")
-        return digest
+            self._spare -= set(kept)
+            self._ended.append(kept)
+
+    def begin_collection(self) -> None:
+        """Note that what `collect` is to keep is determined now: it includes the versions of blocks that have ended."""
+        ended, self._ended = self._ended, []
+        self._kept = [kept for kept in self._kept if not any(kept is one for one in ended)]
+
+    def add(
+        self,
+        folder: Path,
+        expected: str | None = None,
+        source: str | None = None,
+        kept: list[str] | None = None,
+        on_bytes: Callable[[int], None] = lambda _: None,
+    ) -> str:
+        """Publish the LoRA in `folder`, which came from `source`, and return its digest, which is appended to `kept`.
+
+        A folder of the staging area is moved. `on_bytes` is called with the number of bytes of each block that is read.
+        Raises AdapterError, OSError of the folder, CannotStore, and Damaged when the content is not the `expected` one;
+        then nothing stays.
+        """
+        staged, kept = folder.is_relative_to(self._staging), [] if kept is None else kept
+        try:
+            try:
+                return self._add(folder, expected, source, kept, on_bytes)
+            except OSError as error:
+                if staged or error.errno not in FULL or not self.drop_spare():
+                    raise
+                return self._add(folder, expected, source, kept, on_bytes)
+        except OSError as error:
+            ours = error.errno in (*FULL, errno.EROFS) or str(error.filename).startswith(str(self._root))
+            raise self._cannot_store(error) if ours else error from error
+        finally:
+            if staged:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def source(self, digest: str) -> str | None:
         """Return where a version came from, if the store knows it."""
-        try:
-            return self._source(digest).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            return None
+        return self._source_of.get(digest)
 
     def folder(self, digest: str) -> Path:
         """Return the folder of a version, which may be absent."""
         return self._versions / digest.removeprefix("sha256:")
 
     def __contains__(self, digest: str) -> bool:
-        return self.folder(digest).is_dir()
+        """Return whether the store has a version, as far as it knows without asking the disk."""
+        return digest in self._there
 
     def intact(self, digest: str) -> bool:
         """Return whether a version is there as it was published; a damaged one is removed: it can be added again."""
-        if digest not in self:
+        with self._changing:  # it may be on its way out
+            there = self.folder(digest).is_dir()
+        if not there:
+            self._there.discard(digest)
             return False
         try:
             self.verify(digest)
         except Damaged:
-            self.discard(digest)
+            with suppress(OSError):  # read-only
+                self.discard(digest)
             return False
         return True
 
     def verify(self, digest: str) -> Path:
         """Return the folder of a version after reading all of it. Raises Damaged."""
         folder = self.folder(digest)
-        if digest not in self:
+        if not folder.is_dir():
+            self._there.discard(digest)
             raise Damaged(f"version {digest[:19]} is gone from the store: publish it again")
         try:
             found = version_digest(folder)
@@ -123,34 +169,86 @@ class Store:
         return folder
 
     def discard(self, digest: str) -> None:
-        """Remove a version, if it is there."""
-        folder = self.folder(digest)
-        if folder.is_dir():
+        """Remove a version, if it is there. Raises OSError."""
+        folder, removed = self.folder(digest), self._staging / digest.removeprefix("sha256:")
+        with suppress(FileNotFoundError):
             folder.chmod(0o755)
-            shutil.rmtree(folder, ignore_errors=True)
-        self._source(digest).unlink(missing_ok=True)
+            folder.rename(removed)  # gone in one step
+        shutil.rmtree(removed, ignore_errors=True)
+        self._there.discard(digest)
+        self._sources.joinpath(folder.name).unlink(missing_ok=True)
+        self._source_of.pop(digest, None)
 
     def collect(self, keep: Collection[str], newest: int) -> list[str]:
-        """Remove all versions but those of `keep` and the `newest` others; return the removed ones."""
-        others = [path for path in self._versions.iterdir() if f"sha256:{path.name}" not in keep]
-        others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in others[newest:]:
-            self.discard(f"sha256:{path.name}")
-        return [f"sha256:{path.name}" for path in others[newest:]]
+        """Remove all versions but those of `keep` and the `newest` others; return the removed ones. Raises OSError."""
+        with self._changing:
+            keep = {*keep, *self._kept_now()}
+            others = [path for path in self._versions.iterdir() if f"sha256:{path.name}" not in keep]
+            others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+            digests = [f"sha256:{path.name}" for path in others]
+            self._spare = set(digests[:newest])
+            for digest in digests[newest:]:
+                self.discard(digest)
+            return digests[newest:]
 
-    def _already(self, source: Path) -> str | None:
+    def drop_spare(self) -> bool:
+        """Remove the versions that nothing needed when `collect` was called last; return whether there was one."""
+        with self._changing:
+            spare, self._spare = self._spare - self._kept_now(), set()
+            for digest in spare:
+                with suppress(OSError):
+                    self.discard(digest)
+            return bool(spare)
+
+    def _kept_now(self) -> set[str]:
+        return {digest for kept in tuple(self._kept) for digest in tuple(kept)}
+
+    def _add(
+        self, folder: Path, expected: str | None, source: str | None, kept: list[str], on_bytes: Callable[[int], None]
+    ) -> str:
+        digest = self._already(folder, on_bytes)
+        if digest is None or not _is(expected, digest, folder):
+            digest = self._copied(folder, expected, source, kept, on_bytes)
+        kept.append(digest)
+        if source and self._source_of.get(digest) != source:
+            with atomic.new_file(self._sources / digest.removeprefix("sha256:")) as file:
+                file.write_text(source, encoding="utf-8")
+            self._source_of[digest] = source
+        return digest
+
+    def _copied(
+        self, folder: Path, expected: str | None, source: str | None, kept: list[str], on_bytes: Callable[[int], None]
+    ) -> str:
+        """Copy the LoRA in `folder`, check the copy, and publish it."""
+        staged = folder.is_relative_to(self._staging)
+        copy = folder if staged else Path(tempfile.mkdtemp(dir=self._staging))
+        try:
+            for name in () if staged else FILES:
+                if os.path.lexists(folder / name):
+                    _copy(adapter_dir.file_in(folder, name), copy / name, on_bytes)
+            adapter_dir.load_lora(copy)  # the copy is checked: the original may change
+            digest = version_digest(copy)
+            if not _is(expected, digest, copy):
+                raise Damaged(f"its digest is {digest}, not {expected}")
+            self._publish(copy, digest, kept)
+            return digest
+        except AdapterError as error:
+            shown = without_secrets(source) if source else str(folder)
+            raise type(error)(str(error).replace(str(copy), shown)) from error
+        finally:
+            if not staged:
+                shutil.rmtree(copy, ignore_errors=True)
+
+    def _already(self, source: Path, on_bytes: Callable[[int], None]) -> str | None:
         """Return the digest of the LoRA in `source` if the store has that version, intact."""
         try:
-            digest = version_digest(source)
+            digest = version_digest(source, on_bytes)
             self.verify(digest)
         except (AdapterError, OSError, Damaged):
             return None
         return digest
 
-    def _source(self, digest: str) -> Path:
-        return self._sources / digest.removeprefix("sha256:")
-
-    def _publish(self, folder: Path, digest: str) -> None:
+    def _publish(self, folder: Path, digest: str, kept: list[str]) -> None:
         for path in folder.iterdir():
             if path.name not in FILES or path.is_symlink():
                 _remove(path)
@@ -158,14 +256,22 @@ class Store:
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
             path.chmod(0o444)
+        kept.append(digest)
         if self.intact(digest):
             return
         folder.chmod(0o755)
-        try:
-            folder.rename(self.folder(digest))
-        except OSError:  # another publication of the same content was faster
-            if not self.intact(digest):
-                raise
+        with self._changing:
+            try:
+                folder.rename(self.folder(digest))
+            except OSError:  # another publication of the same content was faster
+                if not self.intact(digest):
+                    raise
+            self._there.add(digest)
+
+    def _cannot_store(self, error: OSError) -> CannotStore:
+        if error.errno in FULL:
+            return CannotStore(f"the disk of the store {self._root} is full: remove adapters, or give it more room")
+        return CannotStore(f"the store {self._root} cannot be written: {error.strerror}")
 
 
 def first_free(parent: Path) -> Store:
@@ -180,17 +286,32 @@ def first_free(parent: Path) -> Store:
     raise AssertionError
 
 
-def version_digest(folder: Path) -> str:
+def version_digest(folder: Path, on_bytes: Callable[[int], None] = lambda _: None) -> str:
     """Return the digest over the files of a version: weights, config and, where there is one, its record and probe.
 
-    Raises AdapterError and OSError.
+    `on_bytes` is called with the number of bytes of each block. Raises AdapterError and OSError.
     """
-    return adapter_dir.digest([adapter_dir.file_in(folder, name) for name in FILES if (folder / name).exists()])
+    files = [adapter_dir.file_in(folder, name) for name in FILES if os.path.lexists(folder / name)]
+    return adapter_dir.digest(files, on_bytes)
 
 
 def _is(expected: str | None, digest: str, folder: Path) -> bool:
     """Return whether the LoRA in `folder` has the expected digest: of the version, or of the weights alone."""
     return expected in (None, digest) or expected == adapter_dir.lora_digest(folder)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _copy(source: Path, target: Path, on_bytes: Callable[[int], None]) -> None:
+    """Copy a file as long as it is now: one that grows does not fill the disk."""
+    with source.open("rb") as reading, target.open("wb") as writing:
+        left = os.fstat(reading.fileno()).st_size
+        while block := reading.read(min(left, BLOCK)):
+            writing.write(block)
+            on_bytes(len(block))
+            left -= len(block)
 
 
 def _remove(path: Path) -> None:

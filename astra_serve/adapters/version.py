@@ -24,7 +24,7 @@ class Alias:
     current: Version
     previous: tuple[Version, ...] = ()  # the versions that a rollback can reach, newest first
     canary: Version | None = None
-    weight: float = 0.0  # the canary's share of the callers
+    weight: float = 0.0  # the canary's share of the users, and of the requests without one
     pinned: bool = False  # current and canary are never evicted
     source: str | None = None  # of `current`; None where only the store has it
 

@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     status("expected", nargs="*", metavar="NAME=DIGEST", help="and these versions")
     status("--wait", type=float, metavar="S", help="wait at most so many seconds until they do")
     add("rollback NAME", "Serve the version before again.")("--digest", help="or this one")
-    canary = add("canary NAME", "Give a share of the requests to another version.")
+    canary = add("canary NAME", "Give a share of the requests to another version; a `user` stays with one.")
     canary("source", nargs="?", metavar="SOURCE", help="or sha256:... of a version in the store")
     canary("weight", nargs="?", type=float, metavar="WEIGHT", help="above 0 and below 1")
     canary("--end", action="store_true", help="end it")

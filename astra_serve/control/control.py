@@ -33,7 +33,7 @@ from astra_serve.control.desired_state import DesiredState
 from astra_serve.control.preparation import Preparation, Prepared
 from astra_serve.control.readiness import RequiredAdapters
 from astra_serve.control.reconcile import Reconciler
-from astra_serve.control.status import Phase, Status
+from astra_serve.control.status import Phase, Spent, Status
 from astra_serve.document import desired
 from astra_serve.document.desired import Adapter, Canary, Document, Step
 from astra_serve.document.history import known_source, rollback_history
@@ -62,6 +62,7 @@ class Control:
         self.state, self.fleet, self.reconciler, self.changes = state, fleet, reconciler, Changes()
         self._store, self._preparation, self._required, self._clock = store, preparation, required, clock
         self._followed = Document()
+        fleet.complete = False
 
     async def run(self) -> None:
         """Read the document and follow it until cancelled."""
@@ -154,6 +155,7 @@ class Control:
 
     async def _change(self, name: str, kind: str, edit: Edit) -> None:
         """Prepare, write and follow the entry with the keys of `edit`."""
+        began = self._clock.now()
         async with self.changes.turn(name, kind) as change, AsyncExitStack() as held:
             self.state.check_writable()
             await self.refresh()
@@ -164,12 +166,12 @@ class Control:
                 prepared = await held.enter_async_context(self._preparation.hold(entry, change.status))
             except (AstraError, OSError) as error:
                 raise NotPublished(f"{name!r} was not published: {_reason(error)}") from error
-            preparation_seconds = change.status.elapsed()
+            spent = Spent(began, change.status.elapsed())
             change.writing, change.status = True, None
             new = self._resolved(entry, old, prepared)
             before = self._served(name)
             await self.state.replace(name, old, new)
-            self._follow({name: preparation_seconds})
+            self._follow({name: spent})
             status = await self.reconciler.outcome(name)
             if status.entry == new and status.phase is Phase.FAILED:
                 reason = f"{name!r} was not published: {status.reason}"
@@ -211,7 +213,7 @@ class Control:
     def _source(self, old: Adapter | None, digest: str) -> str:
         return known_source(old, digest) or self.source(digest) or digest
 
-    def _follow(self, preparation_seconds: Mapping[str, dict[str, float]] = MappingProxyType({})) -> None:
+    def _follow(self, spent: Mapping[str, Spent] = MappingProxyType({})) -> None:
         before, document = self._followed, self.state.document
         self._followed = document
         for entry in before.adapters:
@@ -219,8 +221,9 @@ class Control:
                 self.reconciler.remove(entry.name)
         for entry in document.adapters:
             if before.get(entry.name) != entry:
-                self.reconciler.want(entry, preparation_seconds=preparation_seconds.get(entry.name))
+                self.reconciler.want(entry, spent=spent.get(entry.name))
         self._required.follow(document)
+        self.fleet.complete = True
 
 
 def _require(entry: Adapter | None, name: str) -> Adapter:

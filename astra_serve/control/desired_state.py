@@ -1,25 +1,38 @@
 """The document that one server follows: where it is, its text and its entries as they were read or written last."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import httpx
 
+from astra_serve.adapters.fetch import Sources
 from astra_serve.document import desired, document_text
 from astra_serve.document.desired import Adapter, Document
 from astra_serve.document.entry_text import with_entry
 from astra_serve.errors import BadDocument, ServeError
 from converter.errors import first_line, without_secrets
 
+P = ParamSpec("P")
+T = TypeVar("T")
+ANSWER_S = 10.0  # for a page to answer, and between two parts of it
+
 
 class DesiredState:
-    """The document at `where`, a file or a URL; only a file is edited."""
+    """The document at `where`, a file or a URL; only a file is edited.
 
-    def __init__(self, where: str) -> None:
+    A text is parsed once, in a thread, whether it has a fault or not.
+    """
+
+    def __init__(self, where: str, sources: Sources | None = None, page_s: float = 60.0) -> None:
+        """A thread of `sources` reads it: the end of a server waits for none. A page is read for at most `page_s`."""
+        self._sources = sources or Sources()
         self.document = Document()
         self.fault: str | None = None  # why the text as it is now is not followed
         self.read_once = False
-        self._where, self._text, self._etag = where, "", ""
+        self._where, self._page_s, self._text, self._etag = where, page_s, "", ""
+        self._faulty: tuple[str, str] | None = None  # the text that was parsed last, if it has a fault, and the fault
         self._busy = asyncio.Lock()  # one read or write at a time
 
     @property
@@ -60,16 +73,20 @@ class DesiredState:
         def change(text: str) -> str:
             nonlocal found
             self._check_not_gone(text)
-            found, text = with_entry(text, self._where, name, old, new)
+            known = self.document if text == self._text and text else None
+            found, text = with_entry(text, self._where, name, old, new, known)
             return text
 
         self.check_writable()
         async with self._busy:
             try:  # in a thread: it waits for other writers and for the disk
-                _, self._text = await asyncio.to_thread(document_text.edit, self._where, change)
+                _, self._text = await self._in_thread(document_text.edit, self._where, change)
             except OSError as error:
                 raise ServeError(f"the document cannot be changed: {error.strerror or error}") from error
             self.document = found
+
+    async def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._sources.threads.run("the document", function, *args, **kwargs)
 
     def _check_not_gone(self, text: str) -> None:
         if not text.strip() and self.document.adapters:
@@ -78,17 +95,41 @@ class DesiredState:
     async def _now(self) -> tuple[Document, str]:
         """Return the document as it is now, and its text. Raises ServeError, OSError, httpx.HTTPError and others."""
         if not self._where.startswith(("http://", "https://")):
-            text = await asyncio.to_thread(document_text.read, self._where)
-            if text == self._text and text:
-                return self.document, text
-            self._check_not_gone(text)
-            return desired.parse(text, self._where), text
-        async with httpx.AsyncClient(timeout=10, follow_redirects=True) as client:
-            answer = await client.get(self._where, headers={"If-None-Match": self._etag} if self._etag else {})
-        if answer.status_code == httpx.codes.NOT_MODIFIED:
+            return await self._in_thread(lambda: self._parsed(document_text.read(self._where)))
+        async with asyncio.timeout(self._page_s):
+            data, etag = await self._page()
+        if data is None:
             return self.document, self._text
-        if not answer.is_success:
-            raise BadDocument(f"{self._where} answers with {answer.status_code}")
-        document = desired.parse(answer.text, self._where)
-        self._etag = answer.headers.get("etag", "")
-        return document, answer.text
+        found = await self._in_thread(lambda: self._parsed(document_text.decoded(data, self._where)))
+        self._etag = etag
+        return found
+
+    def _parsed(self, text: str) -> tuple[Document, str]:
+        if text == self._text and text:
+            return self.document, text
+        if self._faulty and self._faulty[0] == text:
+            raise BadDocument(self._faulty[1])
+        self._check_not_gone(text)
+        try:
+            return desired.parse(text, self._where), text
+        except BadDocument as error:
+            self._faulty = text, str(error)
+            raise
+
+    async def _page(self) -> tuple[bytes | None, str]:
+        """Return the bytes of a page and its ETag; None where it is the same. Raises ServeError, httpx.HTTPError."""
+        asked = {"If-None-Match": self._etag} if self._etag else {}
+        async with (
+            httpx.AsyncClient(timeout=ANSWER_S, follow_redirects=True) as client,
+            client.stream("GET", self._where, headers=asked) as answer,
+        ):
+            if answer.status_code == httpx.codes.NOT_MODIFIED:
+                return None, self._etag
+            if not answer.is_success:
+                raise BadDocument(f"{without_secrets(self._where)} answers with {answer.status_code}")
+            data = bytearray()
+            async for block in answer.aiter_bytes():
+                data += block
+                if len(data) > document_text.MAX_BYTES:
+                    raise document_text.too_large(self._where)
+            return bytes(data), answer.headers.get("etag", "")

@@ -25,7 +25,7 @@ class Housekeeping:
         self, fleet: Fleet, store: Store, preparation: Preparation, reconciler: Reconciler, clock: Clock
     ) -> None:
         self._fleet, self._store, self._preparation = fleet, store, preparation
-        self._reconciler, self._clock = reconciler, clock
+        self._reconciler, self._clock, self._fault = reconciler, clock, ""
 
     async def run(self) -> None:
         """Do it every 5 s until cancelled."""
@@ -36,8 +36,12 @@ class Housekeeping:
             self.repair()
             try:
                 await self.collect()
-            except OSError:  # as a full disk: the next time may be better
-                logger.exception("old versions cannot be removed from the store")
+            except OSError as error:  # as a store that is read-only: the next time may be better
+                if str(error) != self._fault:
+                    logger.warning("old versions cannot be removed from the store: %s", error)
+                self._fault = str(error)
+            else:
+                self._fault = ""
 
     def repair(self) -> None:
         """Serve the adapters again whose versions have failed since they were served."""
@@ -51,15 +55,13 @@ class Housekeeping:
 
     async def collect(self) -> None:
         """Remove the versions from the store that nothing refers to, but for the newest of them. Raises OSError."""
-        async with self._preparation.may_begin:
-            all_status = self._reconciler.status.values()
-            if self._preparation.active or not all(status.phase.final for status in all_status):
-                return  # nothing refers yet to versions that were just added
-            versions = self._fleet.named() | self._preparation.for_later()
-            self._fleet.residency.forget(versions)
-            versions |= {residence.version for residence in self._fleet.residency.loaded()}
-            kept = {version.digest for version in versions}
-            for entry in (status.entry for status in all_status):
-                kept |= {entry.source, entry.digest or "", entry.canary.version if entry.canary else ""}
-                kept |= {step.digest for step in entry.steps}
-            await asyncio.to_thread(self._store.collect, kept, KEEP)
+        self._store.begin_collection()
+        versions = self._fleet.named() | self._preparation.for_later()
+        self._fleet.residency.forget(versions)
+        versions |= {residence.version for residence in self._fleet.residency.loaded()}
+        kept = {version.digest for version in versions}
+        for entry in (status.entry for status in self._reconciler.status.values()):
+            kept |= {entry.source, entry.digest or "", entry.canary.version if entry.canary else ""}
+            kept |= {step.digest for step in entry.steps}
+            kept |= {entry.canary.digest or ""} if entry.canary else set()
+        await asyncio.to_thread(self._store.collect, kept, KEEP)

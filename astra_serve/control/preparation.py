@@ -13,13 +13,13 @@ from pathlib import Path
 
 from astra_serve.adapters.clock import Clock
 from astra_serve.adapters.events import Event
-from astra_serve.adapters.fetch import fetch
+from astra_serve.adapters.fetch import Sources, fetch, local_path
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.adapters.store import Store
 from astra_serve.adapters.version import Version
 from astra_serve.control.status import Phase, Status
 from astra_serve.document.desired import DIGEST, Adapter
-from astra_serve.errors import Damaged, ServeError
+from astra_serve.errors import CannotFetch, Damaged, ServeError
 from converter.errors import without_secrets
 
 KEPT_S = 3600.0  # the time for which a version that was proved for later stays in the store
@@ -36,10 +36,11 @@ class Prepared:
 class Preparation:
     """Prepares versions for one fleet."""
 
-    def __init__(self, fleet: Fleet, store: Store, clock: Clock, roots: tuple[Path, ...] = ()) -> None:
+    def __init__(
+        self, fleet: Fleet, store: Store, clock: Clock, roots: tuple[Path, ...] = (), sources: Sources | None = None
+    ) -> None:
         """`roots` are the folders that local adapters must be in; none: they may be anywhere."""
-        self.active = 0  # preparations in progress: nothing refers yet to the versions that they add to the store
-        self.may_begin = asyncio.Lock()  # held while old versions are removed from the store
+        self.sources = sources or Sources()
         self._fleet, self._store, self._clock, self._roots = fleet, store, clock, roots
         self._for_later: dict[str, tuple[Version, float]] = {}
 
@@ -52,14 +53,12 @@ class Preparation:
         """
         if entry.name == self._fleet.base_name:
             raise ServeError("it has the base's name: requests for the base would get the adapter")
-        async with self.may_begin:
-            self.active += 1
-        try:
+        with self._store.keeping() as kept:  # nothing else refers yet to the versions that it adds
             async with AsyncExitStack() as holds:
-                current = await self._version(entry.name, entry.source, entry.digest, status)
+                current = await self._version(entry.name, entry.source, entry.digest, status, kept)
                 canary = None
                 if entry.canary:
-                    canary = await self._version(entry.name, entry.canary.version, entry.canary.digest, status)
+                    canary = await self._version(entry.name, entry.canary.version, entry.canary.digest, status, kept)
                 status.enter(Phase.LOADING)
                 for version in (current, canary) if canary else (current,):
                     if again or entry.pin or not self._served(version):
@@ -69,8 +68,6 @@ class Preparation:
                         for part, seconds in () if loaded else residence.seconds.items():
                             status.parts[part] = status.parts.get(part, 0.0) + seconds
                 yield Prepared(current, canary)
-        finally:
-            self.active -= 1
 
     async def prove(self, entry: Adapter, status: Status) -> Version:
         """Return the version of `entry`, proved; its proof and the store's copy of it stay for later.
@@ -92,20 +89,29 @@ class Preparation:
         alias, residence = self._fleet.aliases.get(version.alias), self._fleet.residency.of(version)
         return bool(alias and version in alias.serving() and residence.proof and residence.failed is None)
 
-    async def _version(self, name: str, source: str, expected: str | None, status: Status) -> Version:
-        """Return the version of a source, which the store has then."""
+    async def _version(self, name: str, source: str, expected: str | None, status: Status, kept: list[str]) -> Version:
+        """Return the version of a source, which the store has then, and keeps."""
         stored = source.startswith("sha256:")
         if stored and not re.fullmatch(DIGEST, source):
             raise ServeError(f"{source[:80]!r} is no digest: sha256: and 64 hexadecimal digits")
         digest = source if stored else expected
+        kept += [digest] if digest else []
         if digest is None or not await asyncio.to_thread(self._store.intact, digest):
             if stored:
                 raise ServeError(f"the store has no version {source[:19]}, or not all of it: give its source")
-            status.enter(Phase.FETCHING)
-            folder = await fetch(source, self._store, self._roots)
-            status.enter(Phase.VERIFYING)
-            try:
-                digest = await asyncio.to_thread(self._store.add, folder, expected, source)
-            except Damaged as error:
-                raise Damaged(f"{without_secrets(source)}: {error}") from error
+            digest = await self._fetched(source, expected, status, kept)
         return Version(name, digest)
+
+    async def _fetched(self, source: str, expected: str | None, status: Status, kept: list[str]) -> str:
+        """Return the digest of the version that is at a source now."""
+        status.enter(Phase.FETCHING)
+        before = status.seen[source] = await self.sources.fingerprint(source)
+        folder = await fetch(source, self._store, self._roots, self.sources)
+        status.enter(Phase.VERIFYING)
+        try:
+            digest = await self.sources.read(source, self._store.add, folder, expected, source, kept)
+        except Damaged as error:
+            raise Damaged(f"{without_secrets(source)}: {error}") from error
+        if local_path(source) and await self.sources.fingerprint(source) != before:
+            raise CannotFetch(f"{source} was changed while it was read: is it complete?")
+        return digest

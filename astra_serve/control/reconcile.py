@@ -6,27 +6,27 @@
 
 A worker turns the newest entry of its adapter into an outcome. A version that the store has is neither fetched nor
 verified. A failure that may heal by itself (a source that cannot be read, or does not have the digest that the entry
-names) is tried again after 1, 5, 30, 120 s and then every 120 s, or as soon as the source changes, which is looked at
-every 5 s. Where the engine has no memory for it, that is 5 s. Any other failure is tried again when its entry changes,
-or when a document that could not be read is readable again. A version that fails after it has served is brought again
+names; a store that cannot be written) is tried again after 1, 5, 30, 120 s and then every 120 s. Where the engine has
+no memory for it, that is 5 s. After any failure a source that was read is looked at every 5 s, and tried again as soon
+as it changes: it may have been copied while it was read. Otherwise a failure is tried again when its entry changes, or
+when a document that could not be read is readable again. A version that fails after it has served is brought again
 (`housekeeping`). A newer entry ends the attempt of the one before.
 """
 
 import asyncio
 import logging
+import math
 from dataclasses import dataclass
-from typing import Any
 
 from astra_serve.adapters.clock import Clock
 from astra_serve.adapters.events import Event
-from astra_serve.adapters.fetch import fingerprint
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.adapters.version import Alias, Version
 from astra_serve.control.preparation import Preparation, Prepared
-from astra_serve.control.status import Phase, Status
+from astra_serve.control.status import Phase, Spent, Status
 from astra_serve.document.desired import Adapter
 from astra_serve.document.history import source_of
-from astra_serve.errors import CannotFetch, Damaged, Unavailable
+from astra_serve.errors import CannotFetch, CannotStore, Damaged, Unavailable
 from converter.errors import AstraError
 
 RETRIES_S = (1.0, 5.0, 30.0, 120.0)  # waits between tries; the last one again and again
@@ -45,7 +45,7 @@ class RetryAfter:
 
 @dataclass(frozen=True)
 class Failed:
-    """An attempt failed, and would fail again."""
+    """An attempt failed, and would fail again with the same sources."""
 
     reason: str
 
@@ -57,7 +57,7 @@ def outcome_of(error: Exception, tries: int) -> RetryAfter | Failed:
             return RetryAfter(str(error), float(error.retry_after_s))
         if isinstance(error.__cause__, Exception):
             return outcome_of(error.__cause__, tries)
-    if isinstance(error, CannotFetch | Damaged | OSError):
+    if isinstance(error, CannotFetch | CannotStore | Damaged | OSError):
         seconds = RETRIES_S[min(tries, len(RETRIES_S) - 1)]
         return RetryAfter(f"{error}; trying again in {seconds:.0f} s", seconds)
     if isinstance(error, AstraError):
@@ -81,15 +81,16 @@ class Reconciler:
             while True:
                 workers.create_task(self._work(await self._new.get()))
 
-    def want(self, entry: Adapter, *, again: bool = False, preparation_seconds: dict[str, float] | None = None) -> None:
+    def want(self, entry: Adapter, *, again: bool = False, spent: Spent | None = None) -> None:
         """Serve an adapter as `entry` says, if it is another entry than before, or is to be tried `again`.
 
-        `preparation_seconds` is what its preparation took, for its status.
+        `spent` is the time that its preparation took, for its status.
         """
         name, known = entry.name, self.status.get(entry.name)
         if again or known is None or known.entry != entry:
             self._fleet.expected.add(name)
-            self.status[name] = Status(entry, self._fleet.events, self._clock, seconds=preparation_seconds or {})
+            began, seconds = (spent.began, spent.seconds) if spent else (None, {})
+            self.status[name] = Status(entry, self._fleet.events, self._clock, seconds=seconds, began=began)
             self._restart(name)
 
     def remove(self, name: str) -> None:
@@ -141,13 +142,12 @@ class Reconciler:
 
     async def _bring(self, status: Status) -> None:
         """Try to serve an entry until it is served, or has failed for good."""
-        seen: list[Any] | None = None
         tries = 0
         while outcome := await self._attempt(status, tries):
             status.enter(Phase.FAILED, outcome.reason)
-            if isinstance(outcome, Failed):
+            if isinstance(outcome, Failed) and not status.seen:
                 return
-            seen = await self._until_due(status.entry, outcome.seconds, seen)
+            await self._until_due(status, outcome.seconds if isinstance(outcome, RetryAfter) else math.inf)
             tries += 1
             status.enter(Phase.PENDING)
 
@@ -165,24 +165,15 @@ class Reconciler:
             return outcome
         return None
 
-    async def _until_due(self, entry: Adapter, seconds: float, seen: list[Any] | None) -> list[Any]:
-        """Wait so many seconds, or until the entry's sources change; return their fingerprints then.
-
-        `seen` are the fingerprints before the last attempt, if they are known.
-        """
-        sources = [entry.source, *([entry.canary.version] if entry.canary else [])]
-
-        async def look() -> list[Any]:
-            return [await asyncio.to_thread(fingerprint, source) for source in sources]
-
+    async def _until_due(self, status: Status, seconds: float) -> None:
+        """Wait so many seconds, or until a source is another one than before it was read."""
         due = self._clock.now() + seconds
-        seen = seen or await look()
-        while True:
-            left = due - self._clock.now()
-            await self._clock.sleep(max(0.0, min(LOOK_S, left)))
-            found = await look()
-            if left <= LOOK_S or found != seen:
-                return found
+        while (left := due - self._clock.now()) > 0:
+            await self._clock.sleep(min(LOOK_S, left))
+            for source, seen in status.seen.items():
+                found = await self._preparation.sources.fingerprint(source)
+                if found and found != seen:  # one that does not answer is no other one
+                    return
 
 
 def _alias(entry: Adapter, prepared: Prepared) -> Alias:

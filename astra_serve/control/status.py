@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from astra_serve.adapters.clock import Clock
 from astra_serve.adapters.events import Event, Events
@@ -25,6 +26,14 @@ class Phase(StrEnum):
         return self in (Phase.SERVING, Phase.FAILED)
 
 
+@dataclass(frozen=True)
+class Spent:
+    """The time that a change took before the reconciler follows its entry."""
+
+    began: float  # when the change was asked for, by the server's clock
+    seconds: dict[str, float]  # the duration of each phase of its preparation
+
+
 @dataclass
 class Status:
     """One entry, its phase and the reason of a failure."""
@@ -36,10 +45,13 @@ class Status:
     reason: str | None = None
     since: float = field(default_factory=time.time)  # seconds since 1970
     seconds: dict[str, float] = field(default_factory=dict)  # the duration of each phase before this one
+    seen: dict[str, list[Any]] = field(default_factory=dict)  # fingerprints of the sources before they were read
     parts: dict[str, float] = field(default_factory=dict)  # loading and probing, as parts of the phase LOADING
+    began: float | None = None  # when the change was asked for, by the server's clock; None: now
 
     def __post_init__(self) -> None:
         self._entered = self.clock.now()
+        self._began = self._entered if self.began is None else self.began
 
     def enter(self, phase: Phase, reason: str | None = None, version: str | None = None) -> None:
         """Begin a phase and emit its event."""
@@ -47,7 +59,8 @@ class Status:
         self.phase, self.reason, self.since, self._entered = phase, reason, time.time(), self.clock.now()
         if phase is not Phase.LOADING:  # `residency` emits the parts of that phase
             seconds = dict(self.seconds) if phase.final else {}
-            self.events.emit(Event(self.entry.name, phase, version, reason, seconds))
+            total = self._entered - self._began if phase is Phase.SERVING else None
+            self.events.emit(Event(self.entry.name, phase, version, reason, seconds, total))
 
     def elapsed(self) -> dict[str, float]:
         """Return the seconds of each phase until now; of LOADING its parts, and the wait for memory."""

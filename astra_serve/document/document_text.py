@@ -14,9 +14,10 @@ from typing import Any
 import fsspec
 import httpx
 
-from astra_serve.errors import Conflict, ServeError
+from astra_serve.errors import BadDocument, Conflict, ServeError
 from converter import atomic
 
+MAX_BYTES = 2**26  # of a hundred thousand adapters with history
 TRIES = 20  # to change a text that others change at the same time
 PAUSE_S = 0.05
 _CHANGED = (httpx.codes.PRECONDITION_FAILED, httpx.codes.CONFLICT)  # S3's answers where a condition does not hold
@@ -24,12 +25,27 @@ LOCK_S = 5.0  # for a lock, which is held while a file is written
 
 
 def read(where: str) -> str:
-    """Return the text, empty where there is none. Raises the store's errors and UnicodeDecodeError."""
-    system, path = fsspec.core.url_to_fs(where)
+    """Return the text, empty where there is none. Raises BadDocument where it is no text, and the store's errors."""
     try:
-        return str(system.cat_file(path).decode("utf-8"))
+        data = _object(where) if "://" in where else _file(Path(where))
     except FileNotFoundError:
         return ""
+    return decoded(data, where)
+
+
+def decoded(data: bytes, where: str) -> str:
+    """Return the text of a document's bytes. Raises BadDocument."""
+    if len(data) > MAX_BYTES:
+        raise too_large(where)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadDocument(f"{where} is not UTF-8: byte {error.start} is none of a text") from error
+
+
+def too_large(where: str) -> BadDocument:
+    """Return the error of a document whose text is too large."""
+    return BadDocument(f"{where} is larger than {MAX_BYTES >> 20} MiB, the limit for a document")
 
 
 def edit(where: str, change: Callable[[str], str]) -> tuple[str, str]:
@@ -64,6 +80,24 @@ def check_writable(where: str) -> None:
 def digest(text: str) -> str:
     """Return the digest of a text: sha256:HEX."""
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _file(path: Path) -> bytes:
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would block
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        raise BadDocument(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}: give a file")
+    with os.fdopen(handle, "rb") as stream:
+        return stream.read(MAX_BYTES + 1)
+
+
+def _object(where: str) -> bytes:
+    system, path = fsspec.core.url_to_fs(where)
+    system.invalidate_cache()
+    if (system.info(path).get("size") or 0) > MAX_BYTES:
+        raise too_large(where)
+    return bytes(system.cat_file(path))
 
 
 def _replace(where: str, before: str, after: str) -> None:

@@ -6,24 +6,29 @@ style (JSON), or one that refers to anchors or merges mappings, is written again
 """
 
 import json
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
-from astra_serve.document import desired
-from astra_serve.document.desired import LOADER, Adapter, Document
+from astra_serve.document import desired, yaml_text
+from astra_serve.document.desired import Adapter, Document
 from astra_serve.errors import BadDocument
 
 Edit = tuple[int, int, str]  # from here to there, the text that takes the place
 
 
-def with_entry(text: str, origin: str, name: str, old: Adapter | None, new: Adapter | None) -> tuple[Document, str]:
+def with_entry(
+    text: str, origin: str, name: str, old: Adapter | None, new: Adapter | None, known: Document | None = None
+) -> tuple[Document, str]:
     """Return the document in `text` with the entry `new` in place of `old`, parsed and as text. None is no entry.
+
+    `known` is the document in `text` if it was parsed before.
 
     Raises BadDocument where `text` is no document, or other entries refer to anchors that would disappear; Conflict
     where it has another entry of this name.
     """
-    document = desired.parse(text, origin).replacing(name, old, new)
+    document = (known or desired.parse(text, origin)).replacing(name, old, new)
     unix = text.replace("\r\n", "\n")
     found = _spliced(unix, _edits(unix, name, desired.plain(new) if new else None))
     found = found.replace("\n", "\r\n") if unix != text else found
@@ -43,55 +48,119 @@ def _spliced(text: str, edits: list[Edit]) -> str:
 
 
 def _edits(text: str, name: str, new: dict[str, Any] | None) -> list[Edit]:
-    root: Any = yaml.compose(text, LOADER)
-    nothing: tuple[Any, Any] = None, None
-    key, items = next((pair for pair in root.value if pair[0].value == "adapters"), nothing) if root else nothing
-    entries = items.value if isinstance(items, yaml.SequenceNode) else []
-    number = next((n for n, entry in enumerate(entries) if _name(entry) == name), None)
+    layout = _layout(text)
+    number = next((n for n, entry in enumerate(layout.entries) if entry.name == name), None)
     if number is None:
-        return [_addition(text, root, key, items, entries, new)] if new else []
-    entry = entries[number]
-    start, end = entry.start_mark.index, entry.end_mark.index
-    if items.flow_style and new is None:  # with one of the commas beside it
+        return [_addition(text, layout, new)] if new else []
+    entries, entry, items = layout.entries, layout.entries[number], layout.items
+    assert items is not None
+    start, end = entry.start, entry.end
+    if items.flow and new is None:  # with one of the commas beside it
         if number:
-            start = entries[number - 1].end_mark.index
+            start = entries[number - 1].end
         elif len(entries) > 1:
-            end = entries[1].start_mark.index
-    if entry.flow_style and (new or items.flow_style):
+            end = entries[1].start
+    if entry.flow and (new or items.flow):
         return [(start, end, _flow(new) if new else "")]
-    dash, end = text.rfind("-", 0, start), _line_end(text, entry)
+    dash, end = text.rfind("-", 0, start), _line_end(text, entry.last)
     start = text.rfind("\n", 0, dash) + 1
     if new:
         return [(start, end, _patched(text[start:end], dash - start, new))]
-    colon = key.end_mark.index + 1
-    return [(start, end, ""), *([(colon, colon, " []")] if len(entries) == 1 else [])]
+    return [(start, end, ""), *([(layout.colon, layout.colon, " []")] if len(entries) == 1 else [])]
 
 
-def _addition(text: str, root: Any, key: Any, items: Any, entries: list[Any], new: dict[str, Any]) -> Edit:
+def _addition(text: str, layout: "_Layout", new: dict[str, Any]) -> Edit:
     """Return the edit that adds an entry after all others."""
-    if key is None and root is not None and root.flow_style:  # {}
-        return root.start_mark.index, root.end_mark.index, f'{{"adapters": [{_flow(new)}]}}'
-    if key is None:
+    items, entries = layout.items, layout.entries
+    if items is None:  # the text is empty
         return len(text), len(text), _below(text, f"adapters:\n{_block(new, 2)}")
-    if entries and items.flow_style:
-        place = entries[-1].end_mark.index
-        return place, place, f", {_flow(new)}"
-    if root.flow_style:
-        return items.start_mark.index, items.end_mark.index, f"[{_flow(new)}]"
+    if entries and items.flow:
+        return entries[-1].end, entries[-1].end, f", {_flow(new)}"
+    if layout.flow:
+        return items.start, items.end, f"[{_flow(new)}]"
     if entries:
-        place = _line_end(text, entries[-1])
-        return place, place, _below(text[:place], _block(new, items.start_mark.column))
-    rest = text[items.end_mark.index : _line_end(text, items)]  # `adapters: []` and perhaps a comment, which stays
-    return key.end_mark.index + 1, items.end_mark.index + len(rest), rest + (_below(rest or " ", _block(new, 2)))
+        place = _line_end(text, entries[-1].last)
+        return place, place, _below(text[:place], _block(new, items.column))
+    rest = text[items.end : _line_end(text, items.last)]  # `adapters: []` and perhaps a comment, which stays
+    return layout.colon, items.end + len(rest), rest + (_below(rest or " ", _block(new, 2)))
+
+
+@dataclass
+class _Span:
+    """Where a list or a mapping is in the text."""
+
+    start: int
+    end: int
+    last: int  # the end of its last character; the `end` of a block is where the next token begins
+    column: int
+    flow: bool
+    parts: int = 0  # keys and values until now
+    key: str | None = None
+    name: str | None = None  # of an entry
+
+
+@dataclass
+class _Layout:
+    """Where the entries of a document are in its text."""
+
+    flow: bool = False  # the document as a whole, as JSON is
+    colon: int = 0  # the end of the key `adapters` and its colon
+    items: _Span | None = None  # the list of the entries; None in an empty text
+    entries: list[_Span] = field(default_factory=list)
+
+
+def _layout(text: str) -> _Layout:
+    """Return where the entries of a document without faults are, in one pass without recursion."""
+    layout = _Layout()
+    open_: list[_Span] = []  # the document, the list of the entries, an entry, and what it contains
+    anchors: dict[str, str] = {}
+    for event in yaml_text.events(text):
+        start, end = event.start_mark, event.end_mark
+        assert start is not None
+        assert end is not None
+        if isinstance(event, yaml.CollectionStartEvent):
+            if open_:
+                open_[-1].parts += 1
+            open_.append(_Span(start.index, end.index, end.index, start.column, bool(event.flow_style)))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            _close(layout, open_, end.index)
+        elif isinstance(event, yaml.ScalarEvent | yaml.AliasEvent):
+            value = event.value if isinstance(event, yaml.ScalarEvent) else anchors.get(event.anchor or "")
+            if event.anchor and value is not None:
+                anchors[event.anchor] = value
+            place = open_[-1]
+            if place.parts % 2 == 0:
+                place.key = value
+            elif place.key == "name":
+                place.name = value
+            place.parts, place.last = place.parts + 1, end.index
+            if len(open_) == 1:
+                layout.colon = end.index + 1
+    return layout
+
+
+def _close(layout: _Layout, open_: list[_Span], end: int) -> None:
+    done = open_.pop()
+    done.end = end
+    if done.flow:
+        done.last = end
+    if not open_:
+        layout.flow = done.flow
+        return
+    open_[-1].last = done.last
+    if len(open_) == 1:
+        layout.items = done
+    elif len(open_) == 2:
+        layout.entries.append(done)
 
 
 def _patched(item: str, dash: int, new: dict[str, Any]) -> str:
     """Return the lines of an entry in block style, whose dash is in column `dash`, with the values of `new`."""
     lines = f"{item[:dash]} {item[dash + 1 :]}"
     try:
-        old = desired.plain(Adapter.model_validate(yaml.load(lines, LOADER)))  # noqa: S506 (a safe one)
-        node: Any = yaml.compose(lines, LOADER)
-    except yaml.YAMLError:  # an anchor of another entry
+        old = desired.plain(Adapter.model_validate(yaml_text.load(lines)))
+        node: Any = yaml.compose(lines, yaml_text.LOADER)  # as deep as `load` allows
+    except yaml_text.BadYaml:  # an anchor of another entry
         return _block(new, dash)
     nodes = {key.value: (key, value) for key, value in node.value}
     column, edits = node.start_mark.column, []
@@ -101,7 +170,7 @@ def _patched(item: str, dash: int, new: dict[str, Any]) -> str:
         if word not in nodes:
             if word not in new:  # merged from another mapping
                 return _block(new, dash)
-            place = _line_end(lines, node)
+            place = _line_end(lines, _last(node))
             edits.append((place, place, _below(lines[:place], _indented({word: new[word]}, column))))
             continue
         key, value = nodes[word]
@@ -109,24 +178,22 @@ def _patched(item: str, dash: int, new: dict[str, Any]) -> str:
         if word in new and scalar and not isinstance(new[word], list | dict):
             edits.append((value.start_mark.index, value.end_mark.index, _scalar(new[word], value.style)))
         else:
-            start, end = key.start_mark.index - key.start_mark.column, _line_end(lines, value)
+            start, end = key.start_mark.index - key.start_mark.column, _line_end(lines, _last(value))
             edits.append((start, end, _indented({word: new[word]}, column) if word in new else ""))
     lines = _spliced(lines, edits)
     return f"{lines[:dash]}-{lines[dash + 1 :]}"
 
 
-def _name(entry: Any) -> Any:
-    return next((value.value for key, value in entry.value if key.value == "name"), None)
-
-
-def _line_end(text: str, node: Any) -> int:
-    """Return where the line after the last character of a node begins.
-
-    The end of a node in block style is where the next token begins, behind comments that belong to others.
-    """
+def _last(node: Any) -> int:
+    """Return the end of the last character of a node; the end of a block is where the next token begins."""
     while isinstance(node, yaml.CollectionNode) and not node.flow_style:
         node = node.value[-1][1] if isinstance(node, yaml.MappingNode) else node.value[-1]
-    newline = text.find("\n", len(text[: node.end_mark.index].rstrip()))  # without the blank lines after a block scalar
+    return int(node.end_mark.index)
+
+
+def _line_end(text: str, last: int) -> int:
+    """Return where the line after the last character of a value begins, before comments that belong to others."""
+    newline = text.find("\n", len(text[:last].rstrip()))  # without the blank lines after a block scalar
     return len(text) if newline < 0 else newline + 1
 
 

@@ -1,14 +1,16 @@
 """The one place that changes vLLM's objects, or imports names that vLLM 0.32 and 0.33 have in different modules.
 
-    MeteredClient  a client of the engine for vLLM's handlers: counts the work for each request
+    MeteredClient  a client of the engine for vLLM's handlers: counts the work for each request, and salts its prompts
     application    vLLM's HTTP application with the gateway behind vLLM's middleware, in front of its handlers;
-                   /v1/models lists the adapters; only the routes of `gateway.routes` are left
+                   /v1/models lists the adapters; background responses belong to their requests; only the routes of
+                   `gateway.routes` are left
     check          verifies that each touched object still looks as expected
 
 `cpu_lora` and `worker_extension` run inside the engine's processes and check what they touch themselves.
 """
 
 import asyncio
+import hmac
 import inspect
 import sys
 import time
@@ -29,7 +31,7 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
@@ -44,16 +46,18 @@ except ImportError:  # from 0.33 on
     from vllm.entrypoints.common.cli_args import validate_parsed_serve_args as validate_parsed_serve_args
 
 from astra_serve.adapters.fleet import Fleet
+from astra_serve.engine import background
 from astra_serve.errors import ServeError
 from astra_serve.gateway import limits
 from astra_serve.gateway import request as requests
+from astra_serve.gateway.api_key import CacheSalts
 from astra_serve.gateway.limits import Checked, Fault
 from astra_serve.gateway.middleware import OPEN, Gateway, Served, Subscribers
+from astra_serve.gateway.models import PATH, Models
 from astra_serve.gateway.routes import RouteErrors, served
 
-MODELS = "/v1/models"
 GENERATE = ["prompt", "sampling_params", "request_id"]
-CLIENT = ("generate", "abort", "add_lora", "remove_lora", "list_loras", "collective_rpc", "errored")
+CLIENT = ("generate", "encode", "abort", "add_lora", "remove_lora", "list_loras", "collective_rpc", "errored")
 
 
 def check(client: EngineClient) -> None:
@@ -90,10 +94,14 @@ async def application(
     models = app.state.openai_serving_models
     _expect(models.lora_requests == {}, "OpenAIServingModels.lora_requests")
     models.lora_requests = Served()
+    if responses := getattr(app.state, "openai_serving_responses", None):
+        _hold_background(responses)
     paths = {getattr(route, "path", "") for route in app.router.routes}
-    _expect(MODELS in paths, f"route {MODELS}")
-    app.router.routes[:] = [r for r in served(app.router.routes) if getattr(r, "path", "") != MODELS]
-    app.add_api_route(MODELS, _models(models, fleet), methods=["GET"])
+    _expect(PATH in paths, f"route {PATH}")
+    app.router.routes[:] = [r for r in served(app.router.routes) if getattr(r, "path", "") != PATH]
+    listed = Models(fleet, client.model_config.max_model_len)
+    app.add_api_route(PATH, listed.show_all, methods=["GET"])
+    app.add_api_route(PATH + "/{model:path}", listed.show, methods=["GET"])
     if app.openapi_url:
         app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", "") != app.openapi_url]
         app.add_api_route(app.openapi_url, _openapi(app), methods=["GET"], include_in_schema=False)
@@ -104,10 +112,23 @@ async def application(
         subscribers,
         abort=client.abort,
         serves=lambda scope: _serves(app, scope),
+        cache_salt=CacheSalts(_keys(args)).of,
         check=_check(client),
     )
     app.router.middleware_stack = gateway
     return app, gateway
+
+
+def _hold_background(responses: OpenAIServingResponses) -> None:
+    """Let the gateway know the tasks of background responses, and bound what is kept of responses."""
+    for name, mine in {
+        "background_tasks": background.Tasks(responses),
+        "response_store": background.Newest(),
+        "msg_store": background.Newest(),
+        "event_store": background.Newest(),
+    }.items():
+        _expect(getattr(responses, name, None) == {}, f"OpenAIServingResponses.{name}")
+        setattr(responses, name, mine)
 
 
 def _openapi(app: FastAPI) -> Callable[[], Any]:
@@ -146,23 +167,12 @@ def _wrong_items(items: Any) -> str | None:
 
 def known_keys(app: FastAPI, args: Namespace) -> Callable[[Headers], bool] | None:
     """Return whether headers carry one of vLLM's API keys; None where there is no key."""
-    keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+    keys = _keys(args)
     return AuthenticationMiddleware(app, keys).verify_token if keys else None
 
 
-def _models(models: OpenAIServingModels, fleet: Fleet) -> Callable[[], Any]:
-    async def show_available_models() -> dict[str, Any]:
-        """List the base and the adapters that are served."""
-        found = await models.registry.show_available_models()
-        parent = found.data[0].id
-        found.data += [
-            ModelCard(id=name, root=alias.current.name, parent=parent, permission=[ModelPermission()])
-            for name, alias in fleet.aliases.items()
-        ]
-        listed: dict[str, Any] = found.model_dump()
-        return listed
-
-    return show_available_models
+def _keys(args: Namespace) -> list[str]:
+    return [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
 
 
 def _serves(app: FastAPI, scope: Any) -> bool:
@@ -180,6 +190,14 @@ class MeteredClient:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
 
+    def encode(self, prompt: Any, *settings: Any, **more: Any) -> AsyncGenerator[Any, None]:
+        """Return the engine's answers of a pooling model."""
+        request = requests.current.get()
+        found: AsyncGenerator[Any, None] = self._client.encode(
+            _salted(prompt, request.cache_salt if request else None), *settings, **more
+        )
+        return found
+
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **settings: Any
     ) -> AsyncGenerator[Any, None]:
@@ -191,6 +209,7 @@ class MeteredClient:
             return
         if request.over:  # a handler that was left behind: no client waits for it, and its adapter may be evicted
             raise RuntimeError("the request has ended")
+        prompt = _salted(prompt, request.cache_salt)
         # The id may be the client's, and another request's, too: to abort this one it needs an id of its own.
         request_id = f"{request_id}-{uuid4().hex[:12]}"
         answers = self._client.generate(prompt, sampling_params, request_id, **settings)
@@ -219,6 +238,23 @@ class MeteredClient:
                 request.prompt_tokens += len(answer.prompt_token_ids or ())
                 request.output_tokens += sum(tokens.values())
                 _note_latency(request, answer.metrics)
+
+
+def _salted(prompt: Any, salt: str | None) -> Any:
+    """Return a rendered prompt whose blocks in the prefix cache are found with this salt alone.
+
+    A client's own salt divides the cache further. Raises TypeError for a prompt that is not rendered: no handler of the
+    served routes has one, and it must not reach the cache without a salt.
+    """
+    if salt is None:
+        return prompt
+    if not isinstance(prompt, dict):
+        raise TypeError(f"a prompt is a {type(prompt).__name__}, which cannot have a salt")
+    if "decoder_prompt" in prompt:
+        return {**prompt, "decoder_prompt": _salted(prompt["decoder_prompt"], salt)}
+    if own := prompt.get("cache_salt"):
+        salt = hmac.digest(salt.encode(), own.encode(), "sha256").hex()
+    return {**prompt, "cache_salt": salt}
 
 
 def _refuse_grammar(sampling_params: SamplingParams, answer: Any) -> None:

@@ -1,12 +1,14 @@
 """In front of vLLM's handlers: a request's `model` is resolved once, and its version leased until the last byte.
 
+The version of a response that is computed in the background is leased until that work has ended.
+
 The handlers look adapters up in a mapping (`Served`). It has the version of the running request and nothing else:
 whatever happens to the alias meanwhile, a request finds the version that it was admitted with.
 """
 
 import asyncio
-import hashlib
 import json
+import logging
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
@@ -14,9 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.adapters.residency import PAST_DEADLINE
-from astra_serve.errors import Unavailable
+from astra_serve.errors import Unavailable, UnknownAdapter
 from astra_serve.gateway import limits
 from astra_serve.gateway import request as requests
 from astra_serve.gateway.errors import error_body
@@ -29,6 +34,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+logger = logging.getLogger("vllm.astra_serve")
 # Headers of routers in front of vLLM, which set the priority, and the engine, of a request: no client may.
 INTERNAL = frozenset({b"x-vllm-priority", b"x-data-parallel-rank"})
 REQUEST_ID = rb"[A-Za-z0-9._:-]{1,128}"
@@ -72,25 +78,29 @@ class Gateway:
         abort: Callable[[set[str]], Awaitable[None]],
         serves: Callable[[Scope], bool],
         check: Callable[[str, bytes], Checked] = limits.check,
+        cache_salt: Callable[[Headers], str | None] = lambda _: None,
     ) -> None:
         """`abort` ends the engine's work by its ids; `serves` says whether a request is one to a model.
 
-        `check` reads the body of a request, by its path.
+        `check` reads the body of a request, by its path; `cache_salt` returns the salt of the prefix cache for the API
+        key in a request's headers.
         """
         self.running: set[Request] = set()
         self.drained = False  # by an operator: not ready, but requests that arrive all the same are served
         self.closed: str | None = None  # why no request is admitted any more
         self._app, self._fleet, self._subscribers = app, fleet, subscribers
-        self._abort, self._serves, self._check = abort, serves, check
+        self._abort, self._serves, self._check, self._cache_salt = abort, serves, check, cache_salt
         self._idle = asyncio.Event()
         self._idle.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Admit a request to a model; hand any other one on."""
-        if scope["type"] == "http" and scope["method"] == "POST" and self._serves(scope):
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif scope["method"] == "POST" and self._serves(scope):
             await self._admit(scope, receive, send)
         else:
-            await self._app(scope, receive, send)
+            await self._hand_on(scope, receive, send)
 
     def not_ready(self) -> list[str]:
         """Return the reasons why requests should be sent to another server."""
@@ -111,16 +121,15 @@ class Gateway:
         body, replay = await _read(receive)
         checked = self._check(_path(scope), body)
         model = checked.content.get("model")
-        if not isinstance(model, str):  # the base, as vLLM reads it, or a mistake that the handler reports
+        if not (model and isinstance(model, str)):  # the base, as vLLM reads it, or a mistake that the handler reports
             model = self._fleet.base_name
-        task = asyncio.current_task()
-        assert task is not None
         request = Request(
             id=_request_id(scope),
             path=scope["path"],
             model=model,
-            task=task,
+            task=_this_task(),
             adapter=self._fleet.known(model),
+            cache_salt=self._cache_salt(Headers(scope=scope)),
             on_first_token=self._subscribers.first_token,
         )
         send = _recorded(send, request)
@@ -132,7 +141,7 @@ class Gateway:
             if error.args != (PAST_DEADLINE,):
                 raise
             await _cut_off(send, request)
-            task.uncancel()
+            request.task.uncancel()
         except Exception:
             request.broke = True
             raise
@@ -142,6 +151,24 @@ class Gateway:
                 self._idle.set()
             for subscriber in self._subscribers.ended:
                 subscriber(request)
+
+    async def _hand_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(id=_request_id(scope), path=scope["path"], model="", task=_this_task())
+        await self._call(request, scope, receive, _recorded(send, request))
+
+    async def _call(self, request: Request, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the handlers answer. What they raise is logged, and is a 500 if the answer has not begun."""
+        try:
+            await self._app(scope, receive, send)
+        except HTTPException:  # the router has no such path or method
+            raise
+        except Exception:
+            request.broke = True
+            if request.status is not None:
+                raise
+            facts = {"request_id": request.id, "status": 500}
+            logger.exception("%s 500, request %s", request.path, request.id, extra=facts)
+            await refuse(send, 500, f"the server has failed: its log has the reason beside the id {request.id}")
 
     async def _serve(self, request: Request, checked: Checked, scope: Scope, receive: Receive, send: Send) -> None:
         content = checked.content
@@ -154,9 +181,8 @@ class Gateway:
             return
         scope["headers"] = [header for header in scope["headers"] if header[0] not in INTERNAL]
         try:
-            async with self._fleet.lease(
-                request.model, _caller(scope, user if isinstance(user, str) else "")
-            ) as residence:
+            share_by = user if user and isinstance(user, str) else request.id  # of a canary
+            async with self._fleet.lease(request.model, share_by) as residence:
                 if residence:
                     request.version, request.handle = residence.version, residence.handle
                 if residence and residence.adapts_head and _asks_prompt_logprobs(content):
@@ -165,19 +191,27 @@ class Gateway:
                     return
                 token = requests.current.set(request)
                 try:
-                    await self._app(scope, receive, send)
+                    await self._call(request, scope, receive, send)
+                    if request.background and not request.broke:
+                        await asyncio.wait(request.background)
                 finally:
                     requests.current.reset(token)
                     await self._finish(request)
         except Unavailable as error:
             await refuse(send, 503, str(error), "model", error.retry_after_s)
+        except UnknownAdapter as error:
+            await refuse(send, 404, str(error), "model")
 
     async def _finish(self, request: Request) -> None:
-        """End the engine's work for a request: its version is leased until then.
+        """End the work for a request, in the background and in the engine: its version is leased until then.
 
         A handler that is cancelled leaves a task of its own behind, which goes on.
         """
         request.over = True
+        for task in request.background:
+            task.cancel()
+        if request.background:
+            await asyncio.wait(request.background, timeout=requests.CLOSING_S)
         if request.computing:
             await self._abort(set(request.computing))
             await request.computed()
@@ -187,6 +221,12 @@ def _asks_prompt_logprobs(content: dict[str, Any]) -> bool:
     """Return whether a request asks for log probabilities of its prompt; `echo` of completions repeats the prompt."""
     echoed = bool(content.get("echo")) and content.get("logprobs") is not None
     return echoed or content.get("prompt_logprobs") is not None
+
+
+def _this_task() -> "asyncio.Task[object]":
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 def _request_id(scope: Scope) -> str:
@@ -203,7 +243,7 @@ def _request_id(scope: Scope) -> str:
 def _watched(receive: Receive, request: Request) -> Receive:
     async def watched() -> Message:
         message = await receive()
-        if message["type"] == "http.disconnect" and not request.complete:
+        if message["type"] == "http.disconnect" and not request.complete and not request.background:
             request.disconnected = True
         return message
 
@@ -241,16 +281,6 @@ async def _read(receive: Receive) -> tuple[bytes, Receive]:
 def _path(scope: Scope) -> str:
     """Return the path of a request below `--root-path`."""
     return str(scope["path"].removeprefix(scope.get("root_path", "")))
-
-
-def _caller(scope: Scope, user: str) -> str:
-    """Return the caller, for a canary: the user in the request, otherwise the hash of its API key, or its address."""
-    if user:
-        return user
-    key = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-    if key:
-        return hashlib.sha256(key).hexdigest()
-    return str((scope.get("client") or ("",))[0])
 
 
 async def _cut_off(send: Send, request: Request) -> None:

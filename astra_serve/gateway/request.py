@@ -25,10 +25,11 @@ class Request:
     adapter: str | None = None  # the adapter's name in `model`; None for the base, and for an unknown name
     version: Version | None = None  # that serves it; None for the base, and before the lease
     handle: object = None  # the engine's, of that version
+    cache_salt: str | None = None  # of its API key, for the engine's prefix cache
     status: int | None = None
     streams: bool = False
     complete: bool = False  # the last byte was sent
-    disconnected: bool = False  # the client closed the connection before that
+    disconnected: bool = False  # the client closed the connection before that, or cancelled the background work
     broke: bool = False  # the engine failed it, or it was past its deadline
     over: bool = False  # nothing may be computed for it any more
     prompt_tokens: int = 0
@@ -37,6 +38,7 @@ class Request:
     between_tokens_s: list[float] = field(default_factory=list)  # per answer, the mean
     began: float = field(default_factory=time.monotonic)
     computing: set[str] = field(default_factory=set)  # the engine's ids of the work for it
+    background: "set[asyncio.Task[object]]" = field(default_factory=set)  # go on after the last byte
     on_first_token: "list[Callable[[Request, float], None]]" = field(default_factory=list)
     _computed: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -2,6 +2,10 @@
 
 At most `MOST_ADAPTERS` adapters have series of their own; the others share the label `_other`. An adapter's series end
 when it is removed. Requests for unknown names are counted under `_unknown`.
+
+The metrics of requests have a label `version`, which is empty except beside a canary: then both versions have series
+of their own. The sum over `version` is always the adapter's; the series of a version end `VERSION_KEPT_S` after its
+last request, when the canary has ended.
 """
 
 import time
@@ -20,8 +24,10 @@ from astra_serve.control.reconcile import Reconciler
 from astra_serve.gateway.middleware import Gateway
 from astra_serve.gateway.request import Request
 
+Label = tuple[str, str]  # an adapter, and a version beside a canary
 Sample = tuple[list[str], float]  # the values of the labels, and the number
 MOST_ADAPTERS = 1000
+VERSION_KEPT_S = 600.0  # several scrapes: the last requests are seen
 OTHER, UNKNOWN = "_other", "_unknown"  # no adapter can be called so
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 BETWEEN_TOKENS_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5)
@@ -39,12 +45,14 @@ class Metrics:
         registry: CollectorRegistry,
         not_ready: Callable[[], list[str]],
         control: Control | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         """`not_ready` returns the reasons of /readyz; `control` follows the document, if it may change."""
         self._fleet, self._reconciler, self._gateway, self._control = fleet, reconciler, gateway, control
-        self._not_ready = not_ready
+        self._not_ready, self._now = not_ready, now
         self._own: set[str] = set()  # adapters with series of their own
         self._by_adapter: list[MetricWrapperBase] = []
+        self._last_request: dict[Label, float] = {}  # of each version with series of its own
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             found = Counter(name, text, ["adapter", *labels], registry=registry)
@@ -57,20 +65,31 @@ class Metrics:
             return found
 
         self._requests = counter(
-            "astra_requests", "Requests that ended; outcome: ok, client_error, server_error, cancelled", "outcome"
+            "astra_requests",
+            "Requests that ended; outcome: ok, client_error, server_error, cancelled",
+            "version",
+            "outcome",
         )
-        self._errors = counter("astra_request_errors", "Requests that ended with a 4xx, a 5xx, or a broken stream")
-        self._prompt = counter("astra_prompt_tokens", "Tokens of prompts")
-        self._output = counter("astra_output_tokens", "Generated tokens")
+        self._errors = counter(
+            "astra_request_errors", "Requests that ended with a 4xx, a 5xx, or a broken stream", "version"
+        )
+        self._prompt = counter("astra_prompt_tokens", "Tokens of prompts", "version")
+        self._output = counter("astra_output_tokens", "Generated tokens", "version")
         self._first = histogram(
-            "astra_time_to_first_token_seconds", "From the request's arrival to its first token", FIRST_TOKEN_S
+            "astra_time_to_first_token_seconds",
+            "From the request's arrival to its first token",
+            FIRST_TOKEN_S,
+            "version",
         )
         self._between = histogram(
-            "astra_inter_token_latency_seconds", "Between two tokens, an answer's mean", BETWEEN_TOKENS_S
+            "astra_inter_token_latency_seconds", "Between two tokens, an answer's mean", BETWEEN_TOKENS_S, "version"
         )
         self._swaps = histogram(
-            "astra_adapter_swap_seconds", "From a change of the desired state to the flip of the alias", CHANGE_S
+            "astra_adapter_swap_seconds",
+            "From the call, or the read, of a change to the flip of the alias",
+            CHANGE_S,
         )
+        self._by_version = list(self._by_adapter[:6])
         self._loads = histogram(
             "astra_adapter_load_seconds", "Reading a version into the engine, and proving it there", CHANGE_S
         )
@@ -83,18 +102,18 @@ class Metrics:
 
     def count(self, request: Request) -> None:
         """Count a request that has ended."""
-        adapter = self._of(request)
-        self._requests.labels(adapter, request.outcome).inc()
+        label = self._with_version(request)
+        self._requests.labels(*label, request.outcome).inc()
         if request.outcome in ("client_error", "server_error"):
-            self._errors.labels(adapter).inc()
-        self._prompt.labels(adapter).inc(request.prompt_tokens)
-        self._output.labels(adapter).inc(request.output_tokens)
+            self._errors.labels(*label).inc()
+        self._prompt.labels(*label).inc(request.prompt_tokens)
+        self._output.labels(*label).inc(request.output_tokens)
         for seconds in request.between_tokens_s:
-            self._between.labels(adapter).observe(seconds)
+            self._between.labels(*label).observe(seconds)
 
     def first_token(self, request: Request, seconds: float) -> None:
         """Count a first token when it is computed: an autoscaler need not wait for the end of long streams."""
-        self._first.labels(self._of(request)).observe(seconds)
+        self._first.labels(*self._with_version(request)).observe(seconds)
 
     def note(self, event: Event) -> None:
         """Count an event of an adapter."""
@@ -111,7 +130,7 @@ class Metrics:
         elif event.event == "probe_failed":
             self._probes.labels(adapter, "failed").inc()
         elif event.event == "serving":
-            self._swaps.labels(adapter).observe(sum(event.seconds.values()))
+            self._swaps.labels(adapter).observe(event.total or 0.0)
             for phase, seconds in event.seconds.items():
                 self._phases.labels(str(phase)).observe(seconds)
         elif event.event == "failed":
@@ -119,6 +138,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """Yield the gauges, as they are at this moment."""
+        self._end_versions()
         running = Counts(self._of(request) for request in list(self._gateway.running))
         by_adapter = [([label], number) for label, number in running.items()]
         yield _gauge("requests_running", "Requests that have not ended", by_adapter, "adapter")
@@ -172,6 +192,25 @@ class Metrics:
             return self._label(request.adapter)
         return request.model if request.model == self._fleet.base_name else UNKNOWN
 
+    def _with_version(self, request: Request) -> Label:
+        adapter, version = self._of(request), request.version
+        if version is None or adapter == OTHER or not self._beside_a_canary(version.alias, version.name):
+            return adapter, ""
+        self._last_request[adapter, version.name] = self._now()
+        return adapter, version.name
+
+    def _beside_a_canary(self, adapter: str, version: str) -> bool:
+        alias = self._fleet.aliases.get(adapter)
+        return alias is not None and alias.canary is not None and version in {one.name for one in alias.serving()}
+
+    def _end_versions(self) -> None:
+        """End the series of versions whose canary has ended, once their last requests have been seen."""
+        for (adapter, version), when in list(self._last_request.items()):
+            if when + VERSION_KEPT_S < self._now() and not self._beside_a_canary(adapter, version):
+                del self._last_request[adapter, version]
+                for metric in self._by_version:
+                    metric.remove_by_labels({"adapter": adapter, "version": version})
+
     def _label(self, adapter: str) -> str:
         if adapter not in self._own and adapter in self._reconciler.status and len(self._own) < MOST_ADAPTERS:
             self._own.add(adapter)
@@ -180,6 +219,7 @@ class Metrics:
     def _end(self, adapter: str) -> None:
         if adapter in self._own:
             self._own.discard(adapter)
+            self._last_request = {label: when for label, when in self._last_request.items() if label[0] != adapter}
             for metric in self._by_adapter:
                 metric.remove_by_labels({"adapter": adapter})
 

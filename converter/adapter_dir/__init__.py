@@ -37,6 +37,7 @@ from converter.adapter_dir.errors import (
 )
 from converter.adapter_dir.folder import (
     CONFIG,
+    MAX_JSON_BYTES,
     PROVENANCE,
     Json,
     digest,
@@ -72,6 +73,7 @@ __all__ = [
     "ENGINE_RANKS",
     "LORA_FORMAT",
     "LORA_WEIGHTS",
+    "MAX_JSON_BYTES",
     "PROVENANCE",
     "AdapterError",
     "AstraAdapter",

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,9 @@ def file_in(folder: Path, name: str) -> Path:
     Raises NotAnAdapter and UnsafeAdapter.
     """
     file = folder / name
-    if not file.is_file():
-        raise NotAnAdapter(f"{folder} has no {name}" if folder.is_dir() else f"there is no folder {folder}")
+    if not file.is_file():  # reading a pipe would wait for ever
+        what = f"{name} that is a regular file" if os.path.lexists(file) else name
+        raise NotAnAdapter(f"{folder} has no {what}" if folder.is_dir() else f"there is no folder {folder}")
     target, root = file.resolve(), folder.resolve()
     # The hub's cache is models--org--name/snapshots/REVISION/FILE -> ../../blobs/HASH
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
@@ -94,12 +96,16 @@ def write_json(path: Path, content: Json) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True, default=sorted) + "\n", encoding="utf-8")
 
 
-def digest(files: Iterable[Path]) -> str:
-    """Return the SHA-256 of the names and bytes of `files`, as `sha256:...`."""
+def digest(files: Iterable[Path], on_bytes: Callable[[int], None] = lambda _: None) -> str:
+    """Return the SHA-256 of the names and bytes of `files`, as `sha256:...`.
+
+    `on_bytes` is called with the number of bytes of each block.
+    """
     found = hashlib.sha256()
     for file in files:
         found.update(file.name.encode() + b"\0")
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):
                 found.update(block)
+                on_bytes(len(block))
     return f"sha256:{found.hexdigest()}"

@@ -1,6 +1,7 @@
 """A LoRA folder in PEFT's layout: the converter writes it, servers read it, and other tools may have written it."""
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -78,7 +79,7 @@ def save_lora(folder: Path, adapter: LoraAdapter, *, on_layer: Callable[[], None
     names = [f"{_PEFT_PREFIX}{module}.{factor}.weight" for module in adapter.layers for factor in _FACTORS]
     names += [f"{_PEFT_PREFIX}{name}" for name in adapter.head]
     write_tensors(folder / LORA_WEIGHTS, names, tensors(), {"format": "pt"})
-    write_json(folder / CONFIG, adapter.config)
+    write_json(folder / CONFIG, {"peft_type": "LORA", **adapter.config})
     save_lora_provenance(folder, adapter.provenance)
 
 
@@ -206,6 +207,9 @@ def pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) 
 def _checked_config(folder: Path) -> Json:
     config = read_json(folder, CONFIG)
     check_config(folder, config)
+    if config.get("peft_type") != "LORA":  # PEFT refuses a config without it
+        found = str(config.get("peft_type"))[:40]
+        raise MalformedAdapter(f"{folder / CONFIG} has peft_type={found!r}: engines serve plain LoRA only, 'LORA'")
     for key, off in _UNSUPPORTED.items():
         if config.get(key) not in (off, None, [], {}):
             raise MalformedAdapter(f"{folder / CONFIG} has {key}={_short(config[key])}: engines serve plain LoRA only")
@@ -254,7 +258,7 @@ def _layers(
 
 
 def _provenance(folder: Path) -> Json:
-    found = read_json(folder, PROVENANCE) if (folder / PROVENANCE).is_file() else {}
+    found = read_json(folder, PROVENANCE) if os.path.lexists(folder / PROVENANCE) else {}
     return found if found.get("format") == LORA_FORMAT else {}
 
 

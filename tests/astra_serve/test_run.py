@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from astra_serve import run
+from astra_serve.adapters.store import Store
 from astra_serve.control.housekeeping import Housekeeping
 from astra_serve.document.desired import Adapter, Document
 from astra_serve.engine import options
@@ -111,6 +113,41 @@ def test_a_server_answers_on_both_ports_and_ends_with_a_signal(serve, tmp_path, 
     *_, ready, alive, adapters = seen
     assert (ready, alive) == ({"ready": True, "reasons": []}, {"alive": True})
     assert adapters["adapters"][0]["state"] == "serving"
+
+
+def test_a_signal_ends_a_server_whose_sources_hang(serve, tmp_path, write_lora) -> None:
+    """During a publish: the document is as it was before, and the store has nothing of it."""
+    document, began = tmp_path / "adapters.yaml", []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        text = f"adapters: [{{name: a, source: {write_lora('one', 1.0)}}}, {{name: hung, source: '{url}/hung'}}]"
+        document.write_text(text)
+        asked: list[httpx.Response | Exception] = []
+
+        def publish() -> None:
+            try:
+                asked.append(httpx.put(f"{serve.admin}/adapters/b", json={"source": f"{url}/b"}, **headers))
+            except httpx.TransportError as error:
+                asked.append(error)
+
+        def ask() -> None:
+            while answer(f"{serve.admin}/adapters/a", **headers).json().get("state") != "serving":
+                threading.Event().wait(0.02)
+            publishing = threading.Thread(target=publish)
+            publishing.start()
+            while answer(f"{serve.admin}/adapters/b", **headers).json().get("state") != "fetching":
+                threading.Event().wait(0.02)
+            began.append(time.monotonic())
+
+        headers = {"headers": {"Authorization": "Bearer token"}, "timeout": 100}
+        thread = beside(ask)
+        serve(document)
+        assert time.monotonic() - began[0] < 30  # of 60 without a byte
+        thread.join()
+        assert document.read_text() == text
+    again = Store(tmp_path / "run-store")
+    assert len(list((tmp_path / "run-store" / "versions").iterdir())) == 1
+    again.close()
 
 
 def test_a_part_that_fails_ends_the_server_with_its_reason(serve, tmp_path, monkeypatch) -> None:

@@ -1,5 +1,6 @@
 """Two adapters really trained on the embedded base, and one server with the real engine for the whole session."""
 
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,7 @@ def server(admin: Admin, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     options += ["--admin-port", str(admin.port)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASTRA_ADMIN_TOKEN", admin.token)
+        patch.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
         with astra_serve(options, folder / "server.log") as running:
             while (ready := httpx.get(f"{running.url}/readyz")).status_code == 503:
                 assert running.process.poll() is None
@@ -64,7 +66,13 @@ def server(admin: Admin, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 
 def end(server: Server) -> None:
-    """SIGTERM while a stream runs: not ready, no new request, the stream ends complete, and the status is 0."""
+    """SIGTERM while a stream runs: not ready, no new request, the stream ends complete, and the status is 0.
+
+    So does a response in the background.
+    """
+    asked = {"model": "sql", "input": "Table a (b, c)", "max_output_tokens": 100, "background": True}
+    left = httpx.post(f"{server.url}/v1/responses", json=asked)
+    assert left.json()["status"] == "queued"
     body = {"model": "sql", "prompt": "Table a (b, c)", "max_tokens": 400, "ignore_eos": True, "stream": True}
     body |= {"n": 16}  # more than the sockets hold: the stream cannot end before it is read
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as stream:
@@ -79,6 +87,10 @@ def end(server: Server) -> None:
         *_, done = [line for line in lines if line]
         assert done == "data: [DONE]"
     assert server.process.wait(60) == 0, f"astra-serve ended with {server.process.returncode} after SIGTERM"
+    records = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+    (record,) = (one for one in records if one.get("request_id") == left.headers["x-request-id"])
+    assert record["outcome"] == "ok"
+    assert record["output_tokens"] > 0
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from tests.support.server import BIN, Server, astra_serve, free_port
 
 pytestmark = pytest.mark.timeout(300)
 KEY = "the-api-key"
+OTHER_KEY = "another-api-key"
+TEXT = "select name from people where age > 30 " * 8
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 ADMIN_PORT = free_port()
 
@@ -67,16 +69,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with an API key, an operator's middleware, and few modules to adapt; the last test here ends it."""
+    """A server with two API keys, an operator's middleware, and few modules to adapt; the last test here ends it."""
     folder = tmp_path_factory.mktemp("lifecycle")
     source = write_random_lora(folder / "random", modules=("q_proj",), base=base)
     (folder / "adapters.yaml").write_text(f"adapters: [{{name: random, source: {source}}}]")
     options = ["--base", str(base), "--enforce-eager", "--adapters", str(folder / "adapters.yaml")]
     options += ["--middleware", "tests.support.refusing.Refuse", "--admin-port", str(ADMIN_PORT)]
     options += ["--lora-target-modules", "q_proj", "lm_head", "--store", str(folder / "store")]
+    options += ["--api-key", KEY, OTHER_KEY]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-        patch.setenv("VLLM_API_KEY", KEY)
         patch.setenv("ASTRA_ADMIN_TOKEN", KEY)
         with astra_serve(options, folder / "log") as running:
             yield running
@@ -155,6 +157,32 @@ def test_every_path_of_the_application_needs_the_key_except_the_state_paths(serv
         assert known.get("/v1/models").is_success
 
 
+def test_no_key_finds_the_prompts_of_another_one_in_the_prefix_cache(server: Server) -> None:
+    """The time to the first token would tell one tenant what another one has asked."""
+
+    def hits(key: str, path: str, **own: str) -> float:
+        """Return the tokens of one long prompt that the engine finds in its cache."""
+        before = found()
+        content = {"prompt": TEXT} if path == "completions" else {"messages": [{"role": "user", "content": TEXT}]}
+        body = {"model": "base", "max_tokens": 1, **content, **own}
+        headers = {"Authorization": f"Bearer {key}"}
+        assert httpx.post(f"{server.url}/v1/{path}", json=body, headers=headers, timeout=60).status_code == 200
+        return found() - before
+
+    def found() -> float:
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:prefix_cache_hits_total"))
+
+    for path in ("completions", "chat/completions"):
+        assert hits(KEY, path) == 0
+        assert hits(KEY, path) > 100
+        assert hits(OTHER_KEY, path) == 0
+        assert hits(OTHER_KEY, path) > 100
+        assert hits(KEY, path, cache_salt="own") == 0
+        assert hits(OTHER_KEY, path, cache_salt="own") == 0
+        assert hits(OTHER_KEY, path, cache_salt="own") > 100
+
+
 def test_a_killed_engine_gives_errors_to_its_requests_and_ends_the_server_with_status_1(server: Server) -> None:
     """A supervisor starts it again; a process that stays up and serves nothing would never be."""
     body = {"model": "base", "prompt": "def f(", "max_tokens": 400, "ignore_eos": True}
@@ -180,3 +208,4 @@ def test_a_killed_engine_gives_errors_to_its_requests_and_ends_the_server_with_s
     *_, last = (json.loads(line)["message"] for line in text.splitlines())  # every line is JSON
     assert last.startswith("astra-serve: the engine has died")
     assert KEY not in text
+    assert OTHER_KEY not in text

@@ -1,8 +1,10 @@
 """The promises that only the real engine can keep: real HTTP, the official client, adapters trained in this session."""
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -78,6 +80,7 @@ def test_the_engine_compiles_the_model_with_its_adapters_and_takes_the_fast_kern
 def test_models_lists_the_base_and_every_adapter_with_its_parent(client: openai.OpenAI) -> None:
     models = {model.id: model.model_extra["parent"] for model in client.models.list()}
     assert models == {"base": None, **dict.fromkeys(TASKS, "base")}
+    assert [client.models.retrieve(name).id for name in models] == list(models)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -116,14 +119,25 @@ def test_an_unknown_model_gets_openais_404(server: Server, path: str, model: str
 
 
 def test_the_client_raises_its_own_not_found_error(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError):
-        client.completions.create(model="no-such-adapter", prompt="x")
+    with pytest.raises(openai.NotFoundError, match="did you mean 'sql'"):
+        client.completions.create(model="sqll", prompt="x")
 
 
 @pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
 def test_no_request_can_load_or_unload_an_adapter(server: Server, path: str) -> None:
     body = {"lora_name": "sql", "lora_path": "/etc"}
     assert httpx.post(server.url + path, json=body).status_code == 404
+
+
+def test_a_path_forges_no_line_of_the_log(server: Server) -> None:
+    sent = httpx.post(f"{server.url}/v1/responses/x%0aforged%1b[2J/cancel")
+    assert sent.status_code == 404
+    found: list[dict[str, Any]] = []
+    while not found:
+        lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+        found = [line for line in lines if line.get("request_id") == sent.headers["x-request-id"]]
+    assert found[0]["path"] == r"/v1/responses/x\nforged\x1b[2J/cancel"
+    assert all(value.isprintable() for value in found[0].values() if isinstance(value, str))
 
 
 def test_the_base_answers_as_itself_while_every_adapter_is_busy(client: openai.OpenAI) -> None:

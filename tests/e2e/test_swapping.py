@@ -185,7 +185,8 @@ def lines_of(server: Server, request_id: str) -> list[dict[str, Any]]:
 
 
 def metrics(server: Server) -> dict[str, float]:
-    page = httpx.get(f"{server.url}/metrics").text
+    """Return the values of the series, as Prometheus stores them: without empty labels."""
+    page = httpx.get(f"{server.url}/metrics").text.replace(',version=""', "")
     lines = (line.rpartition(" ") for line in page.splitlines() if not line.startswith("#"))
     return {name: float(value) for name, _, value in lines}
 

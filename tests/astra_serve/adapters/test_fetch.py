@@ -14,9 +14,11 @@ import psutil
 import pytest
 import s3fs
 
-from astra_serve.adapters.fetch import fetch
+from astra_serve.adapters.fetch import Sources, fetch
+from astra_serve.adapters.progress import FetchLimits
 from astra_serve.adapters.store import Store, version_digest
 from astra_serve.errors import CannotFetch
+from converter.adapter_dir import MalformedAdapter
 from tests.astra_serve.world import in_a_loop
 from tests.support.slow_files import slow_files
 
@@ -27,22 +29,45 @@ class StubHub(BaseHTTPRequestHandler):
     """One repository with one revision, `v1`."""
 
     files: ClassVar[dict[str, bytes]] = {}
+    moved: ClassVar[dict[str, str]] = {}
+    elsewhere: ClassVar[dict[str, bytes]] = {}
+    failing: ClassVar[dict[str, int]] = {}  # the status of files that are listed
     asked: ClassVar[list[str]] = []
+    broken: ClassVar[int] = 0  # the status of every answer, if it is not 0
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
+        if self.broken:
+            self.send_error(self.broken)
+            return
         *_, last = self.path.split("/")
         if self.path.startswith("/api/models/org/adapter/revision/v1"):
-            siblings = [{"rfilename": name} for name in self.files]
+            siblings = [{"rfilename": name} for name in {**self.files, **self.elsewhere}]
             self._answer(json.dumps({"id": "org/adapter", "sha": COMMIT, "siblings": siblings}).encode())
         elif self.path.startswith(f"/api/models/org/adapter/tree/{COMMIT}"):
-            tree = [{"type": "file", "path": n, "size": len(d), "oid": "0"} for n, d in self.files.items()]
+            tree = [
+                {"type": "file", "path": n, "size": len(d), "oid": "0"}
+                for n, d in {**self.files, **self.elsewhere}.items()
+            ]
             self._answer(json.dumps(tree).encode())
-        elif self.path.startswith(f"/org/adapter/resolve/{COMMIT}/") and last in self.files:
-            self._answer(self.files[last])
+        elif self.path.startswith("/org/adapter/resolve/") and last in self.files:
+            if last in self.failing:
+                self.send_error(self.failing[last])
+            else:
+                self._answer(self.files[last])
+        elif last in self.moved and self.path.startswith("/org/adapter/"):  # as the hub sends large files elsewhere
+            self.send_response(302)
+            self.send_header("Location", self.moved[last])
+            self.send_header("X-Linked-ETag", '"1"')
+            self.send_header("X-Linked-Size", str(len(self.elsewhere[last])))
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif self.path.startswith("/elsewhere/"):
+            self._answer(self.elsewhere[last])
         else:
             self.send_response(404)
             self.send_header("X-Error-Code", "RevisionNotFound")
@@ -65,7 +90,10 @@ class StubHub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch, tmp_path: Path) -> Iterator[type[StubHub]]:
     monkeypatch.setattr(StubHub, "files", {})
+    for name in ("moved", "elsewhere", "failing"):
+        monkeypatch.setattr(StubHub, name, {})
     monkeypatch.setattr(StubHub, "asked", [])
+    monkeypatch.setattr(StubHub, "broken", 0)
     server = ThreadingHTTPServer(("127.0.0.1", 0), StubHub)
     thread = Thread(target=server.serve_forever)
     thread.start()
@@ -77,8 +105,8 @@ def hub(monkeypatch, tmp_path: Path) -> Iterator[type[StubHub]]:
     server.server_close()
 
 
-def fetched(source: str, store: Store) -> Path:
-    return asyncio.run(fetch(source, store))
+def fetched(source: str, store: Store, sources: Sources | None = None) -> Path:
+    return asyncio.run(fetch(source, store, (), sources))
 
 
 def test_an_adapter_comes_from_a_hub_at_its_revision(hub, store, write_lora) -> None:
@@ -96,6 +124,54 @@ def test_a_revision_missing_on_the_hub_is_one_line_and_leaves_nothing(hub, store
         fetched("hf://org/adapter@v2", store)
     assert hub.asked
     assert not list((tmp_path / "store" / "staging").iterdir())
+
+
+@pytest.mark.parametrize("other_host", [False, True])
+def test_the_hub_may_send_a_file_from_elsewhere(hub, store, write_lora, other_host: bool) -> None:
+    source = write_lora("one", 1.0)
+    hub.files |= {path.name: path.read_bytes() for path in source.iterdir()}
+    hub.elsewhere["adapter_model.safetensors"] = hub.files.pop("adapter_model.safetensors")
+    host = os.environ["HF_ENDPOINT"].replace("127.0.0.1", "localhost") if other_host else ""
+    hub.moved["adapter_model.safetensors"] = f"{host}/elsewhere/adapter_model.safetensors"
+    assert version_digest(fetched("hf://org/adapter@v1", store)) == version_digest(source)
+
+
+def test_a_redirect_to_itself_is_one_line(hub, store, write_lora) -> None:
+    hub.files |= {path.name: path.read_bytes() for path in write_lora("one", 1.0).iterdir()}
+    hub.elsewhere["adapter_model.safetensors"] = hub.files.pop("adapter_model.safetensors")
+    hub.moved["adapter_model.safetensors"] = "/org/adapter/resolve/v1/adapter_model.safetensors"
+    with pytest.raises(CannotFetch, match=r"cannot be fetched: adapter_model\.safetensors: ") as caught:
+        fetched("hf://org/adapter@v1", store)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [500, 404])
+def test_an_error_of_the_hub_on_a_record_that_it_lists_fails_the_download(hub, store, write_lora, status: int) -> None:
+    hub.files |= {path.name: path.read_bytes() for path in write_lora("one", 1.0).iterdir()}
+    hub.failing["astra.json"] = status
+    with pytest.raises(CannotFetch, match=r"hf://org/adapter@v1 cannot be fetched: astra\.json: "):
+        fetched("hf://org/adapter@v1", store)
+
+
+def test_a_hub_that_fails_is_not_replaced_by_what_its_cache_has_without_the_record(
+    hub, store, write_lora, tmp_path
+) -> None:
+    source = write_lora("one", 1.0)
+    hub.files |= {path.name: path.read_bytes() for path in source.iterdir()}
+    fetched("hf://org/adapter@v1", store)
+    (cached,) = (tmp_path / "hub").glob("models--org--adapter/snapshots/*")
+    (cached / "astra.json").unlink()
+    hub.broken = 500
+    with pytest.raises(CannotFetch, match="hf://org/adapter@v1 cannot be fetched: "):
+        fetched("hf://org/adapter@v1", store)
+
+
+def test_a_file_that_the_hub_lists_as_too_large_is_not_downloaded(hub, store, write_lora) -> None:
+    hub.files |= {path.name: path.read_bytes() for path in write_lora("one", 1.0).iterdir()}
+    hub.files["adapter_model.safetensors"] = bytes(20 << 20)
+    with pytest.raises(MalformedAdapter, match=r"adapter_model\.safetensors has more than 17 MiB"):
+        fetched("hf://org/adapter@v1", store, Sources(FetchLimits(max_bytes=17 << 20)))
+    assert not any("resolve" in path and "safetensors" in path for path in hub.asked)
 
 
 def test_an_adapter_comes_from_a_web_server_with_or_without_its_record(store, write_lora, tmp_path) -> None:
@@ -143,3 +219,27 @@ def test_a_password_in_a_source_is_in_no_argument_and_in_no_message(store) -> No
         fetched("http://user:hunter2@127.0.0.1:9/adapter?token=hunter3", store)
     assert "hunter" not in str(caught.value)
     assert "http://127.0.0.1:9/adapter cannot be fetched" in str(caught.value)
+
+
+def test_a_relative_path_begins_in_the_folder_of_the_document(store, write_lora, monkeypatch) -> None:
+    folder = write_lora("one", 1.0)
+    monkeypatch.chdir("/")
+    sources = Sources(folder=folder.parent)
+    assert fetched("./one", store, sources) == folder
+    assert fetched(f"../{folder.parent.name}/one", store, sources) == folder
+    assert asyncio.run(sources.fingerprint("one")) == asyncio.run(Sources().fingerprint(str(folder)))
+    with pytest.raises(CannotFetch, match="one is a relative path, and the document is no file here"):
+        fetched("one", store, Sources())
+    assert asyncio.run(Sources().fingerprint("one")) == []
+
+
+def test_a_local_file_that_is_too_large_is_refused_before_it_is_read(store, write_lora) -> None:
+    source = write_lora("one", 1.0)
+    with (source / "adapter_model.safetensors").open("ab") as file:
+        file.truncate(3 << 30)  # sparse: reading it takes seconds
+    with pytest.raises(MalformedAdapter, match=r"one: adapter_model\.safetensors has more than 100 MiB, the limit"):
+        fetched(str(source), store, Sources(FetchLimits(max_bytes=100 << 20)))
+    (source / "adapter_model.safetensors").unlink()
+    (source / "astra.json").write_bytes(b" " * (17 << 20))
+    with pytest.raises(MalformedAdapter, match=r"astra\.json has more than 16 MiB, the limit"):
+        fetched(str(source), store)

@@ -3,7 +3,7 @@
 import pytest
 
 from astra_serve.adapters.version import Alias, Version
-from astra_serve.errors import Unavailable
+from astra_serve.errors import Unavailable, UnknownAdapter
 from tests.astra_serve.world import in_a_loop, memory
 
 ONE, TWO = (Version("a", "sha256:" + 64 * digit) for digit in "12")
@@ -39,15 +39,47 @@ async def test_a_canary_gets_its_share_and_each_caller_stays_with_one_version(en
 
 
 @in_a_loop
-async def test_a_name_that_is_desired_and_not_served_yet_is_unavailable_and_an_unknown_one_is_none(
+async def test_a_name_that_is_desired_and_not_served_yet_is_unavailable_and_an_unknown_one_is_unknown(
     engine, store, base
 ) -> None:
     async with memory(engine, store, base) as m:
         m.fleet.expected.add("later")
-        with pytest.raises(Unavailable, match="later is not served yet"):
-            await m.answer("later")
-        assert await m.answer("none") is None
+        for model in ("later", "later@11111111"):
+            with pytest.raises(Unavailable, match="is not served yet"):
+                await m.answer(model)
+        with pytest.raises(UnknownAdapter, match="'none' does not exist"):
+            await m.answer("none")
+        assert await m.answer(base.name) is None
         assert (m.fleet.known("later@1"), m.fleet.known("none")) == ("later", None)
+
+
+@in_a_loop
+async def test_a_name_that_may_be_in_a_document_that_is_not_read_yet_is_unavailable(engine, store, base) -> None:
+    async with memory(engine, store, base) as m:
+        m.fleet.complete = False
+        with pytest.raises(Unavailable, match="the document has not been read") as error:
+            await m.answer("none")
+        assert error.value.retry_after_s == 5
+        assert await m.answer(base.name) is None
+
+
+@in_a_loop
+async def test_an_unknown_name_gets_the_nearest_one(engine, store, base) -> None:
+    async with memory(engine, store, base) as m:
+        for name in ("sql", "intent", *(f"task-{number}" for number in range(200))):
+            m.fleet.point(name, Alias(Version(name, ONE.digest)), 1)
+        for model, nearest in (
+            ("sqll", "sql"),
+            ("intents", "intent"),
+            ("task-1999", "task-199"),
+            ("sql@", "sql@111111111111"),
+            ("sql@deadbeef", "sql@111111111111"),
+            (base.name + "s", base.name),
+        ):
+            assert f"did you mean {nearest!r}?" in str(m.fleet.unknown(model))
+        for model in ("zzzzzz", "x" * 1_000_000, "sql@" + "x" * 1_000_000):
+            assert str(m.fleet.unknown(model)).endswith("does not exist: GET /v1/models lists the models")
+            assert len(str(m.fleet.unknown(model))) < 300
 
 
 @in_a_loop

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -35,6 +36,18 @@ async def test_a_request_finishes_on_its_version_which_is_evicted_then(engine, s
             assert engine.loaded[held.handle] == 1.0  # still there for the one that leases it
         await m.residency.idle()
         assert list(engine.loaded) == [two.name]
+
+
+@in_a_loop
+async def test_a_version_that_does_not_fit_is_refused_in_the_words_of_its_source(
+    engine, store, base, write_lora
+) -> None:
+    async with memory(engine, store, replace(base, max_rank=8)) as m:
+        large = Version("a", store.add(write_lora("large", 1.0, rank=16), source="s3://user:password@bucket/large"))
+        with pytest.raises(Unavailable) as caught:
+            async with m.residency.hold(large):
+                pass
+        assert str(caught.value).endswith(": s3://bucket/large has rank 16; the engine serves at most 8")
 
 
 @in_a_loop

@@ -2,17 +2,22 @@
 
 import errno
 import fcntl
+import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from astra_serve.adapters import store as store_module
 from astra_serve.adapters.store import Store, first_free, version_digest
-from astra_serve.errors import Damaged, ServeError
+from astra_serve.errors import CannotStore, Damaged, ServeError
 from converter import adapter_dir
-from converter.adapter_dir import MalformedAdapter
+from converter.adapter_dir import MalformedAdapter, NotAnAdapter
 
 
 def test_a_version_is_a_copy_under_its_contents_digest(store, write_lora) -> None:
@@ -130,3 +135,126 @@ def test_a_store_whose_file_system_has_no_locks_is_refused(tmp_path: Path, monke
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises(ServeError, match="cannot be locked: No locks available"):
         first_free(tmp_path / "shared")
+
+
+def test_a_full_disk_gets_room_from_versions_that_nothing_needs(store, write_lora, monkeypatch) -> None:
+    needed, spare = store.add(write_lora("needed", 1.0)), store.add(write_lora("spare", 2.0))
+    store.collect({needed}, newest=3)
+    monkeypatch.setattr(store_module, "_copy", full_while(lambda: spare in store))
+    digest = store.add(write_lora("new", 3.0))
+    assert [one in store for one in (needed, spare, digest)] == [True, False, True]
+
+
+def full_while(full: Callable[[], bool]) -> Callable[..., None]:
+    """Return a copy of a file that fails as on a full disk."""
+    copy = store_module._copy
+
+    def copied(source: Path, target: Path, on_bytes: Callable[[int], None]) -> None:
+        if full():
+            target.write_bytes(source.read_bytes()[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        copy(source, target, on_bytes)
+
+    return copied
+
+
+def test_a_publication_on_a_full_disk_leaves_nothing_and_says_so(store, write_lora, tmp_path, monkeypatch) -> None:
+    there = store.add(write_lora("there", 1.0))
+    with store.keeping() as kept:  # by a publication in progress
+        kept.append(there)
+        store.collect(set(), newest=3)
+        monkeypatch.setattr(store_module, "_copy", full_while(lambda: True))
+        with pytest.raises(CannotStore, match=r"the disk of the store .* is full: remove adapters, or give"):
+            store.add(write_lora("new", 2.0), source="./new")
+    assert there in store
+    store.verify(there)
+    assert len(list((tmp_path / "store").glob("versions/*"))) == 1
+    assert not list((tmp_path / "store").glob("staging/*"))
+    assert not list((tmp_path / "store").glob("sources/*"))
+
+
+def test_a_store_that_became_read_only_says_so_and_its_versions_are_there(store, write_lora, monkeypatch) -> None:
+    digest, broken = store.add(write_lora("there", 1.0)), store.add(write_lora("broken", 2.0))
+    new = write_lora("new", 3.0)
+    damaged = store.folder(broken) / "adapter_model.safetensors"
+    damaged.chmod(0o644)
+    damaged.write_bytes(b"damaged")
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(store.folder(digest)))
+
+    for name in ("mkdir", "rename", "chmod", "unlink"):
+        monkeypatch.setattr(os, name, read_only)
+    with pytest.raises(CannotStore, match=r"the store .* cannot be written: Read-only file system"):
+        store.add(new)
+    with pytest.raises(OSError, match="Read-only"):
+        store.collect(set(), newest=0)
+    assert store.intact(digest)
+    assert not store.intact(broken)
+    assert digest in store
+
+
+def test_what_the_store_has_is_known_without_the_disk(store, write_lora, tmp_path, monkeypatch) -> None:
+    digest = store.add(write_lora("one", 1.0), source="./one")
+    store.close()
+    again = Store(tmp_path / "store")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", None)
+        patch.setattr(Path, "open", None)
+        assert digest in again
+        assert again.source(digest) == "./one"
+    shutil.rmtree(again.folder(digest))
+    assert not again.intact(digest)
+    assert digest not in again
+    again.close()
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "broken link"])
+@pytest.mark.parametrize("name", ["astra.json", "adapter_config.json"])
+def test_a_file_that_is_no_regular_one_is_refused(store, write_lora, tmp_path, monkeypatch, kind, name) -> None:
+    source = write_lora("a")
+    (source / name).unlink()
+    if kind == "folder":
+        (source / name).mkdir()
+    elif kind == "pipe":
+        os.mkfifo(source / name)
+    elif kind == "socket":
+        monkeypatch.chdir(source)  # the path of a socket is short
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(name)
+    else:
+        (source / name).symlink_to("nowhere")
+    with pytest.raises(NotAnAdapter, match=f"has no {name} that is a regular file"):
+        store.add(source)
+    assert not list((tmp_path / "store").glob("*/*"))
+
+
+def test_an_error_names_the_source_and_no_folder_of_the_store(store, write_lora) -> None:
+    staged = store.staging()
+    for path in write_lora("a").iterdir():
+        (staged / path.name).write_bytes(path.read_bytes())
+    (staged / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 4, "peft_type": "LOHA"}')
+    with pytest.raises(MalformedAdapter) as caught:
+        store.add(staged, source="https://user:secret@host/a?token=x")
+    assert str(caught.value).startswith("https://host/a/adapter_config.json has peft_type='LOHA'")
+
+
+def test_a_file_that_grows_is_copied_as_long_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1234")
+
+    def grow(_: int) -> None:
+        with (tmp_path / "a").open("ab") as file:
+            file.write(b"more")
+
+    store_module._copy(tmp_path / "a", tmp_path / "b", grow)
+    assert (tmp_path / "b").read_bytes() == b"1234"
+
+
+@pytest.mark.parametrize("found", ["LOHA", "lora", "ADALORA", None, ["LORA"]])
+def test_an_adapter_of_another_type_is_refused_even_with_the_tensors_of_a_lora(store, write_lora, found) -> None:
+    """PEFT refuses a config without `peft_type`, too."""
+    source = write_lora("a")
+    config = json.loads((source / "adapter_config.json").read_text())
+    (source / "adapter_config.json").write_text(json.dumps({**config, "peft_type": found}))
+    with pytest.raises(MalformedAdapter, match=r"has peft_type=.*: engines serve plain LoRA only"):
+        store.add(source)

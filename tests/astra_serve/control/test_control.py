@@ -1,12 +1,16 @@
 """Changes of adapters: prepare, write, follow; over the admin API, with a stand-in for the engine."""
 
 import asyncio
+import errno
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from astra_serve.adapters import store as store_module
 from astra_serve.adapters.store import Store, version_digest
 from astra_serve.control import preparation
 from astra_serve.document import desired, document_text
@@ -461,3 +465,53 @@ async def test_a_prepared_version_serves_no_request_and_its_publication_reads_no
         assert (await w.api.put("/adapters/b", json=body)).status_code == 200
         refused = await w.api.put("/prepared/c", json={"source": "/not/there"})
         assert (refused.status_code, "was not prepared" in refused.text) == (422, True)
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(errno.ENOSPC, "is full: remove adapters, or give it more room"), (errno.EROFS, "cannot be written: Read-only")],
+)
+@in_a_loop
+async def test_a_publish_into_a_full_or_read_only_store_changes_nothing_and_says_why(
+    world, write_lora, monkeypatch, tmp_path, number: int, reason: str
+) -> None:
+    async with world(capacity=1) as w:
+        for name, value in (("a", 1.0), ("b", 2.0)):
+            await w.api.put(f"/adapters/{name}", json={"source": str(write_lora(name, value))})
+        text, copy = w.file.read_text(), store_module._copy
+
+        def fails(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(store_module, "_copy", fails)
+        answer = await w.api.put("/adapters/c", json={"source": str(write_lora("c", 3.0))})
+        assert answer.status_code == 422
+        assert reason in answer.json()["error"]["message"]
+        assert "tmp" not in answer.json()["error"]["message"].replace(str(tmp_path), "")
+        assert w.file.read_text() == text
+        assert not list((tmp_path / "store" / "staging").iterdir())
+        assert [(await w.answer(name))[1] for name in "ab"] == [1.0, 2.0]  # each is loaded from the store
+        monkeypatch.setattr(store_module, "_copy", copy)
+        assert (await w.api.put("/adapters/c", json={"source": str(tmp_path / "c")})).status_code == 200
+
+
+@in_a_loop
+async def test_the_loop_of_the_requests_never_waits_for_the_disk_of_the_store(
+    world, write_lora, monkeypatch, store
+) -> None:
+    """A network file system may hang for minutes; streams must not."""
+    async with world() as w:
+        for name, value in (("a", 1.0), ("b", 2.0)):
+            await w.api.put(f"/adapters/{name}", json={"source": str(write_lora(name, value))})
+        stat = os.stat
+
+        def elsewhere(path: Any, *arguments: Any, **settings: Any) -> os.stat_result:
+            on_loop = threading.current_thread() is threading.main_thread()
+            assert not (on_loop and str(path).startswith(str(store.folder("").parent))), f"{path} on the loop"
+            return stat(path, *arguments, **settings)
+
+        monkeypatch.setattr(os, "stat", elsewhere)
+        assert [(await w.answer(name))[1] for name in "ab"] == [1.0, 2.0]
+        assert (await w.api.get("/adapters")).status_code == 200
+        assert (await w.api.post("/adapters/a/unload")).json()["version"]["residency"] == "disk"
+        await w.housekeeping.collect()

@@ -1,9 +1,12 @@
 """The document is followed, wherever it is, and a fault in it changes nothing."""
 
 import asyncio
+import gzip
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -13,6 +16,7 @@ import pytest
 import s3fs
 
 from astra_serve.adapters.store import version_digest
+from astra_serve.control.desired_state import DesiredState
 from astra_serve.document import desired
 from astra_serve.document.desired import Adapter, Document
 from tests.astra_serve.world import World, in_a_loop, running, server
@@ -163,6 +167,98 @@ async def test_a_page_is_read_again_with_its_etag_and_never_written(engine, stor
         http.shutdown()
         thread.join()
         http.server_close()
+
+
+@contextmanager
+def page(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Yield the URL of a document behind HTTP."""
+    http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = Thread(target=http.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{http.server_port}/adapters.yaml"
+    finally:
+        http.shutdown()
+        thread.join()
+        http.server_close()
+
+
+class Bomb(BaseHTTPRequestHandler):
+    """70 MiB of spaces, as 70 KiB of gzip."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        with suppress(ConnectionError):
+            self.wfile.write(gzip.compress(b" " * (70 << 20), compresslevel=1))
+
+    def log_message(self, *_: object) -> None:
+        """Keep quiet."""
+
+
+@in_a_loop
+async def test_a_page_is_read_up_to_64_mib_after_decompression() -> None:
+    with page(Bomb) as url:
+        state = DesiredState(url)
+        assert not await state.read()
+        assert state.fault == f"{url} is larger than 64 MiB, the limit for a document"
+
+
+class Endless(Bomb):
+    """A comment without an end."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        with suppress(ConnectionError):
+            while True:
+                self.wfile.write(b"# ")
+                time.sleep(0.01)
+
+
+@in_a_loop
+async def test_a_page_that_does_not_end_is_given_up() -> None:
+    with page(Endless) as url:
+        state = DesiredState(url, page_s=0.1)
+        assert not await state.read()
+        assert state.fault == "TimeoutError"
+
+
+@pytest.mark.parametrize("text", ["adapters: [{name: a}]", "[" * 25_000, "{}", "adapters: []\nadapters: []"])
+@in_a_loop
+async def test_a_text_is_parsed_once_even_with_a_fault(text: str, tmp_path: Path, monkeypatch) -> None:
+    """Another thread parses it; the loop stays free."""
+    threads, parse = [], desired.parse
+
+    def parsed(text: str, origin: str) -> Document:
+        threads.append(threading.current_thread())
+        return parse(text, origin)
+
+    monkeypatch.setattr(desired, "parse", parsed)
+    state = DesiredState(str(tmp_path / "adapters.yaml"))
+    for wanted, count in ((text, 1), ("adapters: []", 2)):
+        (tmp_path / "adapters.yaml").write_text(wanted)
+        faults = set()
+        for _ in range(3):
+            await state.read()
+            faults.add(state.fault)
+        assert len(threads) == count
+        assert (faults == {None}) == (wanted == "adapters: []")
+    assert threading.main_thread() not in threads
+
+
+@pytest.mark.parametrize("text", ["# adapters: []\n", "null", "{}", "adapters: []\nadapters: []"])
+@in_a_loop
+async def test_a_document_without_adapters_serves_on_and_is_not_edited(world, write_lora, text: str) -> None:
+    async with world() as w:
+        await w.api.put("/adapters/a", json={"source": str(write_lora("one", 1.0))})
+        await w.follow(text)
+        assert w.control.state.fault
+        assert w.current("a")
+        answer = await w.api.put("/adapters/a", json={"source": str(write_lora("two", 2.0))})
+        assert answer.status_code == 400
+        assert w.file.read_text() == text
 
 
 @in_a_loop

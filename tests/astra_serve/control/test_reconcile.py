@@ -69,9 +69,14 @@ async def test_a_source_that_appears_later_is_served_then(world, write_lora, tmp
 
 async def pass_time(w: World, seconds: float) -> None:
     """Let time pass when the worker of `a` waits for it."""
+    await waits(w)
+    await w.clock.advance(seconds)
+
+
+async def waits(w: World) -> None:
+    """Return when the worker of `a` waits for a time."""
     while not w.clock.waited_for():
         await asyncio.sleep(0.001)  # a thread looks at the source
-    await w.clock.advance(seconds)
 
 
 @in_a_loop
@@ -115,6 +120,51 @@ async def test_a_source_that_heals_while_it_is_tried_again_is_not_missed(
             await pass_time(w, seconds)
         await w.enters("a", "serving")
     assert len(tries) == 3
+
+
+@pytest.mark.parametrize("missing", ["half of the weights", "the weights", "half of the record"])
+@in_a_loop
+async def test_an_adapter_that_was_read_while_it_was_copied_is_served_when_it_is_complete(
+    world, write_lora, missing: str
+) -> None:
+    async with world() as w:
+        whole, source = write_lora("whole", 1.0), write_lora("source", 1.0)
+        name = "astra.json" if "record" in missing else "adapter_model.safetensors"
+        content = (whole / name).read_bytes()
+        if missing == "the weights":
+            (source / name).unlink()
+        else:
+            (source / name).write_bytes(content[: len(content) // 2])
+        await w.follow(document({"name": "a", "source": str(source)}))
+        assert (await w.settled("a")).phase == "failed"
+        for _ in range(3):  # it is not read again before it changes
+            await pass_time(w, 5)
+        await waits(w)
+        assert w.seen("a").count("failed") == 1
+        (source / name).write_bytes(content)
+        await pass_time(w, 5)
+        await w.enters("a", "serving")
+        assert w.current("a") == version_digest(whole)
+
+
+@in_a_loop
+async def test_a_folder_that_changes_while_it_is_read_is_read_again(world, write_lora, monkeypatch) -> None:
+    """Its files are complete, and of two versions."""
+    source, other, changes = write_lora("source", 1.0), write_lora("other", 2.0), []
+    fetch = preparation.fetch
+
+    async def fetched(*arguments: Any) -> Path:
+        if not changes:
+            changes.append(shutil.copy(other / "adapter_model.safetensors", source))
+        return await fetch(*arguments)
+
+    monkeypatch.setattr(preparation, "fetch", fetched)
+    async with world() as w:
+        await w.follow(document({"name": "a", "source": str(source)}))
+        status = await w.settled("a")
+        assert status.reason == f"{source} was changed while it was read: is it complete?; trying again in 1 s"
+        await pass_time(w, 1)
+        await w.enters("a", "serving")
 
 
 @in_a_loop

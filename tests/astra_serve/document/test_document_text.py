@@ -13,7 +13,7 @@ import s3fs
 
 from astra_serve.document import document_text
 from astra_serve.document.document_text import edit, read
-from astra_serve.errors import Conflict, ServeError
+from astra_serve.errors import BadDocument, Conflict, ServeError
 
 
 @pytest.fixture(params=["file", "S3"])
@@ -149,3 +149,31 @@ def test_a_file_system_without_locks_is_written(tmp_path: Path, monkeypatch) -> 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     edit(str(tmp_path / "adapters.yaml"), lambda _: "after")
     assert read(str(tmp_path / "adapters.yaml")) == "after"
+
+
+def fault_of(where: str) -> str:
+    with pytest.raises(BadDocument) as caught:
+        read(where)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def test_a_document_that_is_no_text_is_a_fault_of_one_line(tmp_path: Path) -> None:
+    assert fault_of(str(tmp_path)) == f"{tmp_path} is a folder: give a file"
+    os.mkfifo(tmp_path / "pipe")
+    assert fault_of(str(tmp_path / "pipe")) == f"{tmp_path}/pipe is no regular file: give a file"
+    (tmp_path / "latin").write_bytes(b"adapters: \xff")
+    assert fault_of(str(tmp_path / "latin")) == f"{tmp_path}/latin is not UTF-8: byte 10 is none of a text"
+
+
+def test_a_document_has_at_most_64_mib(tmp_path: Path) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(3 * 2**30)  # sparse
+    assert fault_of(str(tmp_path / "large")) == f"{tmp_path}/large is larger than 64 MiB, the limit for a document"
+
+
+def test_an_object_has_the_same_limit_before_it_is_read(bucket: str, monkeypatch) -> None:
+    put(f"{bucket}/large.yaml", "12345")
+    monkeypatch.setattr(document_text, "MAX_BYTES", 4)
+    monkeypatch.setattr(s3fs.S3FileSystem, "cat_file", None)
+    assert "s3://adapters/large.yaml is larger" in fault_of(f"{bucket}/large.yaml")

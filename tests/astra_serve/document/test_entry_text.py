@@ -72,10 +72,9 @@ def test_the_first_key_of_an_entry_can_be_removed() -> None:
     ("text", "added"),
     [
         ("", "adapters:\n  - name: n\n    source: x\n"),
-        ("# none yet", "# none yet\nadapters:\n  - name: n\n    source: x\n"),
+        ("adapters: []\n# none yet", "adapters:\n  - name: n\n    source: x\n# none yet"),
         ("adapters: []  # none yet\n", "adapters:  # none yet\n  - name: n\n    source: x\n"),
         ("adapters: []", "adapters:\n  - name: n\n    source: x\n"),
-        ("{}", '{"adapters": [{"name": "n", "source": "x"}]}'),
         ('{"adapters": []}', '{"adapters": [{"name": "n", "source": "x"}]}'),
         (
             '{"adapters":\n [{"name":"q","source":"z"}]\n}\n',

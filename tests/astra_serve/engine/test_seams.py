@@ -65,6 +65,7 @@ class Client:
     errored = False
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **_: Any) -> Any: ...
+    def encode(self) -> Any: ...
     def abort(self) -> Any: ...
     def add_lora(self) -> Any: ...
     def remove_lora(self) -> Any: ...
@@ -104,6 +105,58 @@ async def test_handlers_get_the_engines_client_with_everything_it_has() -> None:
     metered = vllm_seams.MeteredClient(SimpleNamespace(vllm_config="config", errored=True))  # type: ignore[arg-type]
     assert (metered.vllm_config, metered.errored) == ("config", True)
     assert inspect.isasyncgenfunction(metered.generate)
+
+
+class Recording:
+    """A client of the engine that keeps the prompts."""
+
+    def __init__(self) -> None:
+        self.prompts: list[Any] = []
+
+    async def generate(self, prompt: Any, *_: Any, **__: Any) -> Any:
+        self.prompts.append(prompt)
+        for answer in ():
+            yield answer
+
+    encode = generate
+
+
+async def engine_prompt(salt: str | None, prompt: Any, method: str = "generate") -> Any:
+    """Return the prompt that the engine gets for one of a request with this salt."""
+    client, task = Recording(), asyncio.current_task()
+    assert task is not None
+    token = requests.current.set(Request("1", "/v1", "a", task, cache_salt=salt))
+    try:
+        metered = vllm_seams.MeteredClient(client)  # type: ignore[arg-type]
+        async for _ in getattr(metered, method)(prompt, SamplingParams(), "id"):
+            pass
+    finally:
+        requests.current.reset(token)
+    (found,) = client.prompts
+    return found
+
+
+@pytest.mark.parametrize("method", ["generate", "encode"])
+@in_a_loop
+async def test_prompts_reach_the_prefix_cache_with_the_salt_of_their_key_and_the_clients_own(method: str) -> None:
+    plain = {"type": "token", "prompt_token_ids": [1, 2]}
+    assert await engine_prompt("mine", plain, method) == {**plain, "cache_salt": "mine"}
+    assert await engine_prompt(None, {**plain, "cache_salt": "own"}, method) == {**plain, "cache_salt": "own"}
+    both = {
+        (await engine_prompt(salt, {**plain, "cache_salt": own}, method))["cache_salt"]
+        for salt in ("mine", "yours")
+        for own in ("own", "mine", "yours")
+    }
+    assert len(both - {"mine", "yours", "own"}) == 6
+    assert plain == {"type": "token", "prompt_token_ids": [1, 2]}
+    pair = {"type": "enc_dec", "encoder_prompt": plain, "decoder_prompt": plain}
+    assert (await engine_prompt("mine", pair, method))["decoder_prompt"]["cache_salt"] == "mine"
+
+
+@in_a_loop
+async def test_a_prompt_that_cannot_have_a_salt_does_not_reach_the_cache() -> None:
+    with pytest.raises(TypeError, match="cannot have a salt"):
+        await engine_prompt("mine", "text")
 
 
 @in_a_loop

@@ -5,9 +5,10 @@ import json
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.datastructures import Headers
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from astra_serve.gateway.api_key import ApiKeys
+from astra_serve.gateway.api_key import ApiKeys, CacheSalts
 from astra_serve.gateway.middleware import OPEN
 from tests.astra_serve.adapters.test_fleet import in_a_loop
 from tests.astra_serve.gateway.test_gateway import say
@@ -63,3 +64,15 @@ async def test_a_websocket_without_a_key_is_closed() -> None:
     scope = {"type": "websocket", "path": "/v1/realtime", "headers": []}
     await ApiKeys(behind, KNOWN)(scope, None, send)
     assert json.dumps(sent) == '[{"type": "websocket.close", "code": 1008}]'
+
+
+def test_each_of_several_keys_has_a_salt_of_its_own_that_only_this_process_knows() -> None:
+    first, second = (Headers({"Authorization": f"Bearer {key}"}) for key in ("one", "two"))
+    salts = CacheSalts(["one", "two"])
+    assert salts.of(first) == salts.of(Headers({"authorization": "bearer one"}))
+    assert len({salts.of(first), salts.of(second), CacheSalts(["one", "two"]).of(first)}) == 3
+
+
+@pytest.mark.parametrize("keys", [[], ["one"], ["one", "one"]])
+def test_one_key_or_none_has_no_salt(keys: list[str]) -> None:
+    assert CacheSalts(keys).of(Headers({"Authorization": "Bearer one"})) is None

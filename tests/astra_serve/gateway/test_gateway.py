@@ -2,18 +2,20 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from astra_serve.adapters.version import Alias, Version
 from astra_serve.gateway import request as requests
 from astra_serve.gateway.middleware import Gateway, Served, Subscribers
 from astra_serve.gateway.request import Request
-from tests.astra_serve.world import Memory, in_a_loop, memory
+from tests.astra_serve.world import Memory, in_a_loop, memory, quiet
 
 SCOPE = {"type": "http", "method": "POST", "path": "/v1", "headers": []}
 Front = Callable[..., AbstractAsyncContextManager[tuple[httpx.AsyncClient, Memory, Gateway, list[Request]]]]
@@ -63,7 +65,7 @@ async def echo(_scope: Any, receive: Any, send: Any) -> None:
 
 
 @in_a_loop
-async def test_a_handler_finds_the_version_under_the_name_of_the_request_and_no_other(front) -> None:
+async def test_a_handler_finds_the_version_under_the_name_of_the_request_and_no_other(front, base) -> None:
     served = Served()
 
     async def handler(_scope, receive, send) -> None:
@@ -74,7 +76,7 @@ async def test_a_handler_finds_the_version_under_the_name_of_the_request_and_no_
 
     async with front(handler) as (http, m, _, _):
         version = m.fleet.aliases["a"].current.name
-        for model, expected in (("a", version), (version, version), ("none", None)):
+        for model, expected in (("a", version), (version, version), (base.name, None)):
             assert (await http.post("/v1/completions", json={"model": model})).json() == expected
     assert list(served) == []
 
@@ -113,7 +115,7 @@ async def test_the_lease_lasts_until_the_response_has_ended_in_any_way(front) ->
 
 
 @in_a_loop
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"a"', b'{"model": 3}'])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"a"', b'{"model": 3}', b'{"model": ""}'])
 async def test_a_body_without_a_model_reaches_the_handler_unchanged(front, body: bytes) -> None:
     async def handler(_scope, receive, send) -> None:
         assert await body_of(receive) == body
@@ -142,6 +144,22 @@ async def test_an_adapter_that_cannot_be_served_now_gets_openais_error_and_when_
 
 
 @in_a_loop
+async def test_an_unknown_model_gets_openais_error_with_the_nearest_name(front) -> None:
+    async def handler(*_: Any) -> None:
+        raise AssertionError("it must not get this far")
+
+    async with front(handler) as (http, m, _, ended):
+        answer = await http.post("/v1/completions", content=b'{"model": "a\\ud800"}')
+        message = "the model 'a\\ud800' does not exist: did you mean 'a'?"
+        expected = {"message": message, "type": "NotFoundError", "param": "model", "code": 404}
+        assert (answer.status_code, answer.json()) == (404, {"error": expected})
+        assert (ended[-1].status, ended[-1].adapter) == (404, None)
+        m.fleet.complete = False
+        answer = await http.post("/v1/completions", json={"model": "aa"})
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+
+
+@in_a_loop
 async def test_a_request_cannot_set_its_priority(front) -> None:
     async with front(echo) as (http, _, _, _):
         assert (await http.post("/v1/completions", json={"model": "a", "priority": 0})).status_code == 200
@@ -151,7 +169,7 @@ async def test_a_request_cannot_set_its_priority(front) -> None:
 
 
 @in_a_loop
-async def test_every_request_ends_with_its_id_its_version_and_its_outcome(front) -> None:
+async def test_every_request_ends_with_its_id_its_version_and_its_outcome(front, base) -> None:
     async def handler(scope, receive, send) -> None:
         await body_of(receive)
         if scope["path"] == "/breaks":
@@ -161,16 +179,47 @@ async def test_every_request_ends_with_its_id_its_version_and_its_outcome(front)
     async with front(handler) as (http, _, _, ended):
         for path, model, outcome in (
             ("/200", "a", "ok"),
-            ("/200", "base", "ok"),
-            ("/404", "none", "client_error"),
+            ("/200", base.name, "ok"),
+            ("/404", base.name, "client_error"),
+            ("/200", "none", "client_error"),
             ("/500", "a", "server_error"),
             ("/breaks", "a", "server_error"),
         ):
             await http.post(path, json={"model": model})
+            assert ended[-1].status is not None
             assert (ended[-1].outcome, ended[-1].model) == (outcome, model)
             assert (ended[-1].version is not None) == (model == "a")
             assert ended[-1].adapter == ("a" if model == "a" else None)
         assert len({request.id for request in ended}) == len(ended)
+
+
+@in_a_loop
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_a_handler_that_raises_gives_openais_500_with_the_id_that_the_log_has(front, method: str, caplog) -> None:
+    async def handler(*_: Any) -> None:
+        raise KeyError("/secret/path")
+
+    async with front(handler) as (http, _, _, _):
+        headers = {"X-Request-Id": "mine-1"}
+        answer = await http.request(method, "/v1/x", json={"model": "a"}, headers=headers)
+    assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine-1")
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("InternalServerError", 500)
+    assert "mine-1" in error["message"]
+    assert "secret" not in answer.text
+    (record,) = caplog.records
+    assert (record.getMessage(), record.status) == ("/v1/x 500, request mine-1", 500)
+    assert record.exc_info[0] is KeyError
+
+
+@in_a_loop
+async def test_a_path_that_the_router_does_not_know_is_no_failure_of_the_server(front) -> None:
+    app = FastAPI()
+    async with front(app.router.middleware_stack, serves=lambda _: False) as (_, _, gateway, _):
+        app.router.middleware_stack = gateway
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
+            for method, path, status in (("GET", "/nonsense", 404), ("POST", "/openapi.json", 405)):
+                assert (await http.request(method, path)).status_code == status
 
 
 @in_a_loop
@@ -290,6 +339,69 @@ async def test_the_engines_work_for_a_request_ends_before_its_lease(front) -> No
         assert not residence.leases
 
 
+async def answer_before(work: Any, send: Any) -> None:
+    """Answer as a handler does that leaves its work to the background."""
+    request = requests.current.get()
+    assert request is not None
+    request.background.add(asyncio.create_task(work))
+    await say(send, "queued")
+
+
+@in_a_loop
+async def test_work_in_the_background_keeps_its_lease_and_a_server_that_ends_waits_for_it(front) -> None:
+    go_on, over = asyncio.Event(), []
+
+    async def work() -> None:
+        await go_on.wait()
+        over.append(requests.current.get().over)
+
+    async def handler(_scope, receive, send) -> None:
+        await body_of(receive)
+        await answer_before(work(), send)
+
+    async with front(handler) as (_, m, gateway, ended):
+        answered = asyncio.Event()
+        messages = iter([{"type": "http.request", "body": b'{"model": "a"}'}])
+
+        async def receive() -> Any:
+            return next(messages)
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                answered.set()
+
+        residence = m.residence(m.fleet.aliases["a"].current)
+        request = asyncio.create_task(gateway(dict(SCOPE), receive, send))
+        await answered.wait()
+        closing = asyncio.create_task(gateway.close("the server is shutting down", finish_s=60))
+        await quiet()
+        assert (len(residence.leases), ended, closing.done()) == (1, [], False)
+        go_on.set()
+        await asyncio.gather(request, closing)
+        assert (residence.leases, over) == (set(), [False])
+        assert [(one.outcome, one.status) for one in ended] == [("ok", 200)]
+
+
+@in_a_loop
+async def test_work_in_the_background_that_outlives_the_deadline_is_cancelled(front) -> None:
+    tasks = []
+
+    async def handler(_scope, receive, send) -> None:
+        await body_of(receive)
+        await answer_before(asyncio.Event().wait(), send)
+        tasks.extend(requests.current.get().background)
+
+    async with front(handler) as (http, m, gateway, ended):
+        running = asyncio.create_task(http.post("/v1", json={"model": "a"}))
+        while not tasks:
+            await asyncio.sleep(0)
+        await gateway.close("the server is shutting down", finish_s=0)
+        assert (await running).json() == "queued"
+        assert tasks[0].cancelled()
+        assert not m.residence(m.fleet.aliases["a"].current).leases
+        assert [one.outcome for one in ended] == ["server_error"]
+
+
 @in_a_loop
 async def test_prompt_logprobs_are_refused_where_the_engine_would_give_wrong_ones(front) -> None:
     async with front(echo) as (http, m, _, _):
@@ -301,6 +413,26 @@ async def test_prompt_logprobs_are_refused_where_the_engine_would_give_wrong_one
             assert (await http.post("/v1", json=body)).status_code == 400
         for body in ({"model": "a"}, {"model": "a", "echo": True}, {"model": "a", "logprobs": 1}):
             assert (await http.post("/v1", json=body)).status_code == 200
+
+
+@in_a_loop
+async def test_a_canary_gets_its_share_of_one_key_and_a_user_stays_with_one_version(front, store, write_lora) -> None:
+    async with front(echo) as (http, m, _, ended):
+        current, canary = m.fleet.aliases["a"].current, Version("a", store.add(write_lora("two", 2.0)))
+        m.fleet.point("a", Alias(current, canary=canary, weight=0.5), 1)
+        http.headers["Authorization"] = "Bearer one-key"
+
+        async def versions(bodies: Iterable[dict[str, Any]]) -> Counter[Version]:
+            ended.clear()
+            for body in bodies:
+                await http.post("/v1", json={"model": "a", **body})
+            return Counter(one.version for one in ended)
+
+        for without_user in ({}, {"user": ""}, {"user": 3}):
+            assert 20 < (await versions([without_user] * 100))[canary] < 80
+        assert 20 < (await versions({"user": str(number)} for number in range(100)))[canary] < 80
+        for user in ("x", "y", "z"):
+            assert len(await versions([{"user": user}] * 10)) == 1
 
 
 @in_a_loop

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from astra_serve.adapters.version import Alias, Version
 from astra_serve.document.desired import Adapter
 from astra_serve.gateway.request import Request
 from astra_serve.observe import metrics
@@ -23,7 +24,10 @@ class Page:
         self.world = world
         self._registry = CollectorRegistry()
         gateway = world.gateway
-        self.metrics = Metrics(world.fleet, world.reconciler, gateway, self._registry, gateway.not_ready)
+        self.now = 0.0
+        self.metrics = Metrics(
+            world.fleet, world.reconciler, gateway, self._registry, gateway.not_ready, now=lambda: self.now
+        )
         world.events.subscribers.append(self.metrics.note)
 
     async def serve(self, **sources: Path) -> None:
@@ -33,7 +37,10 @@ class Page:
             await self.world.settled(name)
 
     def shows(self, name: str, **labels: str) -> float | None:
-        return self._registry.get_sample_value(f"astra_{name}", labels)
+        """Return the value of a series; a label that is not given is empty, as in a query."""
+        wanted = {label: value for label, value in labels.items() if value}
+        samples = [s for family in self._registry.collect() for s in family.samples if s.name == f"astra_{name}"]
+        return next((s.value for s in samples if {k: v for k, v in s.labels.items() if v} == wanted), None)
 
     def adapters(self, name: str) -> set[str]:
         found = [s for family in self._registry.collect() for s in family.samples if s.name == f"astra_{name}"]
@@ -140,3 +147,55 @@ async def test_the_series_of_an_adapter_end_with_it(page, write_lora) -> None:
             assert "a" not in p.adapters(name)
         p.metrics.count(request("a", version))  # one that ended after it
         assert "a" not in p.adapters("requests_total")
+
+
+@in_a_loop
+async def test_both_versions_beside_a_canary_have_series_of_their_own_until_it_has_ended(
+    page, store, write_lora
+) -> None:
+    async with page() as p:
+        await p.serve(a=write_lora("one", 1.0))
+        fleet = p.world.fleet
+        current, canary = fleet.aliases["a"].current, Version("a", store.add(write_lora("two", 2.0)))
+
+        def count(*versions: Version) -> None:
+            for version in versions:
+                p.metrics.first_token(request("a", version), 0.02)
+                p.metrics.count(request("a", version))
+
+        def counted() -> list[float | None]:
+            versions = ({}, {"version": current.name}, {"version": canary.name})
+            return [p.shows("requests_total", adapter="a", outcome="ok", **version) for version in versions]
+
+        count(current)
+        fleet.point("a", Alias(current, canary=canary, weight=0.5), 1)
+        count(current, canary, canary)
+        assert counted() == [1, 1, 2]
+        assert p.shows("time_to_first_token_seconds_count", adapter="a", version=canary.name) == 2
+        p.now += 2 * metrics.VERSION_KEPT_S
+        assert counted() == [1, 1, 2]
+        count(canary)
+        fleet.point("a", Alias(canary, (current,)), 1)
+        count(canary, current)
+        assert counted() == [3, None, 3]  # the last request of the canary may not have been seen yet
+        p.now += 2 * metrics.VERSION_KEPT_S
+        assert counted() == [3, None, None]
+        assert p.shows("time_to_first_token_seconds_count", adapter="a", version=canary.name) is None
+
+
+@in_a_loop
+async def test_a_swap_takes_the_time_that_its_caller_waits(page, write_lora) -> None:
+    """With the wait for the document's lock, and for other changes of the adapter."""
+    async with page() as p:
+        world, source = p.world, str(write_lora("one", 1.0))
+        replace = world.control.state.replace
+
+        async def slow(*change: Any) -> None:
+            await world.clock.advance(3)
+            await replace(*change)
+
+        world.control.state.replace = slow
+        before = world.clock.now()
+        await world.control.publish("a", source)
+        assert p.shows("adapter_swap_seconds_sum", adapter="a") == world.clock.now() - before == 3
+        assert p.shows("adapter_phase_seconds_sum", phase="probing") == 0

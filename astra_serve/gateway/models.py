@@ -1,0 +1,51 @@
+"""The models that requests may name: OpenAI's `GET /v1/models` and `GET /v1/models/NAME`."""
+
+import time
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from astra_serve.adapters.fleet import Fleet
+from astra_serve.errors import Unavailable
+from astra_serve.gateway.errors import error_body
+
+PATH = "/v1/models"
+
+
+class Models:
+    """The handlers of both paths."""
+
+    def __init__(self, fleet: Fleet, max_model_len: int) -> None:
+        """`max_model_len` is the length of the base's context, and of each adapter's, in tokens."""
+        self._fleet, self._max_model_len = fleet, max_model_len
+        self._started = int(time.time())
+
+    async def show_all(self) -> dict[str, Any]:
+        """List the base and the adapters that are served."""
+        names = [self._fleet.base_name, *self._fleet.aliases]
+        return {"object": "list", "data": [self._card(name) for name in names]}
+
+    async def show(self, request: Request) -> Response:
+        """Show one model; a name with slashes is a base of the hub."""
+        model = request.path_params["model"]
+        if model == self._fleet.base_name or self._fleet.resolve(model):
+            return JSONResponse(self._card(model))
+        error = self._fleet.unknown(model)
+        if isinstance(error, Unavailable):
+            headers = {"Retry-After": str(error.retry_after_s)}
+            return Response(error_body(503, str(error), "model"), 503, headers, "application/json")
+        return Response(error_body(404, str(error), "model"), 404, media_type="application/json")
+
+    def _card(self, model: str) -> dict[str, Any]:
+        """Return a model's facts; `created` is when the base, or the adapter's current version, began to serve."""
+        base, version = self._fleet.base_name, self._fleet.resolve(model)
+        return {
+            "id": model,
+            "object": "model",
+            "created": self._fleet.since[version.alias] if version else self._started,
+            "owned_by": "vllm",
+            "root": version.name if version else base,
+            "parent": base if version else None,
+            "max_model_len": self._max_model_len,
+        }
