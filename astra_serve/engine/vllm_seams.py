@@ -22,6 +22,7 @@ from typing import Any
 from uuid import uuid4
 
 from fastapi import FastAPI
+from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.routing import Match
 from vllm import SamplingParams, envs
@@ -131,9 +132,9 @@ def _hold_background(responses: OpenAIServingResponses) -> None:
 
 
 def _openapi(app: FastAPI) -> Callable[[], Any]:
-    async def openapi() -> dict[str, Any]:
+    async def openapi() -> JSONResponse:
         """Return the description of the served routes; the first time takes seconds, during which others are served."""
-        return await asyncio.to_thread(app.openapi)
+        return JSONResponse(await asyncio.to_thread(app.openapi))
 
     return openapi
 

@@ -10,8 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")  # also the halves of whole characters
-LONE = re.compile(r"[\ud800-\udfff]")  # after the escapes are resolved, whole characters are one character
+LONE = re.compile(r"[\ud800-\udfff]")  # where escapes are resolved, the halves of a whole character are one character
 
 
 class Unusable(ValueError):
@@ -20,9 +19,9 @@ class Unusable(ValueError):
 
 def parse(body: bytes) -> Any:
     """Return the JSON value. Raises Unusable, another ValueError if the text is no JSON, RecursionError."""
-    text = body.decode(json.detect_encoding(body), "surrogatepass")
-    content = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
-    if SURROGATE.search(text) and any(LONE.search(one) for one in strings(content)):
+    text = body.decode(json.detect_encoding(body))  # refuses a half that is not escaped
+    content = DECODER.decode(text)
+    if ("\\ud" in text or "\\uD" in text) and any(LONE.search(one) for one in strings(content)):
         raise Unusable("the body has a lone surrogate, which is half of a character: send whole characters")
     return content
 
@@ -66,3 +65,6 @@ def _finite(text: str) -> float:
     if math.isinf(number):
         raise Unusable(f"the body has {text[:40]}, which is too large for a number")
     return number
+
+
+DECODER = json.JSONDecoder(parse_constant=_not_finite, parse_float=_finite)

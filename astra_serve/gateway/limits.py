@@ -27,25 +27,9 @@ VALUES = 50_000
 TRUNCATED = 2**20
 INTEGERS = range(-(2**63), 2**63)  # that the engine's messages can have
 
-PROMPT = (
-    "prompt",
-    "suffix",
-    "messages",
-    "input",
-    "inputs",
-    "texts",
-    "instructions",
-    "system",
-    "tools",
-    "query",
-    "queries",
-    "documents",
-    "items",
-    "text_1",
-    "text_2",
-    "data_1",
-    "data_2",
-    "chat_template_kwargs",
+PROMPT = frozenset(  # parameters whose texts enter a prompt
+    {"prompt", "suffix", "messages", "input", "inputs", "texts", "instructions", "system", "tools", "documents"}
+    | {"query", "queries", "items", "text_1", "text_2", "data_1", "data_2", "chat_template_kwargs"}
 )
 NOT_TEXT = frozenset(  # keys of texts that do not enter the prompt as they are: pictures, names of kinds, ids
     {"url", "data", "image_url", "audio_url", "video_url", "file_data", "encrypted_content", "signature"}
@@ -162,10 +146,10 @@ def _are_tokens(value: Any) -> bool:
 
 
 def _texts(path: str, content: dict[str, Any], longest_text: int) -> Fault | None:
-    if path not in TOKENISING and content.get("truncate_prompt_tokens") is not None:
+    if _truncates(path, content):
         longest_text = max(longest_text, TRUNCATED)
-    for name in PROMPT:
-        lengths = [len(text) for text in _strings(content.get(name))]
+    for name in PROMPT & content.keys():
+        lengths = [len(text) for text in _strings(content[name])]
         length = sum(lengths) if path in WHOLE else max(lengths, default=0)
         if length > longest_text:
             most = f"a prompt of this model has at most {longest_text}: shorten it"
@@ -189,9 +173,13 @@ def _strings(value: Any) -> Iterator[str]:
 def _tokens(path: str, content: dict[str, Any], longest_text: int) -> Fault | None:
     name = "tokens" if path == "/detokenize" else "prompt"
     tokens = content.get(name)
-    if not isinstance(tokens, list) or content.get("truncate_prompt_tokens") is not None or len(tokens) <= longest_text:
+    if not isinstance(tokens, list) or _truncates(path, content) or len(tokens) <= longest_text:
         return None
     return Fault(f"{name} has {len(tokens)} tokens, and a prompt of this model has fewer than {longest_text}", name)
+
+
+def _truncates(path: str, content: dict[str, Any]) -> bool:
+    return path not in TOKENISING and content.get("truncate_prompt_tokens") is not None
 
 
 def _structured(content: dict[str, Any]) -> Fault | None:

@@ -27,7 +27,7 @@ def fault(content: dict[str, Any]) -> tuple[str, str] | None:
     """Return why the structured output that a request asks for is refused, and its parameter; otherwise None."""
     size = 0
     for param, asked in [*((name, content.get(name)) for name in FIELDS), *_tools(content)]:
-        size += len(json.dumps(asked))
+        size += len(json.dumps(asked)) if asked else 0
         if size > GRAMMAR_BYTES:
             return f"the schemas and grammars of a request have at most {GRAMMAR_BYTES} bytes: send less", param
     for param, schema in _grammars(content):

@@ -100,6 +100,17 @@ async def test_a_connection_without_a_whole_request_is_closed(sent: bytes) -> No
 
 
 @in_a_loop
+async def test_headers_that_arrive_byte_by_byte_have_no_more_time() -> None:
+    async with serving(length, ConnectionLimits(header_s=0.05)) as connect:
+        reader, writer = await connect()
+        writer.write(HEAD + b"x")
+        while not (reader.at_eof() or reader.exception()):
+            writer.write(b"x")
+            await asyncio.sleep(0.005)
+        writer.close()
+
+
+@in_a_loop
 async def test_a_second_request_has_its_time_too_and_an_answer_that_takes_longer_is_not_cut() -> None:
     async def slow(_scope: Any, receive: Any, send: Any) -> None:
         await body_of(receive)

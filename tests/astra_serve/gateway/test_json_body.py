@@ -14,7 +14,6 @@ from astra_serve.gateway.json_body import Unusable
         (b'{"a": 1e999}', "has 1e999"),
         (rb'{"a": "\ud800"}', "lone surrogate"),
         (rb'{"a": [{"\uDFFF": 1}]}', "lone surrogate"),
-        (b'{"a": "\xed\xa0\x80"}', "lone surrogate"),
         ('{"a": "\\ud800"}'.encode("utf-16"), "lone surrogate"),
         (rb'[1, 2, "\ud800"]', "lone surrogate"),
     ],
@@ -31,6 +30,6 @@ def test_ordinary_json_is_read(body: bytes) -> None:
     assert json_body.fault(body) is None
 
 
-@pytest.mark.parametrize("body", [b"{", b"\xff", b"[" * 100_000, b"9" * 5000])
+@pytest.mark.parametrize("body", [b"{", b"\xff", b"[" * 100_000, b"9" * 5000, b'"\xed\xa0\x80"'])
 def test_other_text_has_a_reason_in_one_line(body: bytes) -> None:
     assert "\n" not in (json_body.fault(body) or "\n")

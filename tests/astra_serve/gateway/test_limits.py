@@ -61,7 +61,7 @@ def said(text: str) -> list[dict[str, Any]]:
         ("/v1/messages/count_tokens", {"messages": said(LONG)}, "messages"),
         ("/tokenize", {"prompt": LONG, "truncate_prompt_tokens": 5}, "prompt"),
         ("/tokenize", {"messages": said(LONG)}, "messages"),
-        ("/detokenize", {"tokens": [1] * 1001}, "tokens"),
+        ("/detokenize", {"tokens": [1] * 1001, "truncate_prompt_tokens": 5}, "tokens"),
         ("/v1/embeddings", {"input": ["x"] * 2049}, "input"),
         ("/v1/embeddings", {"input": ["x", LONG]}, "input"),
         ("/v2/embed", {"texts": [LONG]}, "texts"),
