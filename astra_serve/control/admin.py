@@ -93,7 +93,7 @@ class VllmUnload(_Body):
 def build(control: Control, gateway: Gateway, token: str) -> FastAPI:
     """Return the admin application; every request needs `Authorization: Bearer TOKEN`."""
 
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(title="astra-serve: admin", docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, most=MAX_BODY, fault=json_body.fault)
     app.add_middleware(_Token, token=token)
 

@@ -14,7 +14,7 @@ async def test_every_route_wants_the_token(world) -> None:
         routes = [route for route in w.admin_app.routes if getattr(route, "methods", None)]
         assert len(routes) > 15
         for route in routes:
-            for method in route.methods:
+            for method in route.methods - {"HEAD"}:  # whose answer has no body
                 for header in ("", "Bearer wrong", TOKEN):
                     path = route.path.replace("{name}", "a")
                     answer = await w.api.request(method, path, headers={"Authorization": header})
