@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.server import Server
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(500)  # the first test of the session starts the server, too
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 SAID = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
 

@@ -149,8 +149,8 @@ async def test_an_unknown_model_gets_openais_error_with_the_nearest_name(front) 
         raise AssertionError("it must not get this far")
 
     async with front(handler) as (http, m, _, ended):
-        answer = await http.post("/v1/completions", json={"model": "a2"})
-        message = "the model 'a2' does not exist: did you mean 'a'?"
+        answer = await http.post("/v1/completions", json={"model": "ab"})
+        message = "the model 'ab' does not exist: did you mean 'a'?"
         expected = {"message": message, "type": "NotFoundError", "param": "model", "code": 404}
         assert (answer.status_code, answer.json()) == (404, {"error": expected})
         assert (ended[-1].status, ended[-1].adapter) == (404, None)
