@@ -1,7 +1,6 @@
 """Attack a server of the embedded base in all ways of this package, and write what was tried and what did harm."""
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -9,20 +8,16 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-import httpx
 from rich.console import Console
 
 import benchmarks.attack as about
-from astra_serve.document import desired
-from astra_serve.document.desired import Adapter, Document
 from benchmarks import report
 from benchmarks.attack import fuzz, pressure, publishing, requests, sockets, storm
+from benchmarks.attack.server import started
 from benchmarks.attack.target import Target, Tried
-from tests.support import demo
-from tests.support.server import astra_serve, free_port
+from tests.support.server import astra_serve
 from tests.support.swap import train_adapters
 
-TOKEN = "attack-token"  # noqa: S105
 console = Console()
 
 
@@ -33,21 +28,11 @@ def main() -> int:
     parser.add_argument("--schemathesis", type=Path, help="the program; without it nothing is fuzzed")
     parser.add_argument("--fuzz-seconds", type=int, default=90, help="for each port (default: 90)")
     args = parser.parse_args()
-    os.environ["ASTRA_ADMIN_TOKEN"] = TOKEN
     env, began = report.environment(0), time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         good = args.adapters or train_adapters(folder)
-        document = folder / "served" / "adapters.yaml"
-        document.parent.mkdir()
-        entries = [Adapter(name=n, source=str(f), required=True) for n, f in zip(("sql", "intent"), good, strict=True)]
-        document.write_text(desired.dump(Document(adapters=entries)))
-        port = free_port()
-        options = ["--base", str(demo.BASE), "--adapters", str(document), "--store", str(folder / "store")]
-        with astra_serve([*options, "--admin-port", str(port)], folder / "server.log") as server:
-            target = Target(server, port, TOKEN, document, list(good), folder)
-            while httpx.get(f"{server.url}/readyz").status_code != httpx.codes.OK:
-                time.sleep(0.2)
+        with started(folder, list(good)) as target:
             target.check_neighbours("before")
             for name, stage in {
                 "requests": lambda: requests.attack(target),
@@ -59,7 +44,7 @@ def main() -> int:
                 console.print(f"{time.monotonic() - began:4.0f} s  {name}", highlight=False)
                 stage()
                 target.check_neighbours(name)
-        status = server.process.wait(60)
+        status = target.server.process.wait(60)
         target.tried.append(Tried("end", "SIGTERM", f"the server ends with {status}" if status else None))
         console.print(f"{time.monotonic() - began:4.0f} s  pressure", highlight=False)
         with astra_serve(pressure.options(folder), folder / "pressure.log") as other:

@@ -5,35 +5,38 @@ import itertools
 import random
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 from benchmarks.attack.target import Target
-from tests.support.hostile import OVERFLOWING, hostile
+from tests.support.hostile import hostile
 from tests.support.swap import Pace, swapped
 
 
 def attack(target: Target, seconds: float) -> None:
     folders = [folder for _, folder in hostile(target.good[0], target.folder / "storm")]
-    folders += [folder for folder in (target.folder / "overflowing").glob("*") if len(OVERFLOWING)]
-    found = asyncio.run(_storm(target, folders, int(seconds)))
-    target.note("storm", f"{found['swaps']} swaps, {found['requests']} requests", _fault(found))
+    folders += (target.folder / "overflowing").glob("*")
+    found = asyncio.run(storm(target, folders, Pace(int(seconds), 1.0, 2.0)))
+    target.note("storm", f"{found['swaps']} swaps, {found['requests']} requests", fault(found))
     target.check_neighbours("storm")
 
 
-def _fault(found: dict) -> str | None:  # type: ignore[type-arg]
+def fault(found: dict[str, Any]) -> str | None:
+    """Return what was wrong in a storm."""
     if found["broken"] or found["failed"] or found["mixed"] or found["stale"]:
         return f"{found['broken']}, {found['failed']} failed, {found['mixed']} mixed: {found['examples']}"
     return None if found["left_in_engine"] == 1 else f"{found['left_in_engine']} versions are left in the engine"
 
 
-async def _storm(target: Target, hostile_folders: list[Path], swaps: int) -> dict:  # type: ignore[type-arg]
+async def storm(target: Target, hostile_folders: list[Path], pace: Pace) -> dict[str, Any]:
+    """Swap at a pace, while other clients leave and hostile adapters are published; return what `swapped` measures."""
     stop = asyncio.Event()
     beside = [
         asyncio.create_task(_leave(target, stop, seed)) for seed in range(3)
     ] + [asyncio.create_task(_publish(target, stop, hostile_folders))]  # fmt: skip
     try:
-        return await swapped(target.server, target.admin_port, target.token, target.good, Pace(swaps, 0.7, 2.0))
+        return await swapped(target.server, target.admin_port, target.token, target.good, pace)
     finally:
         stop.set()
         await asyncio.gather(*beside)
