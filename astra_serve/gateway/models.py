@@ -3,7 +3,6 @@
 import time
 from typing import Any
 
-from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from astra_serve.adapters.fleet import Fleet
@@ -26,9 +25,8 @@ class Models:
         names = [self._fleet.base_name, *self._fleet.aliases]
         return {"object": "list", "data": [self._card(name) for name in names]}
 
-    async def show(self, request: Request) -> Response:
+    async def show(self, model: str) -> Response:
         """Show one model; a name with slashes is a base of the hub."""
-        model = request.path_params["model"]
         if model == self._fleet.base_name or self._fleet.resolve(model):
             return JSONResponse(self._card(model))
         error = self._fleet.unknown(model)
