@@ -3,7 +3,7 @@
 # make slow-test    training that is killed, resumed, and spread over processes
 # make docs-test    the commands, links and options of all README files, and the wheel in an environment of its own
 # make chart-test   the Helm chart's, and three servers over one document: fetches Helm 3 and 4, promtool, checkov, hadolint
-# make attack  hostile requests, adapters, sources and documents against a server, and a storm: about 12 minutes
+# make attack  hostile requests, adapters, sources and documents against a server, and a storm: about 8 minutes
 # make check  lint, format and types
 PYTHON ?= python3.11
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
