@@ -1,6 +1,7 @@
 """How the engine reads one version: verified in the store, admitted, loaded and proved, in this order."""
 
 import asyncio
+import logging
 from typing import Any
 
 from astra_serve.adapters.admission import Base
@@ -13,6 +14,8 @@ from astra_serve.adapters.store import Store
 from astra_serve.adapters.version import Version
 from astra_serve.errors import ServeError
 from converter.errors import AstraError, without_secrets
+
+logger = logging.getLogger("vllm.astra_serve")
 
 
 class Loader:
@@ -47,6 +50,9 @@ class Loader:
         folder = await asyncio.to_thread(self._store.verify, version.digest)
         if residence.proof is None:
             header = await asyncio.to_thread(self._base.check, folder)
+            if header.unmatched:
+                some = ", ".join(header.unmatched[:8])
+                logger.warning("%s: keys of rank_pattern or alpha_pattern match no module: %s", version.name, some)
             residence.adapts_head = any(module.endswith("lm_head") for module in header.shapes)
         residence.handle = await self._engine.load(version.name, folder)
         loaded = self._clock.now()

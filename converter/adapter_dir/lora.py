@@ -60,6 +60,7 @@ class LoraHeader:
     shapes: dict[str, tuple[int, int]]  # module: (d_out, d_in)
     base_digest: str | None  # None if the adapter does not record its base
     patterns: list[str]  # the keys of rank_pattern and alpha_pattern
+    unmatched: list[str]  # those of them that match no module of the adapter: PEFT ignores them
 
 
 def save_lora(folder: Path, adapter: LoraAdapter, *, on_layer: Callable[[], None] = lambda: None) -> None:
@@ -131,7 +132,10 @@ def read_lora_header(folder: Path) -> LoraHeader:
     rank = max(config["r"], *(config.get("rank_pattern") or {}).values(), *(shape.rank for shape in shapes.values()))
     digest = base.get("digest") if isinstance(base, dict) and isinstance(base.get("digest"), str) else None
     patterns = [key for name in _PATTERNS for key in config.get(name) or {}]
-    return LoraHeader(rank, {module: (shape.d_out, shape.d_in) for module, shape in shapes.items()}, digest, patterns)
+    matched = {key for module in shapes for key in _keys_of(module)}
+    unmatched = [key for key in patterns if key not in matched]
+    found = {module: (shape.d_out, shape.d_in) for module, shape in shapes.items()}
+    return LoraHeader(rank, found, digest, patterns, unmatched)
 
 
 def lora_shapes(folder: Path, *, allow_pickle: bool = False) -> dict[str, Shape]:
@@ -199,9 +203,14 @@ def pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) 
     The first key counts that equals the module's name or its end after a dot; a key with a leading ^ must equal the
     whole name.
     """
+    keys = _keys_of(module)
+    return next((value for key, value in (pattern or {}).items() if key in keys), default)
+
+
+def _keys_of(module: str) -> set[str]:
+    """Return the keys of patterns that match a module."""
     parts = module.split(".")
-    names = {f"^{module}", *(".".join(parts[i:]) for i in range(len(parts)))}
-    return next((value for key, value in (pattern or {}).items() if key in names), default)
+    return {f"^{module}", *(".".join(parts[i:]) for i in range(len(parts)))}
 
 
 def _checked_config(folder: Path) -> Json:

@@ -46,7 +46,8 @@ def test_more_patterns_than_the_base_has_layers_are_refused_and_one_that_matches
         patterns = {key: {f"{key}{n}": 4 for n in range(most)} for key in ("rank_pattern", "alpha_pattern")}
         (folder / "adapter_config.json").write_text(json.dumps({**config, **patterns}))
         with pytest.raises(ServeError, match="keys in rank_pattern") if refused else nullcontext():
-            assert base.check(folder).rank == 4
+            header = base.check(folder)
+            assert (header.rank, len(header.unmatched)) == (4, 2 * most)
 
 
 def test_weights_that_are_not_finite_are_refused_before_the_engine_reads_them(tiny_base: Path, tmp_path: Path) -> None:
