@@ -76,6 +76,7 @@ def check(path: str, body: bytes, longest_text: int = sys.maxsize) -> Checked:
         lambda: _texts(path, content, longest_text),
         lambda: _tokens(path, content, longest_text),
         lambda: _structured(content),
+        lambda: _earlier_answers(path, content),
     )
     return Checked(content, next((fault for rule in rules if (fault := rule())), None))
 
@@ -180,6 +181,16 @@ def _tokens(path: str, content: dict[str, Any], longest_text: int) -> Fault | No
 
 def _truncates(path: str, content: dict[str, Any]) -> bool:
     return path not in TOKENISING and content.get("truncate_prompt_tokens") is not None
+
+
+def _earlier_answers(path: str, content: dict[str, Any]) -> Fault | None:
+    """Refuse what vLLM's handler fails on: an answer of the assistant whose first part has no text."""
+    items = content.get("input")
+    for number, item in enumerate(items if path == "/v1/responses" and isinstance(items, list) else ()):
+        parts = item.get("content") if isinstance(item, dict) and item.get("role") == "assistant" else None
+        if isinstance(parts, list) and not (parts and isinstance(parts[0], dict) and "text" in parts[0]):
+            return Fault(f"input.{number} is an answer whose first part has no text: leave it out", "input")
+    return None
 
 
 def _structured(content: dict[str, Any]) -> Fault | None:

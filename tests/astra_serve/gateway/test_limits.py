@@ -19,6 +19,8 @@ def said(text: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("path", "content", "param"),
     [
+        ("/v1/responses", {"input": [{"role": "assistant", "content": []}]}, "input"),
+        ("/v1/responses", {"input": ["x", {"role": "assistant", "content": [{"refusal": "no"}]}]}, "input"),
         (TEXT, {"n": 129}, "n"),
         (TEXT, {"n": "129"}, "n"),
         (TEXT, {"n": 1e9}, "n"),
@@ -98,6 +100,11 @@ def test_a_request_for_too_much_is_refused_with_the_parameter(
         ("/tokenize", {"prompt": "x" * 1000}),
         ("/detokenize", {"tokens": [1] * 1000}),
         (TEXT, {"n": "many", "prompt": {"x": 1}, "best_of": []}),
+        (
+            "/v1/responses",
+            {"input": [{"role": "assistant", "content": [{"text": "x"}]}, {"role": "user", "content": []}]},
+        ),
+        ("/v1/responses", {"input": [{"role": "assistant", "content": "x"}]}),
         (TEXT, {"n": -1, "messages": None, "input": [], "tokens": "x"}),
     ],
 )
