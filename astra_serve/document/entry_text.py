@@ -87,7 +87,7 @@ def _addition(text: str, layout: "_Layout", new: dict[str, Any]) -> Edit:
 
 @dataclass
 class _Span:
-    """Where a list or a mapping is in the text."""
+    """The lines of a list or a mapping in the text."""
 
     start: int
     end: int
@@ -101,7 +101,7 @@ class _Span:
 
 @dataclass
 class _Layout:
-    """Where the entries of a document are in its text."""
+    """The places of the entries of a document in its text."""
 
     flow: bool = False  # the document as a whole, as JSON is
     colon: int = 0  # the end of the key `adapters` and its colon

@@ -42,16 +42,17 @@ def fault(body: bytes) -> str | None:
     return None
 
 
-def strings(value: Any) -> Iterator[str]:
-    """Yield every string of a JSON value, keys included."""
+def strings(value: Any, *, keys: bool = True, but: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Yield every string of a JSON value, without those that are the values of the keys `but`."""
     left = [value]
     while left:
         one = left.pop()
         if isinstance(one, str):
             yield one
         elif isinstance(one, dict):
-            yield from one
-            left.extend(one.values())
+            if keys:
+                yield from one
+            left.extend(v for key, v in one.items() if not (key in but and isinstance(v, str)))
         elif isinstance(one, list) and not (one and isinstance(one[0], int) and all(type(x) is int for x in one)):
             left.extend(one)
 

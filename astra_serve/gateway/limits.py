@@ -14,7 +14,7 @@ vLLM's own bound, too.
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,25 +150,12 @@ def _texts(path: str, content: dict[str, Any], longest_text: int) -> Fault | Non
     if _truncates(path, content):
         longest_text = max(longest_text, TRUNCATED)
     for name in PROMPT & content.keys():
-        lengths = [len(text) for text in _strings(content[name])]
+        lengths = [len(text) for text in json_body.strings(content[name], keys=False, but=NOT_TEXT)]
         length = sum(lengths) if path in WHOLE else max(lengths, default=0)
         if length > longest_text:
             most = f"a prompt of this model has at most {longest_text}: shorten it"
             return Fault(f"{name} has a text of {length} characters, and {most}", name)
     return None
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Yield every text of a value, without those that are none."""
-    left = [value]
-    while left:
-        one = left.pop()
-        if isinstance(one, str):
-            yield one
-        elif isinstance(one, dict):
-            left.extend(v for key, v in one.items() if not (key in NOT_TEXT and isinstance(v, str)))
-        elif isinstance(one, list) and not _are_tokens(one):
-            left.extend(one)
 
 
 def _tokens(path: str, content: dict[str, Any], longest_text: int) -> Fault | None:
