@@ -87,7 +87,7 @@ def _addition(text: str, layout: "_Layout", new: dict[str, Any]) -> Edit:
 
 @dataclass
 class _Span:
-    """The lines of a list or a mapping in the text."""
+    """The place of a list or a mapping in the text."""
 
     start: int
     end: int
