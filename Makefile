@@ -1,4 +1,5 @@
 # make demo   train three adapters, convert them, serve them from one engine, and ask them held-out questions
+# make demo-real   the same with SmolLM2-135M-Instruct, a real chat model that PyPI has (93 MB): about 25 minutes
 # make test   the test suite
 # make slow-test    training that is killed, resumed, and spread over processes
 # make docs-test    the commands, links and options of all README files, and the wheel in an environment of its own
@@ -10,9 +11,12 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 TORCH = $(shell grep '^torch==' requirements-cpu.lock)
 
-.PHONY: demo test attack slow-test docs-test chart-test check clean
+.PHONY: demo demo-real test attack slow-test docs-test chart-test check clean
 demo: .venv/.installed
 	.venv/bin/python -m benchmarks.demo
+
+demo-real: .venv/.installed
+	.venv/bin/python -m benchmarks.demo --real
 
 test: .venv/.installed
 	.venv/bin/python -m pytest

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.gguf:
             write(args.gguf, args.out)
         else:
-            smollm2(args.out)
+            write_base(args.out)
     except AdapterError as error:
         print(f"trainer.smollm2: {error}", file=sys.stderr)
         return 2
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def smollm2(out: Path) -> None:
+def write_base(out: Path) -> None:
     """Download SmolLM2-135M-Instruct and write it to the new folder `out`. Raises AdapterError."""
     with tempfile.TemporaryDirectory() as temporary:
         write(download(Path(temporary)), out)
