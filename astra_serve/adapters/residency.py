@@ -9,6 +9,7 @@ hangs (`--engine-timeout`). An exception of the loop ends the server.
 """
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -106,17 +107,21 @@ class Residency:
             self._notify()
 
     def keep(self, version: Version, *, pinned: bool) -> None:
-        """Keep a version in the engine as long as no other one needs the memory; a pinned one whatever happens."""
+        """Keep a version in the engine as long as no other one needs the memory; a pinned one whatever happens.
+
+        The deadlines of its requests end.
+        """
         residence = self._needed_again(version)
-        residence.serving, residence.pinned = True, pinned
+        residence.serving, residence.pinned, residence.deadlines = True, pinned, {}
         self._notify()
 
     def retire(self, version: Version, drain_s: float) -> None:
-        """Evict a version as soon as it is idle; the requests that use it now have `drain_s` seconds to end."""
+        """Evict a version as soon as it is idle; its requests without a deadline have `drain_s` seconds to end."""
         if residence := self._residences.get(version):
             residence.serving = residence.pinned = False
-            residence.leases_at_replacement = residence.leases | {waiter.lease for waiter in residence.waiters}
-            residence.drain_until = self._clock.now() + drain_s
+            deadline = self._clock.now() + drain_s
+            requests = residence.leases | {waiter.lease for waiter in residence.waiters}
+            residence.deadlines = {one: residence.deadlines.get(one, deadline) for one in requests}
             self._leave(residence)
             self._notify()
 
@@ -178,6 +183,7 @@ class Residency:
 
     def _release(self, residence: Residence, lease: Any) -> None:
         residence.leases.discard(lease)
+        residence.deadlines.pop(lease, None)
         if self._waiting or residence.leaving:  # otherwise no decision depends on it: most requests wake no loop
             self._notify()
 
@@ -188,9 +194,9 @@ class Residency:
         self._notify()
 
     def _needed_again(self, version: Version) -> Residence:
-        """Return the residence of a version that is needed again: it stays, and its old requests have no deadline."""
+        """Return the residence of a version that is needed again: it stays."""
         residence = self._residences.setdefault(version, Residence(version))
-        residence.leaving, residence.leases_at_replacement = False, set()
+        residence.leaving = False
         return residence
 
     @staticmethod
@@ -220,9 +226,11 @@ class Residency:
                 self._drop(residence, action.waiters)
                 _reject(action.waiters, _no_memory(residence.version))
             case Do.CANCEL:
-                for task in residence.leases_at_replacement & residence.leases:
-                    task.cancel(PAST_DEADLINE)  # as if the client had disconnected: the engine aborts its work for it
-                residence.leases_at_replacement = set()
+                now = self._clock.now()
+                for task in residence.leases:
+                    if residence.deadlines.get(task, math.inf) <= now:
+                        task.cancel(PAST_DEADLINE)  # as if the client had disconnected: the engine aborts its work
+                        residence.deadlines[task] = math.inf  # cancelled once
         self._notify()
 
     def _unmark(self, residence: Residence) -> None:

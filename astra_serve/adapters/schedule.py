@@ -22,8 +22,10 @@ again at once. A request is refused `wait_s` after it arrived, whether its versi
 publication is refused `wait_s` after its version became the head of the queue. Where every version is pinned, that is
 what happens to all others.
 
-A version that is replaced, removed, or unloaded by an operator is evicted as soon as it is idle; its leases are
-cancelled at the deadline of its replacement.
+A version that is replaced, removed, or unloaded by an operator is evicted as soon as it is idle. The leases of a
+version that is replaced or removed get a deadline, and are cancelled then. A deadline is set once: later changes of the
+adapter do not move it. A lease of an older version of the rollback history begins without a deadline, and gets one when
+the version leaves the history.
 """
 
 import asyncio
@@ -94,8 +96,7 @@ class Residence:
     serving: bool = False  # it is the current version of its alias, or the canary
     pinned: bool = False
     leaving: bool = False  # evicted as soon as it is idle
-    leases_at_replacement: set[Any] = field(default_factory=set)  # they end before `drain_until`, or are cancelled
-    drain_until: float = math.inf
+    deadlines: dict[Any, float] = field(default_factory=dict)  # of leases and waiters since their version was replaced
     handle: Any = None  # the engine's, from PROBING on
     proof: Proof | None = None
     adapts_head: bool = False
@@ -119,9 +120,9 @@ class Residence:
         return all(waiter.publication for waiter in self.waiters)
 
     @property
-    def draining(self) -> bool:
-        """Return whether requests still use it that began before it was replaced."""
-        return bool(self.leases_at_replacement & self.leases)
+    def drain_until(self) -> float:
+        """Return the earliest deadline of its leases; infinity where no lease has one."""
+        return min((self.deadlines[lease] for lease in self.deadlines.keys() & self.leases), default=math.inf)
 
 
 class Do(StrEnum):
@@ -158,7 +159,7 @@ def decide(residences: Collection[Residence], limits: Limits, head_since: float,
     server's clock.
     """
     for one in residences:
-        if one.draining and one.drain_until <= now:
+        if one.drain_until <= now:
             return Action(Do.CANCEL, one)
         if late := tuple(waiter for waiter in one.waiters if waiter.deadline(limits) <= now):
             return Action(Do.REFUSE, one, late)
@@ -172,7 +173,7 @@ def decide(residences: Collection[Residence], limits: Limits, head_since: float,
     for_head = _for_the_head(residences, limits, head_since, now, can_evict=can_evict)
     if isinstance(for_head, Action):
         return for_head
-    dates = [one.drain_until for one in residences if one.draining]
+    dates = [one.drain_until for one in residences]
     dates += [waiter.deadline(limits) for one in residences for waiter in one.waiters]
     return Wait(min([for_head.until, *dates]))
 
