@@ -78,7 +78,6 @@ class Residency:
             residence.leases.add(task)
         else:
             await self._wait(residence, Waiter(self._clock.now(), lease=task))
-        residence.last_used = self._clock.now()
         try:
             yield residence
         finally:
@@ -184,6 +183,7 @@ class Residency:
     def _release(self, residence: Residence, lease: Any) -> None:
         residence.leases.discard(lease)
         residence.deadlines.pop(lease, None)
+        residence.last_used = self._clock.now()
         if self._waiting or residence.leaving:  # otherwise no decision depends on it: most requests wake no loop
             self._notify()
 

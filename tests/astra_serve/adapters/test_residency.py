@@ -175,6 +175,18 @@ async def test_the_least_recently_used_version_is_evicted_and_a_pinned_or_leased
 
 
 @in_a_loop
+async def test_a_version_counts_as_used_until_its_last_request_has_ended(engine, store, base, version) -> None:
+    async with memory(engine, store, base) as m:
+        serve(m, version("a", 1.0), version("b", 2.0), version("c", 3.0))
+        async with m.fleet.lease("a"):
+            await m.clock.advance(1)
+            await m.answer("b")
+            await m.clock.advance(1)
+        await m.answer("c")
+        assert m.loaded() == ["a", "c"]
+
+
+@in_a_loop
 async def test_a_request_without_a_place_for_wait_s_is_refused_with_the_time_to_try_again(
     engine, store, base, version
 ) -> None:
