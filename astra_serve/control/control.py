@@ -37,7 +37,7 @@ from astra_serve.control.status import Phase, Spent, Status
 from astra_serve.document import desired
 from astra_serve.document.desired import Adapter, Canary, Document, Step
 from astra_serve.document.history import known_source, rollback_history
-from astra_serve.errors import NotPublished, ServeError, Unavailable, UnknownAdapter
+from astra_serve.errors import Conflict, NotPublished, ServeError, Unavailable, UnknownAdapter
 from converter.errors import AstraError
 
 logger = logging.getLogger("vllm.astra_serve")
@@ -173,7 +173,12 @@ class Control:
             await self.state.replace(name, old, new)
             self._follow({name: spent})
             status = await self.reconciler.outcome(name)
-            if status.entry == new and status.phase is Phase.FAILED:
+            if status is None or status.entry != new:
+                raise Conflict(
+                    f"somebody else has changed {name!r} in the document after this {kind} had written it: "
+                    "their entry is followed"
+                )
+            if status.phase is Phase.FAILED:
                 reason = f"{name!r} was not published: {status.reason}"
                 try:
                     await self._put_back(name, old, new, before)

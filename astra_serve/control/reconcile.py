@@ -108,9 +108,9 @@ class Reconciler:
             if status.phase is Phase.FAILED:
                 self.want(status.entry, again=True)
 
-    async def outcome(self, name: str) -> Status:
-        """Wait until an adapter is served or failed, and return its status. Raises KeyError where it is not wanted."""
-        while not (status := self.status[name]).phase.final:
+    async def outcome(self, name: str) -> Status | None:
+        """Wait until an adapter is served or failed, and return its status; None where it is not wanted."""
+        while (status := self.status.get(name)) and not status.phase.final:
             await self._fleet.events.change()
         return status
 
