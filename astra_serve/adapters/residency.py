@@ -1,7 +1,7 @@
 """The engine's memory: the one loop that executes the decisions of `schedule`, while requests and publications wait.
 
-The engine is never asked for more adapters than it has room for: it would evict one by itself, read it again from disk
-in the middle of a step, and die if it could not. It reads a version when this module says so, and at no other time.
+The engine is never asked for more adapters than it has room for: the engine would evict an adapter itself, read it from
+disk during a step, and die if the read failed. The engine reads a version only when this module asks for it.
 
 `schedule` says how long requests and publications wait. A load that fails is the version's own failure: its waiters get
 the reason, later requests get it at once, and only a new publication tries again. The engine itself ends a load that
@@ -125,9 +125,9 @@ class Residency:
             self._notify()
 
     async def unload(self, version: Version) -> None:
-        """Evict a version when its leases have ended, unless a new request needs it before; return when that is so.
+        """Mark a resident version; return when it is evicted, or the mark is removed. In any other state do nothing.
 
-        The next request loads it again.
+        It is evicted when its leases have ended. A new request or a publication removes the mark.
         """
         residence = self.of(version)
         if residence.state is State.RESIDENT:
