@@ -1,3 +1,4 @@
+# make install   only install the pinned packages and the programs, into .venv
 # make demo   train three adapters, convert them, serve them from one engine, and ask them held-out questions
 # make demo-real   the same with SmolLM2-135M-Instruct, a real chat model that PyPI has (93 MB): about 25 minutes
 # make test   the test suite
@@ -11,12 +12,14 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 TORCH = $(shell grep '^torch==' requirements-cpu.lock)
 
-.PHONY: demo demo-real test attack slow-test docs-test chart-test check clean
+.PHONY: demo demo-real install test attack slow-test docs-test chart-test check clean
 demo: .venv/.installed
 	.venv/bin/python -m benchmarks.demo
 
 demo-real: .venv/.installed
 	.venv/bin/python -m benchmarks.demo --real
+
+install: .venv/.installed
 
 test: .venv/.installed
 	.venv/bin/python -m pytest
