@@ -10,7 +10,7 @@
 PYTHON ?= python3.11
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
-TORCH = $(shell grep '^torch==' requirements-cpu.lock)
+TORCH = $(shell sed -n 's/^\# \(torch==\)/\1/p' requirements-cpu.lock)
 
 .PHONY: demo demo-real install test attack slow-test docs-test chart-test check clean
 demo: .venv/.installed
@@ -53,7 +53,7 @@ check: .venv/.installed
 	@$(PIP) install --no-compile --no-deps $(TORCH) 2>.venv/torch.log || { \
 		echo "pip does not find $(TORCH) by itself: asking $(TORCH_CPU_INDEX)"; \
 		$(PIP) install --no-compile --no-deps --index-url $(TORCH_CPU_INDEX) $(TORCH) || { cat .venv/torch.log; exit 1; }; }
-	$(PIP) install --no-compile --no-deps --requirement requirements-cpu.lock
+	$(PIP) install --no-compile --no-deps --require-hashes --requirement requirements-cpu.lock
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || true
 	touch $@
