@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
 from converter.errors import first_line
 from trainer.errors import ConfigError
@@ -69,7 +69,11 @@ class TrainConfig(BaseModel):
     forgetting_rows: int = Field(32, ge=0, description="rows of that text, 128 tokens each; 0 measures no forgetting")
 
     # the optimisation
-    learning_rate: float = Field(4e-3, gt=0, description="peak learning rate of AdamW")
+    learning_rate: PositiveFloat | Literal["auto"] = Field(
+        "auto",
+        description="peak learning rate of AdamW; auto chooses it from the gradients before the first step, so that it "
+        "lowers the loss by the same amount for every method, rank and base, and prints the rate",
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled decay of A and B towards A0 and B0")
     warmup: float = Field(
         0.05, ge=0, le=1, description="share of the steps in which the learning rate rises; a cosine to 0 follows"

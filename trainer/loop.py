@@ -69,6 +69,7 @@ class Result:
     curve: list[Point]
     evaluations: list[dict[str, float]]  # step, eval_loss and the metric, in step order
     best_step: int | None
+    learning_rate: float  # its peak
 
 
 def check_trackers(config: TrainConfig) -> None:
@@ -86,18 +87,21 @@ def optimise(
     train: Sequence[Example],
     held_out: Sequence[Example],
     config: TrainConfig,
+    learning_rate: float,
     folder: Path,
     checkpoint: Path | None,
     progress: Progress,
 ) -> Result:
     """Train `model` in place, from `checkpoint` if there is one; write checkpoints to `folder`.
 
+    `learning_rate` is the peak of the schedule, which `config` may leave open (auto).
+
     With held-out rows the model ends with the weights of the best checkpoint. Raises TrainingError when the loss or a
     parameter is not finite, and Interrupted after SIGINT, once the current step is saved.
     """
     callback = _RunCallback(config, progress)
     with _tensorboard_folder(folder.parent / "runs" / folder.stem):
-        trainer = _trainer(model, tokenizer, train, held_out, config, folder, callback)
+        trainer = _trainer(model, tokenizer, train, held_out, config, learning_rate, folder, callback)
     if config.quantization != "none":  # TRL has cast the adapter to bfloat16, which loses small steps
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -121,6 +125,7 @@ def optimise(
             if "eval_loss" in h
         ],
         trainer.state.best_global_step if held_out else None,
+        learning_rate,
     )
 
 
@@ -193,12 +198,13 @@ def _trainer(
     train: Sequence[Example],
     held_out: Sequence[Example],
     config: TrainConfig,
+    learning_rate: float,
     folder: Path,
     callback: _RunCallback,
 ) -> Trainer:
     datasets.disable_progress_bars()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate_factor, config))
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         _average_gradients(model, parameters)

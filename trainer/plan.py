@@ -12,6 +12,7 @@ from converter import adapter_dir
 from trainer.adapter import target_layers
 from trainer.base import base_without_weights, load_tokenizer
 from trainer.config import TrainConfig
+from trainer.learning_rate import FIRST_STEP
 from trainer.start.calibration import layer_groups
 from trainer.start.initialise import calibration_batches
 from trainer.start.ranks import fixed_ranks
@@ -87,6 +88,7 @@ def show(found: Plan, config: TrainConfig, console: Console) -> None:
         "trainable parameters": f"{found.trainable:,}",
         "converted rank": "none: full fine-tuning" if found.converted_rank is None else str(found.converted_rank),
         "steps": f"{config.steps} of {config.batch_size} rows: {found.epochs:.1f} epochs",
+        "learning rate": _rate(config),
         "calibration": f"{found.calibration_tokens:,} tokens; groups of layers: {found.calibration_groups}",
         "memory (estimate)": f"{_size(memory)}: base {_size(found.base_memory)}, adapter and optimizer "
         f"{_size(found.adapter_memory)}, and the larger of Gram matrices {_size(found.calibration_memory)} "
@@ -103,6 +105,12 @@ def show(found: Plan, config: TrainConfig, console: Console) -> None:
             remark = "arbitrary: raise calibration_rows"
         table.add_row(str(d_out), str(d_in), str(n), f"{found.calibration_tokens / d_out:.1f}", remark)
     console.print(table)
+
+
+def _rate(config: TrainConfig) -> str:
+    if config.learning_rate == "auto":
+        return f"auto: the run prints it before the first step, which is to lower the loss by {FIRST_STEP:g} nats"
+    return f"{config.learning_rate:g}"
 
 
 def _size(n_bytes: float) -> str:

@@ -71,6 +71,7 @@ class Run:
             "convergence": [asdict(estimate) for estimate in self.start.convergence],
             "evaluations": self.result.evaluations,
             "best_step": self.result.best_step,
+            "learning_rate": self.result.learning_rate,
             "forgetting": self.forgetting and {**asdict(self.forgetting), "change": self.forgetting.change},
         }
 
@@ -141,8 +142,8 @@ def facts(run: Run, ranks: Sequence[int]) -> dict[str, str]:
         "data": f"{data['file']}, {data['rows']} rows, {data['digest']}",
         "method": config.method,
         "rank": "none: full fine-tuning",
-        "steps": f"{config.steps} of {config.batch_size} rows, learning rate {config.learning_rate:g}, "
-        f"seed {config.seed}",
+        "steps": f"{config.steps} of {config.batch_size} rows, learning rate {run.result.learning_rate:.3g}"
+        f"{' (auto)' if config.learning_rate == 'auto' else ''}, seed {config.seed}",
         "loss": "not recorded in this folder",
         "held out": "no rows were held out",
         "forgetting": "not measured",

@@ -6,6 +6,7 @@
 `resume` (see `trainer.unfinished`).
 """
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +26,19 @@ from trainer import report, unfinished
 from trainer.adapter import ADAPTER, adapted_modules, adapter_layers, attach, target_layers, trained_head, whole_weight
 from trainer.base import language_model, load_base, load_tokenizer
 from trainer.config import TrainConfig
-from trainer.data import Batch, Example, classification_examples, digest, label_names, language_examples, read_rows
+from trainer.data import (
+    Batch,
+    Example,
+    batches,
+    classification_examples,
+    digest,
+    label_names,
+    language_examples,
+    read_rows,
+)
 from trainer.errors import ConfigError, DataError, TrainerError, TrainingError
 from trainer.evaluate import Forgetting, forgetting_batches, language_loss
+from trainer.learning_rate import automatic_rate
 from trainer.loop import check_trackers, optimise
 from trainer.report import Run
 from trainer.start.initialise import Initialisation, calibration_batches, initialise, spectra_of
@@ -83,8 +94,14 @@ def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progre
 
         trained = attach(model, start.starts, config) if layers else model.requires_grad_(True)
         try:
+            rate = config.learning_rate
+            if rate == "auto":
+                sample = random.Random(config.seed).sample(rows.train, min(config.batch_size, len(rows.train)))
+                rate = automatic_rate(trained, batches(sample, 1, tokenizer))
+                if state.is_main_process:
+                    progress.console.print(f"learning rate {rate:.3g}, chosen from the gradients before the first step")
             result = optimise(
-                trained, tokenizer, rows.train, rows.held_out, config,
+                trained, tokenizer, rows.train, rows.held_out, config, rate,
                 unfinished.folder_of(out), unfinished.last_checkpoint(out, before=config.steps), progress,
             )  # fmt: skip
         except TrainingError:

@@ -64,7 +64,17 @@ def execute(trial: Trial) -> tuple[Outcome, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as checkpoints:
         hidden = Progress(disable=True)
         try:
-            result = optimise(trained, tokenizer, rows["train"], [], config, Path(checkpoints) / "c", None, hidden)
+            result = optimise(
+                trained,
+                tokenizer,
+                rows["train"],
+                [],
+                config,
+                trial.learning_rate,
+                Path(checkpoints) / "c",
+                None,
+                hidden,
+            )
         except TrainingError as error:
             return Outcome(error=str(error), seconds=time.monotonic() - began), env
     trained.eval()

@@ -49,6 +49,7 @@ class _Record(BaseModel):
     evaluations: list[_Evaluation] = []
     best_step: int | None = None
     forgetting: Forgetting | None = None
+    learning_rate: float | None = None
 
 
 def read_run(folder: Path) -> tuple[Run, AstraAdapter | None]:
@@ -69,7 +70,10 @@ def read_run(folder: Path) -> tuple[Run, AstraAdapter | None]:
     before, after = _eigenvalues(folder, record.spectra)
     start = Initialisation({}, record.spectra, before, record.convergence)
     evaluations = [evaluation.model_dump() for evaluation in record.evaluations]
-    result = Result(_curve(folder), evaluations, record.best_step)
+    rate = record.learning_rate or record.config.learning_rate  # older versions recorded it in the settings alone
+    if rate == "auto":
+        raise MalformedAdapter(f"{folder / PROVENANCE} does not have the learning_rate that auto chose")
+    result = Result(_curve(folder), evaluations, record.best_step, rate)
     return Run(origin or {}, record.config, start, result, record.forgetting, after), adapter
 
 

@@ -1,0 +1,49 @@
+"""The learning rate that `learning_rate=auto` chooses, from the gradients before the first step.
+
+Adam's first step moves every trained number by the learning rate, against the sign of its gradient g. To first order
+it lowers the loss by
+
+    rate x sum |g|
+
+`auto` chooses the rate for which that is `FIRST_STEP` nats: the first step is then as large in what counts, the loss,
+for every method, rank, scaling, width and base. PiSSA and Astra's principal subspace start from directions to which
+the loss is sensitive, and get a low rate; LoRA, whose B is zero, and the tail get a higher one. What was measured is in
+benchmarks/README.md, "The learning rate".
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from trainer.data import IGNORED, Batch
+from trainer.errors import TrainingError
+
+FIRST_STEP = 0.2  # nats: the decrease of the loss that the first step is to make at the peak rate
+
+
+def automatic_rate(model: nn.Module, rows: Sequence[Batch]) -> float:
+    """Return FIRST_STEP / sum |g|, g being the gradients of the mean loss of `rows` by the trained parameters.
+
+    `rows` are batches of one row, so that the activations of one row are in memory. The model's gradients must be None
+    before, and are None afterwards. Raises TrainingError if the sum is zero or not finite.
+    """
+    was_training = model.training
+    model.eval()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = [_targets(row["labels"]) for row in rows]
+    for row, weight in zip(rows, weights, strict=True):
+        on_device = {key: value.to(parameters[0].device) for key, value in row.items()}
+        (model(**on_device).loss * (weight / sum(weights))).backward()
+    total = sum(float(p.grad.abs().sum(dtype=torch.float64)) for p in parameters if p.grad is not None)
+    model.zero_grad(set_to_none=True)
+    model.train(was_training)
+    if not 0 < total < math.inf:
+        raise TrainingError(f"the sum of the gradients before the first step is {total}: set learning_rate")
+    return FIRST_STEP / total
+
+
+def _targets(labels: torch.Tensor) -> int:
+    """Return how many terms the mean loss of a row has: its target tokens, or 1 for a classifier."""
+    return 1 if labels.ndim == 1 else max(1, int((labels[:, 1:] != IGNORED).sum()))
