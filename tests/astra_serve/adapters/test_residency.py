@@ -8,7 +8,7 @@ import pytest
 
 from astra_serve.adapters.schedule import State
 from astra_serve.adapters.version import Alias, Version
-from astra_serve.errors import Unavailable
+from astra_serve.errors import ServeError, Unavailable
 from tests.astra_serve.stand_in import MODULE
 from tests.astra_serve.world import Memory, in_a_loop, memory, quiet
 
@@ -381,6 +381,54 @@ async def test_unloading_waits_for_the_last_lease_and_the_next_request_loads_aga
 
 
 @in_a_loop
+async def test_an_unload_returns_when_the_engine_has_let_the_version_go(engine, store, base, version) -> None:
+    async with memory(engine, store, base) as m:
+        one = version("a", 1.0)
+        serve(m, one)
+        await m.answer("a")
+        engine.gate.clear()
+        unloading = asyncio.create_task(m.residency.unload(one))
+        await quiet()
+        assert not unloading.done()
+        engine.gate.set()
+        await unloading
+        assert not engine.loaded
+
+
+@in_a_loop
+async def test_the_memory_is_not_idle_while_a_version_loads_or_drains(engine, store, base, version) -> None:
+    async with memory(engine, store, base) as m:
+        serve(m, version("a", 1.0), version("b", 2.0))
+        async with m.fleet.lease("a"):
+            engine.gate.clear()
+            asked = asyncio.create_task(m.answer("b"))
+            await quiet()
+            idle = asyncio.create_task(m.residency.idle())
+            await quiet()
+            assert not idle.done()  # b loads
+            engine.gate.set()
+            await asked
+            await idle
+            m.fleet.drop("a", 5)
+            idle = asyncio.create_task(m.residency.idle())
+            await quiet()
+            assert not idle.done()  # a drains
+        await idle
+        assert m.loaded() == ["b"]
+
+
+@in_a_loop
+async def test_a_pinned_version_that_was_replaced_is_evicted_like_any_other(engine, store, base, version) -> None:
+    async with memory(engine, store, base, 1) as m:
+        one, two = version("a", 1.0), version("a", 2.0)
+        serve(m, one, pinned=True)
+        m.fleet.point("a", Alias(two, (one,)), 1)
+        for name in (one.name, two.name):  # the first one is in the engine again for a request by its digest
+            assert (await m.answer(name))[0] == name
+        assert list(engine.loaded) == [two.name]
+
+
+@in_a_loop
 async def test_a_request_during_an_unload_keeps_the_version(engine, store, base, version) -> None:
     async with memory(engine, store, base) as m:
         one = version("a", 1.0)
@@ -421,6 +469,23 @@ async def test_a_request_that_is_cancelled_as_it_is_granted_holds_no_lease(engin
         await quiet()
         assert not m.residence(one).leases
         assert not m.residence(one).waiters
+
+
+@in_a_loop
+async def test_a_request_that_is_cancelled_as_its_load_fails_ends_alone(engine, store, base, version) -> None:
+    async with memory(engine, store, base) as m:
+        serve(m, version("a", 1.0), version("b", 2.0))
+
+        async def fail() -> None:
+            engine.pause = engine.gate.wait
+            asked.cancel()
+            raise ServeError("the engine cannot load it")
+
+        engine.pause = fail
+        asked = asyncio.create_task(m.answer("a"))
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        assert await m.answer("b") is not None
 
 
 @in_a_loop
