@@ -76,6 +76,27 @@ async def test_requests_that_outlive_the_deadline_of_their_version_are_cancelled
 
 
 @in_a_loop
+async def test_a_request_for_a_version_that_was_replaced_already_has_no_deadline(engine, store, base, version) -> None:
+    one, two = version("a", 1.0), version("a", 2.0)
+    async with memory(engine, store, base) as m:
+        serve(m, one)
+
+        async def ask(model: str) -> None:
+            async with m.fleet.lease(model):
+                await m.clock.sleep(60)
+
+        before = asyncio.create_task(ask("a"))
+        while not m.residence(one).leases:
+            await asyncio.sleep(0)
+        m.fleet.point("a", Alias(two, (one,)), 5)
+        after = asyncio.create_task(ask(one.name))
+        await m.clock.advance(5)
+        assert before.cancelled()
+        await m.clock.advance(60)
+        await after
+
+
+@in_a_loop
 async def test_requests_of_a_version_that_serves_again_are_not_cancelled(engine, store, base, version) -> None:
     one, two = version("a", 1.0), version("a", 2.0)
     async with memory(engine, store, base) as m:
@@ -133,6 +154,17 @@ async def test_a_request_without_a_place_for_wait_s_is_refused_with_the_time_to_
                 await waiting
             assert caught.value.retry_after_s == 5
         assert await m.answer("b") is not None
+
+
+@in_a_loop
+async def test_a_request_that_waits_for_a_place_has_it_as_soon_as_a_lease_ends(engine, store, base, version) -> None:
+    async with memory(engine, store, base, 1) as m:
+        serve(m, version("a", 1.0), version("b", 2.0))
+        async with m.fleet.lease("a"):
+            waiting = asyncio.create_task(m.answer("b"))
+            await quiet()
+            assert not waiting.done()
+        assert await waiting is not None  # the clock stands still
 
 
 @in_a_loop
@@ -279,16 +311,16 @@ async def test_an_adapter_that_the_engine_refuses_fails_alone_until_it_is_publis
 async def test_a_version_that_the_engine_does_not_forget_costs_a_place_and_nothing_else(
     engine, store, base, version
 ) -> None:
-    async with memory(engine, store, base) as m:
-        engine.capacity = 3  # the stand-in keeps what it does not forget
-        one, two, three = version("a", 1.0), version("b", 2.0), version("c", 3.0)
-        serve(m, one, two, three)
+    async with memory(engine, store, base, 3) as m:
+        engine.capacity = 4  # the stand-in keeps what it does not forget
+        one = version("a", 1.0)
+        serve(m, one, version("b", 2.0), version("c", 3.0), version("d", 4.0))
         await m.answer("a")
         engine.stuck = {"a"}
         await m.residency.unload(one)
-        assert m.residency.limits.capacity == 1
+        assert m.residency.limits.capacity == 2
         assert "still holds" in m.residence(one).failed
-        for name in "bcbc":
+        for name in "bcdbcd":
             assert await m.answer(name) is not None
         with pytest.raises(Unavailable, match="still holds"):
             await m.answer("a")
@@ -375,6 +407,7 @@ async def test_unloading_waits_for_the_last_lease_and_the_next_request_loads_aga
         assert m.residency.where(one) == "disk"
         assert not engine.loaded
         assert await m.answer("a") == (one.name, 1.0)
+        await m.residency.idle()
         assert m.residency.where(one) == "memory"
         await m.residency.look()
         assert m.residency.where(one) == "slot"
@@ -469,6 +502,46 @@ async def test_a_request_that_is_cancelled_as_it_is_granted_holds_no_lease(engin
         await quiet()
         assert not m.residence(one).leases
         assert not m.residence(one).waiters
+
+
+@in_a_loop
+async def test_a_publication_that_was_cancelled_as_it_was_granted_or_has_failed_keeps_no_memory(
+    engine, store, base, version
+) -> None:
+    async with memory(engine, store, base) as m:
+        one = version("a", 1.0)
+        holding = asyncio.create_task(m.residency.hold(one).__aenter__())
+        while m.residence(one).state is not State.RESIDENT:
+            await asyncio.sleep(0)
+        holding.cancel()
+        await m.residency.idle()
+        engine.refuse = {"a"}
+        with pytest.raises(Unavailable, match="the engine cannot load it"):
+            async with m.residency.hold(one):
+                pass
+        engine.refuse = set()
+        async with m.residency.hold(one):
+            pass
+        await m.residency.idle()
+        assert not engine.loaded
+
+
+@in_a_loop
+async def test_a_load_goes_on_when_its_request_gives_up_and_serves_the_next_one(engine, store, base, version) -> None:
+    async with memory(engine, store, base) as m:
+        one = version("a", 1.0)
+        serve(m, one)
+        engine.gate.clear()
+        first = asyncio.create_task(m.answer("a"))
+        while m.residence(one).state is not State.LOADING:
+            await asyncio.sleep(0)
+        first.cancel()
+        await quiet()
+        second = asyncio.create_task(m.answer("a"))
+        await quiet()
+        engine.gate.set()
+        assert await second == (one.name, 1.0)
+        assert [event.event for event in m.events.newest].count("loading") == 1
 
 
 @in_a_loop
