@@ -67,6 +67,17 @@ async def test_publishing_rolling_back_and_removing(world, write_lora) -> None:
 
 
 @in_a_loop
+async def test_a_rollback_that_is_not_possible_names_the_versions_that_are(world, write_lora) -> None:
+    async with world() as w:
+        one, two = write_lora("one", 1.0), write_lora("two", 2.0)
+        for source, possible in ((one, "none"), (two, version_digest(one))):
+            await w.api.put("/adapters/a", json={"source": str(source)})
+            answer = await w.api.post("/adapters/a/rollback", json={"digest": "sha256:" + 64 * "0"})
+            assert answer.status_code == 409
+            assert answer.json()["error"]["message"].endswith(f"there are: {possible}")
+
+
+@in_a_loop
 async def test_the_seconds_of_a_publication_are_those_of_all_its_parts(world, write_lora) -> None:
     async with world() as w:
         w.engine.pause = lambda: w.clock.sleep(3)
@@ -163,10 +174,11 @@ async def test_a_failed_publication_changes_nothing(world, write_lora) -> None:
     async with world() as w:
         await w.api.put("/adapters/a", json={"source": str(write_lora("one", 1.0))})
         before, current = w.file.read_text(), w.current("a")
-        for source in ("/not/there", str(write_lora("zero", 0.0))):
+        zero = str(write_lora("zero", 0.0))
+        for source, reason in (("/not/there", "there is no folder /not/there"), (zero, "the adapter changes nothing")):
             answer = await w.api.put("/adapters/a", json={"source": source})
             assert answer.status_code == 422
-            assert "was not published" in answer.json()["error"]["message"]
+            assert answer.json()["error"]["message"].startswith(f"'a' was not published: {reason}")
         assert (await w.api.put("/adapters/new", json={"source": "/not/there"})).status_code == 422
         assert w.file.read_text() == before
         assert w.current("a") == current
@@ -263,6 +275,25 @@ async def test_an_entry_that_others_change_during_a_publication_stays_as_they_wr
         assert w.file.read_text() == theirs
         await w.control.refresh()
         assert (await w.settled("a")).phase == "serving"
+
+
+@in_a_loop
+async def test_an_entry_of_others_that_fails_after_a_publication_is_not_put_back(
+    world, write_lora, monkeypatch
+) -> None:
+    async with world() as w:
+        theirs, outcome = "adapters:\n- name: a\n  source: /not/there\n", w.reconciler.outcome
+
+        async def raced(name: str) -> Any:
+            document_text.edit(str(w.file), lambda _: theirs)
+            await w.control.refresh()
+            return await outcome(name)
+
+        monkeypatch.setattr(w.reconciler, "outcome", raced)
+        answer = await w.api.put("/adapters/a", json={"source": str(write_lora("ours", 1.0))})
+        assert answer.status_code == 200
+        assert (answer.json()["state"], answer.json()["source"]) == ("failed", "/not/there")
+        assert w.file.read_text() == theirs
 
 
 @pytest.fixture
