@@ -100,7 +100,21 @@ async def test_a_step_back_has_digest_source_and_time(world, write_lora) -> None
             await w.api.put("/adapters/a", json={"source": str(source)})
         (step,) = w.entry("a").steps
         assert (step.digest, step.source) == (version_digest(one), str(one))
-        assert step.replaced is not None
+        assert step.replaced.microsecond == 0
+
+
+@in_a_loop
+async def test_a_step_back_has_the_source_of_its_entry_or_else_the_one_that_the_store_knows(
+    world, store, write_lora
+) -> None:
+    async with world() as w:
+        first, copy, two = (write_lora(name, value) for name, value in (("one", 1.0), ("copy", 1.0), ("two", 2.0)))
+        digest = store.add(first, source=str(first))
+        for source, expected in ((copy, copy), (digest, first)):
+            await w.follow(f"adapters:\n- name: a\n  source: {source}\n  digest: {digest}\n")
+            await w.settled("a")
+            await w.api.put("/adapters/a", json={"source": str(two)})
+            assert w.entry("a").steps[0].source == str(expected)
 
 
 @in_a_loop
@@ -228,6 +242,26 @@ async def test_an_entry_that_cannot_be_served_after_it_was_written_is_put_back(w
         assert (w.entry("sql").source, w.entry("sql").digest) == (str(one), version_digest(one))
         assert (await w.settled("sql")).phase == "serving"
         assert w.current("sql") == version_digest(one)
+
+
+@in_a_loop
+async def test_an_entry_that_is_put_back_has_its_own_digest_whatever_serves(world, write_lora, monkeypatch) -> None:
+    async with world() as w:
+        await w.follow(README.format(source=write_lora("one", 1.0)))
+        await w.settled("sql")
+        digest, hold = "sha256:" + 64 * "0", w.preparation.hold
+        await w.follow(f"adapters:\n- name: sql\n  source: /not/there\n  digest: {digest}\n")
+        await w.settled("sql")
+
+        def failing(entry: Any, status: Any, *, again: bool = True) -> Any:
+            if not again:
+                raise OSError("Stale file handle")
+            return hold(entry, status, again=again)
+
+        monkeypatch.setattr(w.preparation, "hold", failing)
+        answer = await w.api.put("/adapters/sql", json={"source": str(write_lora("two", 2.0))})
+        assert answer.status_code == 422
+        assert (w.entry("sql").source, w.entry("sql").digest) == ("/not/there", digest)
 
 
 @in_a_loop
@@ -434,6 +468,18 @@ async def test_pinning_keeps_the_version_that_serves_whatever_its_source_has_now
         write_lora("one", 2.0)
         assert (await w.api.post("/adapters/sql/pin")).json()["version"]["digest"] == first
         assert w.entry("sql").digest == first
+
+
+@in_a_loop
+async def test_an_adapter_that_is_not_served_yet_is_pinned_when_its_source_is_there(
+    world, write_lora, tmp_path
+) -> None:
+    async with world() as w:
+        await w.follow(README.format(source=tmp_path / "later"))
+        await w.settled("sql")
+        assert (await w.api.post("/adapters/sql/pin")).status_code == 422
+        later = write_lora("later", 1.0)
+        assert (await w.api.post("/adapters/sql/pin")).json()["version"]["digest"] == version_digest(later)
 
 
 @in_a_loop
