@@ -13,7 +13,9 @@ import pytest
 from astra_serve.adapters import store as store_module
 from astra_serve.adapters.store import Store, version_digest
 from astra_serve.control import preparation
+from astra_serve.control.changes import Changes
 from astra_serve.document import desired, document_text
+from astra_serve.errors import Superseded
 from tests.astra_serve.world import World, in_a_loop, quiet, server
 
 README = """\
@@ -406,6 +408,67 @@ async def test_a_publication_that_waits_is_superseded_and_other_adapters_do_not_
         await quiet()
         newest = await w.api.put("/adapters/a", json={"source": str(write_lora("one", 1.0))})
         assert [answer.status_code for answer in (await older, await waiting, newest, other)] == [409, 409, 200, 200]
+
+
+@in_a_loop
+async def test_a_publication_that_has_written_is_waited_for_by_a_newer_one(world, write_lora, monkeypatch) -> None:
+    async with world() as w:
+        one, two = write_lora("one", 1.0), write_lora("two", 2.0)
+        written, go_on, outcome = asyncio.Event(), asyncio.Event(), w.reconciler.outcome
+
+        async def waits(name: str) -> Any:
+            written.set()
+            await go_on.wait()
+            return await outcome(name)
+
+        monkeypatch.setattr(w.reconciler, "outcome", waits)
+        older = asyncio.create_task(w.api.put("/adapters/a", json={"source": str(one)}))
+        await written.wait()
+        newer = asyncio.create_task(w.api.put("/adapters/a", json={"source": str(two)}))
+        await quiet()
+        assert not older.done()
+        assert not newer.done()
+        go_on.set()
+        assert ((await older).status_code, (await newer).status_code) == (200, 200)
+        assert digests(await newer) == [version_digest(one)]
+
+
+@pytest.mark.parametrize("superseded", [False, True])
+@in_a_loop
+async def test_a_change_whose_task_is_cancelled_by_others_ends_as_cancelled(superseded: bool) -> None:
+    changes = Changes()
+
+    async def change() -> None:
+        async with changes.turn("a", "publish"):
+            await asyncio.Event().wait()
+
+    older = asyncio.create_task(change())
+    await quiet()
+    newer = asyncio.create_task(change() if superseded else quiet())  # both in one turn of the loop
+    await asyncio.sleep(0)
+    older.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await older
+    newer.cancel()
+    await asyncio.wait([newer])
+
+
+@in_a_loop
+async def test_a_change_that_two_newer_ones_supersede_names_the_first_of_them() -> None:
+    changes = Changes()
+
+    async def change(kind: str) -> None:
+        async with changes.turn("a", kind):
+            await asyncio.Event().wait()
+
+    older = asyncio.create_task(change("publish"))
+    await quiet()
+    newer = [asyncio.create_task(change(kind)) for kind in ("rollback", "remove")]
+    with pytest.raises(Superseded, match="this publish of 'a' was superseded by a newer rollback"):
+        await older
+    for one in newer:
+        one.cancel()
+    await asyncio.wait(newer)
 
 
 @pytest.mark.usefixtures("hanging")

@@ -71,6 +71,7 @@ async def test_a_handler_finds_the_version_under_the_name_of_the_request_and_no_
     async def handler(_scope, receive, send) -> None:
         asked = json.loads(await body_of(receive))["model"]
         assert list(served) == ([asked] if asked.startswith("a") else [])
+        assert len(served) == len(list(served))
         assert "other" not in served
         await say(send, served.get(asked))
 
@@ -124,6 +125,22 @@ async def test_a_body_without_a_model_reaches_the_handler_unchanged(front, body:
 
     async with front(handler) as (http, _, _, _):
         assert (await http.post("/v1/completions", content=body)).json() == "seen"
+
+
+@in_a_loop
+async def test_a_body_that_arrives_in_pieces_is_read_as_a_whole(front) -> None:
+    body, seen = b'{"model": "a", "prompt": "x"}', []
+    messages = iter({"type": "http.request", "body": bytes([one]), "more_body": True} for one in body)
+
+    async def receive() -> Any:
+        return next(messages, {"type": "http.request", "body": b"", "more_body": False})
+
+    async def handler(_scope, receive, _send) -> None:
+        seen.append((await body_of(receive), list(Served())))
+
+    async with front(handler) as (_, _, gateway, _):
+        await gateway(dict(SCOPE), receive, None)
+        assert seen == [(body, ["a"])]
 
 
 @in_a_loop
@@ -291,7 +308,7 @@ async def test_a_request_past_the_deadline_gets_an_error_that_clients_understand
     async def handler(scope, receive, send) -> None:
         await body_of(receive)
         if scope["path"] == "/stream":
-            headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-other", b"1")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
         started.append(scope["path"])
@@ -380,6 +397,26 @@ async def test_work_in_the_background_keeps_its_lease_and_a_server_that_ends_wai
         await asyncio.gather(request, closing)
         assert (residence.leases, over) == (set(), [False])
         assert [(one.outcome, one.status) for one in ended] == [("ok", 200)]
+
+
+@in_a_loop
+async def test_work_in_the_background_is_not_cancelled_by_a_client_that_disconnects(front) -> None:
+    async def handler(_scope, receive, send) -> None:
+        await body_of(receive)
+        requests.current.get().background.add(asyncio.create_task(asyncio.sleep(0)))
+        assert (await receive())["type"] == "http.disconnect"
+        await say(send, "queued")
+
+    messages = iter([{"type": "http.request", "body": b'{"model": "a"}'}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def send(_: Any) -> None: ...
+
+    async with front(handler) as (_, _, gateway, ended):
+        await gateway(dict(SCOPE), receive, send)
+        assert ended[0].outcome == "ok"
 
 
 @in_a_loop
