@@ -189,7 +189,9 @@ async def test_a_request_cannot_set_its_priority(front) -> None:
 async def test_every_request_ends_with_its_id_its_version_and_its_outcome(front, base) -> None:
     async def handler(scope, receive, send) -> None:
         await body_of(receive)
-        if scope["path"] == "/breaks":
+        if scope["path"] == "/half":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        if scope["path"] in ("/breaks", "/half"):
             raise RuntimeError("broken")
         await say(send, {}, status=int(scope["path"][1:]))
 
@@ -201,6 +203,7 @@ async def test_every_request_ends_with_its_id_its_version_and_its_outcome(front,
             ("/200", "none", "client_error"),
             ("/500", "a", "server_error"),
             ("/breaks", "a", "server_error"),
+            ("/half", "a", "server_error"),
         ):
             await http.post(path, json={"model": model})
             assert ended[-1].status is not None
@@ -345,13 +348,14 @@ async def test_the_engines_work_for_a_request_ends_before_its_lease(front) -> No
         await say(send, "x")
 
     async def abort(ids: set[str]) -> None:
-        aborted.append((ids, len(residence.leases)))
+        (request,) = gateway.running
+        aborted.append((ids, len(residence.leases), request.over))
         stop.set()
 
-    async with front(handler, abort) as (http, m, _, _):
+    async with front(handler, abort) as (http, m, gateway, _):
         residence = m.residence(m.fleet.aliases["a"].current)
         await http.post("/v1", json={"model": "a"})
-        assert aborted == [({"engine-1"}, 1)]
+        assert aborted == [({"engine-1"}, 1, True)]
         assert left_behind[0].done()
         assert not residence.leases
 
@@ -437,6 +441,21 @@ async def test_work_in_the_background_that_outlives_the_deadline_is_cancelled(fr
         assert tasks[0].cancelled()
         assert not m.residence(m.fleet.aliases["a"].current).leases
         assert [one.outcome for one in ended] == ["server_error"]
+
+
+@in_a_loop
+async def test_work_in_the_background_of_a_handler_that_fails_is_cancelled(front) -> None:
+    tasks = []
+
+    async def handler(_scope, receive, _send) -> None:
+        await body_of(receive)
+        tasks.append(asyncio.create_task(asyncio.Event().wait()))
+        requests.current.get().background.update(tasks)
+        raise RuntimeError("broken")
+
+    async with front(handler) as (http, _, _, _):
+        assert (await http.post("/v1", json={"model": "a"})).status_code == 500
+        assert tasks[0].cancelled()
 
 
 @in_a_loop
