@@ -1,4 +1,6 @@
+# make install   only install the pinned packages and the programs, into .venv
 # make demo   train three adapters, convert them, serve them from one engine, and ask them held-out questions
+# make demo-real   the same with SmolLM2-135M-Instruct, a real chat model that PyPI has (93 MB): about 25 minutes
 # make test   the test suite
 # make slow-test    training that is killed, resumed, and spread over processes
 # make docs-test    the commands, links and options of all README files, and the wheel in an environment of its own
@@ -8,11 +10,16 @@
 PYTHON ?= python3.11
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
-TORCH = $(shell grep '^torch==' requirements-cpu.lock)
+TORCH = $(shell sed -n 's/^\# \(torch==\)/\1/p' requirements-cpu.lock)
 
-.PHONY: demo test attack slow-test docs-test chart-test check clean
+.PHONY: demo demo-real install test attack slow-test docs-test chart-test check clean
 demo: .venv/.installed
 	.venv/bin/python -m benchmarks.demo
+
+demo-real: .venv/.installed
+	.venv/bin/python -m benchmarks.demo --real
+
+install: .venv/.installed
 
 test: .venv/.installed
 	.venv/bin/python -m pytest
@@ -46,7 +53,7 @@ check: .venv/.installed
 	@$(PIP) install --no-compile --no-deps $(TORCH) 2>.venv/torch.log || { \
 		echo "pip does not find $(TORCH) by itself: asking $(TORCH_CPU_INDEX)"; \
 		$(PIP) install --no-compile --no-deps --index-url $(TORCH_CPU_INDEX) $(TORCH) || { cat .venv/torch.log; exit 1; }; }
-	$(PIP) install --no-compile --no-deps --requirement requirements-cpu.lock
+	$(PIP) install --no-compile --no-deps --require-hashes --requirement requirements-cpu.lock
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || true
 	touch $@

@@ -144,7 +144,7 @@ async def _serve_all(reconciler: Reconciler, document: Document) -> None:
         reconciler.want(entry)
     for entry in document.adapters:
         status = await reconciler.outcome(entry.name)
-        if status.phase is Phase.FAILED:
+        if status and status.phase is Phase.FAILED:
             raise ServeError(f"adapter {entry.name!r}: {status.reason}")
 
 

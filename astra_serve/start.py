@@ -141,7 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--adapter", action="append", default=[], metavar="NAME=DIR", help="serve the LoRA in DIR as NAME; repeatable")
     add("--adapters", metavar="FILE_OR_URL", help="serve the adapters of this document, and follow its changes")
     add("--max-loras", type=int, metavar="N", help=f"adapters in one batch (default: all, at most {MAX_SLOTS})")
-    resident = "adapters in the engine's memory; others are loaded when a request needs them (default: 16)"
+    resident = "adapters in the engine's memory, at least --max-loras; others are loaded when a request needs them "
+    resident += "(default: all with --adapter, 16 with --adapters)"
     add("--resident", type=int, metavar="N", help=resident)
     store = parser.add_mutually_exclusive_group()
     default = "~/.cache/astra/store/PORT"

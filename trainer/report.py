@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from converter.adapter_dir import PROVENANCE, Json, base_digest, write_json
 from trainer.config import TrainConfig
 from trainer.evaluate import Forgetting
+from trainer.layer_kinds import kinds_of
 from trainer.loop import Point, Result
 from trainer.start.eigenspace import Spectrum
 from trainer.start.initialise import Initialisation
@@ -39,9 +40,11 @@ tags: [astra, peft]
 LAYERS = """
 ## Initialisation of the layers
 
-| layer | outputs | rank | tokens | norm of A0 / norm of W | |
-|---|---|---|---|---|---|
+| kind of layer | layers | outputs | rank | tokens | norm of A0 / norm of W | |
+|---|---|---|---|---|---|---|
 {rows}
+
+The report of `astra-train analyze THIS_FOLDER` has every layer.
 """
 
 
@@ -72,22 +75,15 @@ class Run:
         }
 
     def warnings(self) -> list[str]:
-        """Return one line about layers with too few calibration tokens, and one about layers with A0 = 0, if any."""
+        """Return one line about layers with too few calibration tokens, if there are any."""
         found = self.start.spectra.values()
-        tall = [s for s in found if s.null_directions >= s.rank and s.n_tokens >= s.dimension]
         few = [s for s in found if s.n_tokens < s.dimension]
-        lines = []
-        if few and self.config.subspace != "random":
-            lines.append(
-                f"{len(few)} of {len(found)} layers have fewer calibration tokens ({min(s.n_tokens for s in few)}) "
-                f"than outputs ({max(s.dimension for s in few)}), so their tail is arbitrary: raise calibration_rows"
-            )
-        if tall and self.config.subspace == "tail":
-            lines.append(
-                f"{len(tall)} of {len(found)} layers have more outputs than inputs: their tail is a null space of W, "
-                "so A0 = 0 (see the table in README.md)"
-            )
-        return lines
+        if not few or self.config.subspace == "random":
+            return []
+        return [
+            f"{len(few)} of {len(found)} layers have fewer calibration tokens ({min(s.n_tokens for s in few)}) "
+            f"than outputs ({max(s.dimension for s in few)}), so their tail is arbitrary: raise calibration_rows"
+        ]
 
 
 def provenance(base: str, base_folder: Path, base_dtype: str, data: Json, config: TrainConfig) -> Json:
@@ -196,9 +192,22 @@ def _layer_table(spectra: Mapping[str, Spectrum]) -> str:
     if not spectra:
         return ""
     lines = []
-    for name, s in spectra.items():
-        remark = "fewer tokens than outputs" if s.n_tokens < s.dimension else ""
-        if s.start_norm < 1e-4:
+    kinds = kinds_of(list(spectra))
+    for kind in dict.fromkeys(kinds.values()):
+        found = [s for name, s in spectra.items() if kinds[name] == kind]
+        remark = "fewer tokens than outputs" if any(s.n_tokens < s.dimension for s in found) else ""
+        if all(s.start_norm < 1e-4 for s in found):
             remark = "the tail is a null space of W: A0 = 0"
-        lines.append(f"| {name} | {s.dimension} | {s.rank} | {s.n_tokens} | {s.start_norm:.2g} | {remark} |")
+        spans = (
+            _span([s.dimension for s in found]),
+            _span([s.rank for s in found]),
+            _span([s.n_tokens for s in found]),
+            _span([s.start_norm for s in found]),
+        )
+        lines.append(f"| {kind} | {len(found)} | {' | '.join(spans)} | {remark} |")
     return LAYERS.format(rows="\n".join(lines))
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = (f"{value:,}" if isinstance(value, int) else f"{value:.2g}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"

@@ -88,7 +88,11 @@ class Fleet:
         return UnknownAdapter(f"the model {shown} does not exist: {hint}")
 
     def point(self, name: str, alias: Alias, drain_s: float) -> None:
-        """Let `name` point at `alias` from now on; requests that use the versions before have `drain_s` to end."""
+        """Let `name` point at `alias` from now on.
+
+        A version that is replaced, or leaves the rollback history, is evicted; its requests have `drain_s` seconds to
+        end. Other changes of the alias, such as a pin, concern no request.
+        """
         old = self.aliases.get(name)
         if old is None or old.current != alias.current:
             self.since[name] = int(time.time())
@@ -96,8 +100,10 @@ class Fleet:
         self.aliases[name] = alias  # the flip: the next request is served by the new version
         for version in alias.serving():
             self.residency.keep(version, pinned=alias.pinned)
-        for version in {*(old.versions() if old else ()), *alias.previous} - set(alias.serving()):
-            self.residency.retire(version, drain_s)
+        if old is not None:
+            replaced = set(old.serving()) - set(alias.serving())
+            for version in replaced | (set(old.versions()) - set(alias.versions())):
+                self.residency.retire(version, drain_s)
 
     def drop(self, name: str, drain_s: float) -> None:
         """Serve nothing under `name` any more."""

@@ -1,7 +1,7 @@
 """The engine's memory: the one loop that executes the decisions of `schedule`, while requests and publications wait.
 
-The engine is never asked for more adapters than it has room for: it would evict one by itself, read it again from disk
-in the middle of a step, and die if it could not. It reads a version when this module says so, and at no other time.
+The engine is never asked for more adapters than it has room for: the engine would evict an adapter itself, read it from
+disk during a step, and die if the read failed. The engine reads a version only when this module asks for it.
 
 `schedule` says how long requests and publications wait. A load that fails is the version's own failure: its waiters get
 the reason, later requests get it at once, and only a new publication tries again. The engine itself ends a load that
@@ -9,6 +9,7 @@ hangs (`--engine-timeout`). An exception of the loop ends the server.
 """
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -77,7 +78,6 @@ class Residency:
             residence.leases.add(task)
         else:
             await self._wait(residence, Waiter(self._clock.now(), lease=task))
-        residence.last_used = self._clock.now()
         try:
             yield residence
         finally:
@@ -106,24 +106,28 @@ class Residency:
             self._notify()
 
     def keep(self, version: Version, *, pinned: bool) -> None:
-        """Keep a version in the engine as long as no other one needs the memory; a pinned one whatever happens."""
+        """Keep a version in the engine as long as no other one needs the memory; a pinned one whatever happens.
+
+        The deadlines of its requests end.
+        """
         residence = self._needed_again(version)
-        residence.serving, residence.pinned = True, pinned
+        residence.serving, residence.pinned, residence.deadlines = True, pinned, {}
         self._notify()
 
     def retire(self, version: Version, drain_s: float) -> None:
-        """Evict a version as soon as it is idle; the requests that use it now have `drain_s` seconds to end."""
+        """Evict a version as soon as it is idle; its requests without a deadline have `drain_s` seconds to end."""
         if residence := self._residences.get(version):
             residence.serving = residence.pinned = False
-            residence.leases_at_replacement = residence.leases | {waiter.lease for waiter in residence.waiters}
-            residence.drain_until = self._clock.now() + drain_s
+            deadline = self._clock.now() + drain_s
+            requests = residence.leases | {waiter.lease for waiter in residence.waiters}
+            residence.deadlines = {one: residence.deadlines.get(one, deadline) for one in requests}
             self._leave(residence)
             self._notify()
 
     async def unload(self, version: Version) -> None:
-        """Evict a version when its leases have ended, unless a new request needs it before; return when that is so.
+        """Mark a resident version; return when it is evicted, or the mark is removed. In any other state do nothing.
 
-        The next request loads it again.
+        It is evicted when its leases have ended. A new request or a publication removes the mark.
         """
         residence = self.of(version)
         if residence.state is State.RESIDENT:
@@ -178,6 +182,8 @@ class Residency:
 
     def _release(self, residence: Residence, lease: Any) -> None:
         residence.leases.discard(lease)
+        residence.deadlines.pop(lease, None)
+        residence.last_used = self._clock.now()
         if self._waiting or residence.leaving:  # otherwise no decision depends on it: most requests wake no loop
             self._notify()
 
@@ -188,9 +194,9 @@ class Residency:
         self._notify()
 
     def _needed_again(self, version: Version) -> Residence:
-        """Return the residence of a version that is needed again: it stays, and its old requests have no deadline."""
+        """Return the residence of a version that is needed again: it stays."""
         residence = self._residences.setdefault(version, Residence(version))
-        residence.leaving, residence.leases_at_replacement = False, set()
+        residence.leaving = False
         return residence
 
     @staticmethod
@@ -220,9 +226,11 @@ class Residency:
                 self._drop(residence, action.waiters)
                 _reject(action.waiters, _no_memory(residence.version))
             case Do.CANCEL:
-                for task in residence.leases_at_replacement & residence.leases:
-                    task.cancel(PAST_DEADLINE)  # as if the client had disconnected: the engine aborts its work for it
-                residence.leases_at_replacement = set()
+                now = self._clock.now()
+                for task in residence.leases:
+                    if residence.deadlines.get(task, math.inf) <= now:
+                        task.cancel(PAST_DEADLINE)  # as if the client had disconnected: the engine aborts its work
+                        residence.deadlines[task] = math.inf  # cancelled once
         self._notify()
 
     def _unmark(self, residence: Residence) -> None:

@@ -9,21 +9,26 @@ At most `capacity` versions are in memory, that is, LOADING, PROBING, RESIDENT o
     WAITING -> ABSENT                all its waiters were refused, or gave up
     LOADING, PROBING -> ABSENT       the load or the probe failed
 
-WAITING versions form a queue by the time of their oldest waiter; only its head is served, so that nothing overtakes.
-The head is loaded where memory is free, and otherwise takes that of an idle version: resident, without a lease and
-without a hold. Of several idle versions the least recently used one is evicted. A version that is pinned while an alias
-serves it is never evicted. Up to four versions load at a time; the fourth is always one that a request waits for, so
-that requests do not queue behind publications.
+WAITING versions form a queue by the time of their oldest waiter, and only the head of the queue is served. Up to four
+versions load at a time. At most three of these loads are for publications alone: while there are three, versions that a
+request needs go first, so that requests do not queue behind publications.
 
-Where no version has been idle for `patience_s`, the version that has been resident for the longest time is marked: its
-new requests wait, and it is evicted when its last lease ends. If that takes longer than `mark_s` (one long stream), it
-is resident again as if it had just been loaded, so that another version is marked next; the only candidate is marked
-again at once. A request is refused `wait_s` after it arrived, whether its version then waits, loads or is probed; a
-publication is refused `wait_s` after its version became the head of the queue. Where every version is pinned, that is
-what happens to all others.
+The head is loaded if memory is free, and otherwise takes the memory of an idle version: resident, without a lease and
+without a hold. Of several idle versions the least recently used one is evicted: the one whose last lease ended earliest
+(or whose load ended earliest, if it has had no lease since). A version that is pinned while an alias serves it is never
+evicted.
 
-A version that is replaced, removed, or unloaded by an operator is evicted as soon as it is idle; its leases are
-cancelled at the deadline of its replacement.
+When the head of the queue has waited `patience_s` and no version is idle, the version that has been resident for the
+longest time is marked: its new requests wait, and it is evicted when its last lease ends. If that takes longer than
+`mark_s` (one long stream), the version is resident again as if it had just been loaded, so that another version is
+marked next; the only candidate is marked again at once. A request is refused `wait_s` after it arrived, whether its
+version then waits, loads or is probed; a publication is refused `wait_s` after its version became the head of the
+queue. If every version in memory is pinned, all other versions are refused after `wait_s`.
+
+A version that is replaced, removed, or unloaded by an operator is evicted as soon as it is idle. The leases of a
+version that is replaced or removed get a deadline, and are cancelled then. A deadline is set once: later changes of the
+adapter do not move it. A lease of an older version of the rollback history begins without a deadline, and gets one when
+the version leaves the history.
 """
 
 import asyncio
@@ -36,7 +41,7 @@ from typing import Any
 from astra_serve.adapters.probe import Proof
 from astra_serve.adapters.version import Version
 
-MOST_LOADS = 4  # at a time; the last of them is for versions that a request waits for
+MOST_LOADS = 4  # at a time; at most three of them for publications alone
 HEADROOM = 4  # adapters that the engine has room for beyond `capacity`: as many unload while others load
 
 
@@ -87,15 +92,14 @@ class Residence:
     state: State = State.ABSENT
     resident_since: float = 0.0
     marked_since: float = 0.0
-    last_used: float = 0.0  # by a request, or when it became resident
+    last_used: float = 0.0  # when its last lease ended, or when it became resident
     leases: set[Any] = field(default_factory=set)  # tasks of requests that the engine may be computing for
     holds: int = 0  # publications that keep it in the engine
     waiters: list[Waiter] = field(default_factory=list)  # oldest first
     serving: bool = False  # it is the current version of its alias, or the canary
     pinned: bool = False
     leaving: bool = False  # evicted as soon as it is idle
-    leases_at_replacement: set[Any] = field(default_factory=set)  # they end before `drain_until`, or are cancelled
-    drain_until: float = math.inf
+    deadlines: dict[Any, float] = field(default_factory=dict)  # of leases and waiters since their version was replaced
     handle: Any = None  # the engine's, from PROBING on
     proof: Proof | None = None
     adapts_head: bool = False
@@ -119,9 +123,9 @@ class Residence:
         return all(waiter.publication for waiter in self.waiters)
 
     @property
-    def draining(self) -> bool:
-        """Return whether requests still use it that began before it was replaced."""
-        return bool(self.leases_at_replacement & self.leases)
+    def drain_until(self) -> float:
+        """Return the earliest deadline of its leases; infinity where no lease has one."""
+        return min((self.deadlines[lease] for lease in self.deadlines.keys() & self.leases), default=math.inf)
 
 
 class Do(StrEnum):
@@ -158,7 +162,7 @@ def decide(residences: Collection[Residence], limits: Limits, head_since: float,
     server's clock.
     """
     for one in residences:
-        if one.draining and one.drain_until <= now:
+        if one.drain_until <= now:
             return Action(Do.CANCEL, one)
         if late := tuple(waiter for waiter in one.waiters if waiter.deadline(limits) <= now):
             return Action(Do.REFUSE, one, late)
@@ -172,7 +176,7 @@ def decide(residences: Collection[Residence], limits: Limits, head_since: float,
     for_head = _for_the_head(residences, limits, head_since, now, can_evict=can_evict)
     if isinstance(for_head, Action):
         return for_head
-    dates = [one.drain_until for one in residences if one.draining]
+    dates = [one.drain_until for one in residences]
     dates += [waiter.deadline(limits) for one in residences for waiter in one.waiters]
     return Wait(min([for_head.until, *dates]))
 

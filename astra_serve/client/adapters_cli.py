@@ -197,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     add("get NAME", "Show one adapter.")
     add_version("publish NAME", "Serve the adapter at SOURCE as NAME, once it is proved.")
     add_version("prepare NAME", "Prove the adapter at SOURCE on every replica, and print its digest.")
-    rollout = add_version("rollout NAME", "Serve the adapter at SOURCE on every replica, or on none.")
+    rollout = add_version("rollout NAME", "Serve the adapter at SOURCE on every replica, or restore the old entry.")
     rollout("--document", metavar="FILE_OR_URL", help="as seen from here (default: the place that the replicas report)")
     status = add("status", "Show whether all replicas serve what the document says; exit 1 when not.")
     status("expected", nargs="*", metavar="NAME=DIGEST", help="and these versions")

@@ -1,16 +1,17 @@
 """A new version on every replica, or the document's old entry is restored.
 
-    prepare   every replica fetches, verifies and loads it, and proves it on its engine; no alias points at it
-    verify    it is the same version everywhere
-    flip      the document names it, by its digest (compare-and-swap of the entry); a canary ends
+    read      every replica follows the present document; its present version of the adapter serves, or has failed
+    prepare   every replica fetches, verifies and loads the version, and proves it on its engine; no alias points at it
+    verify    all replicas have the same version
+    flip      the document names the version by its digest (compare-and-swap of the entry); a canary ends
     serve     every replica has read the document, and serves the version
 
 The replicas work in parallel; the timeout holds for each step and replica.
 
 If anything fails after the flip, a signal included, the document's entry is restored, with the digest of the version
-that was served, or removed if there was none. The replicas that answer are waited for, at most 60 s; a second signal
-does not interrupt that. A rollout that is killed leaves the new document or the old one, complete, and the replicas
-follow it.
+that was served, or removed if there was none. An entry that somebody else has changed since the flip stays as it is.
+The replicas that answer are waited for, at most 60 s; a second signal does not interrupt that. A rollout that is killed
+leaves the new document or the old one, complete, and the replicas follow it.
 """
 
 import asyncio

@@ -6,7 +6,8 @@ r"""The changes of each adapter, one after the other: which one runs, which ones
     canary, pin, unpin      waited for                   waited for
 
 A change is superseded only as long as it has not begun to write the document: its caller gets an error that names the
-newer change, and its download ends. From then on it is waited for until the reconciler has its outcome.
+newer change, and its download ends. From then on newer changes wait until it ends: a `remove` ends when the document
+has been written, every other change when the reconciler has its outcome.
 """
 
 import asyncio

@@ -1,13 +1,17 @@
-"""Every change of an adapter has one order: prepare -> write -> follow.
+"""Every change of an adapter has one order: turn -> read -> prepare -> write -> follow.
 
-    prepare   the versions of the new entry are fetched, verified, admitted, loaded, proved and held in the engine;
-              a newer change of the same adapter may supersede this one (see `changes`)
+    turn      an adapter has one change at a time; a newer change may supersede this one until it writes (see `changes`)
+    read      the document is read again
+    prepare   the versions of the new entry are fetched, verified, admitted, loaded, proved and held in the engine
     write     the document's entry is replaced by compare-and-swap; a write that fails never reaches traffic
     follow    the reconciler serves the entry; if that fails, the document's entry is put back, and followed
 
-The alias moves only after the document has been written. The versions are held from the first step to the end of the
-last, so nothing has to be loaded in between. The write compares the entry alone: changes of other adapters, by others,
-do not disturb it. A client that disconnects cancels nothing. After a crash the server follows the document as it is.
+`remove` prepares nothing and waits for no outcome: the alias is dropped as soon as the document has been written.
+
+The alias moves only after the document has been written. The versions are held from `prepare` to the end of `follow`,
+so nothing has to be loaded in between. The write compares the entry alone: changes of other adapters, by others, do not
+disturb it. If others change the entry after the write, their entry is followed, and this change gets an error. A client
+that disconnects cancels nothing. After a crash the server follows the document as it is.
 
 The document is also followed when others change it: within 5 s, or at once where the file system reports changes.
 """
@@ -37,7 +41,7 @@ from astra_serve.control.status import Phase, Spent, Status
 from astra_serve.document import desired
 from astra_serve.document.desired import Adapter, Canary, Document, Step
 from astra_serve.document.history import known_source, rollback_history
-from astra_serve.errors import NotPublished, ServeError, Unavailable, UnknownAdapter
+from astra_serve.errors import Conflict, NotPublished, ServeError, Unavailable, UnknownAdapter
 from converter.errors import AstraError
 
 logger = logging.getLogger("vllm.astra_serve")
@@ -94,7 +98,9 @@ class Control:
     async def publish(self, name: str, source: str, digest: str | None = None, **settings: Any) -> None:
         """Serve the adapter at `source` as `name`; the version that served becomes the first of its rollback history.
 
-        Raises ServeError: NotPublished with the reason when the version is not served; then nothing has changed.
+        Raises ServeError: NotPublished with the reason when the version is not served. If that was found after the
+        write, the entry is written back, with the digest of the version that served; the error says if that failed.
+        Conflict when somebody else has changed the entry: their entry is followed.
         """
 
         def edit(old: Adapter | None) -> dict[str, Any]:
@@ -173,7 +179,12 @@ class Control:
             await self.state.replace(name, old, new)
             self._follow({name: spent})
             status = await self.reconciler.outcome(name)
-            if status.entry == new and status.phase is Phase.FAILED:
+            if status is None or status.entry != new:
+                raise Conflict(
+                    f"somebody else has changed {name!r} in the document after this {kind} had written it: "
+                    "their entry is followed"
+                )
+            if status.phase is Phase.FAILED:
                 reason = f"{name!r} was not published: {status.reason}"
                 try:
                     await self._put_back(name, old, new, before)

@@ -4,13 +4,13 @@
                   |            |           |
                   +------------+-----------+-----> failed: the version before, if any, still serves
 
-A worker turns the newest entry of its adapter into an outcome. A version that the store has is neither fetched nor
-verified. A failure that may heal by itself (a source that cannot be read, or does not have the digest that the entry
-names; a store that cannot be written) is tried again after 1, 5, 30, 120 s and then every 120 s. Where the engine has
-no memory for it, that is 5 s. After any failure a source that was read is looked at every 5 s, and tried again as soon
-as it changes: it may have been copied while it was read. Otherwise a failure is tried again when its entry changes, or
-when a document that could not be read is readable again. A version that fails after it has served is brought again
-(`housekeeping`). A newer entry ends the attempt of the one before.
+A worker turns the newest entry of its adapter into an outcome. If the entry names a digest that the store has, the
+version is read and compared with its digest, and not fetched. A failure that may heal by itself (a source that cannot
+be read, or does not have the digest that the entry names; a store that cannot be written) is tried again after 1, 5,
+30, 120 s and then every 120 s. Where the engine has no memory for it, that is 5 s. After any failure a source that was
+read is looked at every 5 s, and tried again as soon as it changes: it may have been copied while it was read. Otherwise
+a failure is tried again when its entry changes, or when a document that could not be read is readable again. A version
+that fails after it has served is brought again (`housekeeping`). A newer entry ends the attempt of the one before.
 """
 
 import asyncio
@@ -108,9 +108,9 @@ class Reconciler:
             if status.phase is Phase.FAILED:
                 self.want(status.entry, again=True)
 
-    async def outcome(self, name: str) -> Status:
-        """Wait until an adapter is served or failed, and return its status. Raises KeyError where it is not wanted."""
-        while not (status := self.status[name]).phase.final:
+    async def outcome(self, name: str) -> Status | None:
+        """Wait until an adapter is served or failed, and return its status; None where it is not wanted."""
+        while (status := self.status.get(name)) and not status.phase.final:
             await self._fleet.events.change()
         return status
 

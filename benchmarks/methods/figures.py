@@ -12,7 +12,7 @@ from benchmarks.methods.panels import Panel
 from benchmarks.methods.suite import Suite, at_rank
 from benchmarks.methods.sweep import Sweep, at_best, at_rate, rate
 from benchmarks.methods.trial import Outcome, Results
-from trainer.analysis.measures import kinds_of
+from trainer.layer_kinds import kinds_of
 
 Points = Sequence[tuple[float, float]]
 _BESIDE_TRIED = ("lora", "eva", "lora_ga", "tail", "full")

@@ -28,6 +28,7 @@ from trainer.start.initialise import calibration_batches, initialise, spectra_of
 from trainer.train import spectra_after
 
 ROWS: dict[tasks.Split, int] = {"train": 2000, "validation": 128, "test": 256}
+ROWS_REAL: dict[tasks.Split, int] = {"train": 2000, "validation": 64, "test": 128}  # of a base that is 30 times larger
 # The task whose text is used for the calibration "other".
 OTHER_TEXT = {"math": "cpp", "cpp": "math", "intent": "math", "python": "cpp"}
 
@@ -46,8 +47,9 @@ def execute(trial: Trial) -> tuple[Outcome, dict[str, Any]]:
     config = config_of(trial, starts.settings_of(trial.method))
     folder = bases.folder(trial.base)
     tokenizer = load_tokenizer(folder, config)
-    rows = {split: examples(trial.task, split, tokenizer, config) for split in ROWS}
-    env = {**_environment(), "seed": trial.seed, "rows": digest([row for split in ROWS for row in rows[split]])}
+    sizes = ROWS_REAL if trial.base == "smollm2" else ROWS
+    rows = {split: examples(trial.task, split, n, tokenizer, config) for split, n in sizes.items()}
+    env = {**_environment(), "seed": trial.seed, "rows": digest([row for found in rows.values() for row in found])}
     labels = tasks.TOPICS if config.task == "classification" else []
     torch.manual_seed(trial.seed)
     model = load_base(folder, config, labels)
@@ -55,7 +57,7 @@ def execute(trial: Trial) -> tuple[Outcome, dict[str, Any]]:
     forgetting = _Forgetting(trial.base, folder, tokenizer, config)
     layers = target_layers(model, config)
     text = {"own": trial.task, "other": OTHER_TEXT.get(trial.task, ""), "random": "random"}[trial.calibration]
-    calibration = calibration_batches(examples(text, "train", tokenizer, config), tokenizer, config)
+    calibration = calibration_batches(examples(text, "train", sizes["train"], tokenizer, config), tokenizer, config)
     before = _effective_ranks(model, layers, calibration, config) if trial.spectra else {}
 
     trained = adapted(model, layers, calibration, tokenizer, config, trial.method)
@@ -105,17 +107,19 @@ def adapted(
     return attach(model, initialise(model, layers, calibration, config, "", Progress(disable=True)).starts, config)
 
 
-def examples(task: str, split: tasks.Split, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> list[Example]:
-    """Return the rows of a task's split as tokens."""
-    rows = _rows(task, split)
+def examples(
+    task: str, split: tasks.Split, n: int, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+) -> list[Example]:
+    """Return `n` rows of a task's split as tokens."""
+    rows = _rows(task, split, n)
     if config.task == "classification":
         return classification_examples(rows, tokenizer, config.max_length, task, tasks.TOPICS)
     return language_examples(rows, tokenizer, config.max_length, task)
 
 
 @cache
-def _rows(task: str, split: tasks.Split) -> list[Row]:
-    return tasks.rows(task, split, ROWS[split])
+def _rows(task: str, split: tasks.Split, n: int) -> list[Row]:
+    return tasks.rows(task, split, n)
 
 
 @torch.no_grad()

@@ -6,6 +6,9 @@
     python   the standard library                                                (real text)
     topic    a docstring of the standard library -> its package, of eight        (real text, classification)
 
+    chain_sum, sentence_reordering, gsm_symbolic     tasks of reasoning-gym, made by others, as chats (pip install
+                                                     reasoning-gym==0.1.25)
+
 The digest of a problem, a file's path or a docstring determines its split, so none of them is in two splits. A few
 windows of boilerplate occur in several files.
 """
@@ -15,10 +18,10 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -30,6 +33,12 @@ Split = Literal["train", "validation", "test"]
 NAMES = "Anna Ben Carla David Emma Felix Greta Henry Iris Jonas Karin Leo Maria Noah Olga Paul".split()
 THINGS = "apples books coins stamps pens cards shells marbles stickers buttons cups keys".split()
 TOPICS = "tkinter asyncio importlib email distutils logging multiprocessing xml".split()
+# Sizes with which a small model does a part of the problems: with reasoning-gym's defaults nearly none.
+PUBLIC: dict[str, dict[str, int]] = {
+    "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
+    "sentence_reordering": {"min_words_in_sentence": 3, "max_words_in_sentence": 8},
+    "gsm_symbolic": {},
+}
 WINDOW = 120  # characters of a row of text
 
 
@@ -96,6 +105,16 @@ def topic_rows(rng: random.Random, split: Split) -> Iterator[Row]:
         yield {"text": text, "label": label}
 
 
+def public_rows(name: str, settings: Mapping[str, Any], _: random.Random, split: Split) -> Iterator[Row]:
+    """Yield problems of reasoning-gym as chats; the answer is learned without its working."""
+    from reasoning_gym import create_dataset  # optional, and slow to import
+
+    for problem in create_dataset(name, seed=0, size=8000, **settings):
+        # A sentence is shuffled in several ways: all of them belong to one split.
+        if _split(problem["answer" if name == "sentence_reordering" else "question"]) == split:
+            yield embedded.as_chat({"prompt": problem["question"], "completion": problem["answer"]})
+
+
 def random_rows(rng: random.Random, _: Split) -> Iterator[Row]:
     """Yield random printable characters, for calibration only."""
     while True:
@@ -108,6 +127,7 @@ TASKS: dict[str, Callable[[random.Random, Split], Iterator[Row]]] = {
     "cpp": cpp_rows,
     "python": python_rows,
     "topic": topic_rows,
+    **{name: partial(public_rows, name, settings) for name, settings in PUBLIC.items()},
     "random": random_rows,
 }
 

@@ -31,6 +31,7 @@ class Trial:
     calibration_rows: int = 128
     scaling: float = 1.0  # alpha / rank
     spectra: bool = False  # also measure the effective rank of the outputs before and after training
+    max_length: int = 96  # tokens per row
 
     @property
     def name(self) -> str:
@@ -168,7 +169,7 @@ def config_of(trial: Trial, settings: dict[str, Any]) -> TrainConfig:
         steps=trial.steps,
         batch_size=trial.batch_size,
         seed=trial.seed,
-        max_length=96,
+        max_length=trial.max_length,
         calibration_rows=trial.calibration_rows,
         calibration_overlap=1.0,
         spectra=False,

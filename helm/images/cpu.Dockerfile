@@ -12,9 +12,9 @@ RUN apt-get update \
 
 WORKDIR /opt/astra
 COPY requirements-cpu.lock ./
-RUN grep '^torch==' requirements-cpu.lock > torch.txt \
+RUN sed -n 's/^# \(torch==\)/\1/p' requirements-cpu.lock > torch.txt \
     && pip install --no-cache-dir --no-deps --index-url https://download.pytorch.org/whl/cpu --requirement torch.txt \
-    && pip install --no-cache-dir --no-deps --requirement requirements-cpu.lock
+    && pip install --no-cache-dir --no-deps --require-hashes --requirement requirements-cpu.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY astra_serve astra_serve
 COPY converter converter

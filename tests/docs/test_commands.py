@@ -52,8 +52,6 @@ class Reader:
     def _stand_in_for_the_demo(self) -> None:
         """Put the adapters of the pages before where `make demo`, which takes minutes, puts its own."""
         folder = self._shell.folder
-        (folder / ".venv/bin").mkdir(parents=True)
-        (folder / ".venv/bin/activate").touch()
         for task in ("signature", "sql", "intent"):
             for kind in ("astra", "lora"):
                 shutil.copytree(folder / f"sql-{kind}", folder / "demo-out" / "20260101-120000" / kind / task)

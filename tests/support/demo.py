@@ -20,16 +20,16 @@ CONCURRENCY = 32
 console = Console()
 
 
-def train_and_convert(task: str, out: Path, settings: Sequence[str] = (f"steps={STEPS}",)) -> Path:
-    """Train the adapter of `task` with the console scripts and return the folder of its LoRA.
+def train_and_convert(task: str, out: Path, settings: Sequence[str] = (f"steps={STEPS}",), base: Path = BASE) -> Path:
+    """Train the adapter of `task` for `base` with the console scripts and return the folder of its LoRA.
 
     The rows of the tasks must be in `out`/data. Raises CalledProcessError.
     """
     data = out / "data" / f"{task}.train.jsonl"
     astra, lora = out / "astra" / task, out / "lora" / task
     chosen = [part for setting in settings for part in ("--set", setting)]
-    run("astra-train", "--base", str(BASE), "--data", str(data), "--out", str(astra), *chosen)
-    run("astra-convert", str(astra), str(lora), "--base", str(BASE))
+    run("astra-train", "--base", str(base), "--data", str(data), "--out", str(astra), *chosen)
+    run("astra-convert", str(astra), str(lora), "--base", str(base))
     return lora
 
 

@@ -15,11 +15,12 @@ import torch
 from converter.adapter_dir import AstraLayer, CannotWrite, MalformedAdapter, NotAnAdapter, load_astra
 from converter.delta import delta_weight
 from trainer.analysis.figures import Curve, by_block, by_group, spectra, subspace_range
-from trainer.analysis.measures import delta_norm, kinds_of, measure
+from trainer.analysis.measures import delta_norm, measure
 from trainer.analysis.page import analyze
 from trainer.analysis.read_run import read_run
 from trainer.cli import main
 from trainer.config import Subspace
+from trainer.layer_kinds import kinds_of
 from trainer.start.calibration import Gram
 from trainer.start.eigenspace import effective_rank, eigenvalues, spectrum, subspace
 from trainer.start.initialise import Estimate
@@ -33,6 +34,7 @@ FAST = (
     "learning_rate=1e-2",
     "forgetting_rows=2",
     "eval_share=.2",
+    "calibration_rows=2",  # too few: a warning
 )
 
 

@@ -161,17 +161,17 @@ def test_bad_input_gives_one_line_and_status_2_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_too_few_tokens_and_null_spaces_give_warnings(tiny_base, jsonl, rows, tmp_path, capsys) -> None:
+def test_too_few_tokens_give_a_warning_and_null_spaces_a_remark_in_the_card(
+    tiny_base, jsonl, rows, tmp_path, capsys
+) -> None:
     assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", "calibration_rows=1") == 0
     warnings = capsys.readouterr().err
     assert "14 of 14 layers have fewer calibration tokens (" in warnings
     assert "raise calibration_rows" in warnings
     assert astra_train(tiny_base, jsonl(rows), tmp_path / "more", "calibration_rows=40") == 0
-    warnings = capsys.readouterr().err
-    assert "fewer calibration tokens" not in warnings
-    assert "4 of 14 layers have more outputs than inputs" in warnings
+    assert "layers" not in capsys.readouterr().err
     card = (tmp_path / "more" / "README.md").read_text().splitlines()
-    (line,) = [line for line in card if "layers.0.mlp.up_proj" in line]
+    (line,) = [line for line in card if line.startswith("| up_proj | 2 |")]
     assert line.endswith("the tail is a null space of W: A0 = 0 |")
 
 

@@ -1,12 +1,12 @@
 """Measurements of each layer for the report: its kind, effective ranks, and the size of its trained change."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from converter.adapter_dir import AstraAdapter, AstraLayer
+from trainer.layer_kinds import kinds_of
 from trainer.report import Run
 from trainer.start.eigenspace import Spectrum, effective_rank
 
@@ -70,18 +70,6 @@ def delta_norm(layer: AstraLayer, scaling: float) -> float:
 def _relative_change(trained: torch.Tensor, start: torch.Tensor) -> float | None:
     change, size = float((trained.double() - start.double()).norm()), float(start.double().norm())
     return None if size <= _ROUND_OFF * change or size == 0 else change / size
-
-
-def kinds_of(names: Sequence[str]) -> dict[str, str]:
-    """Return the kind of each layer: its name without numbers, and with as few leading parts as keep kinds distinct."""
-    full = {name: ".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names}
-    kinds = set(full.values())
-    short = {}
-    for kind in kinds:
-        parts = kind.split(".")
-        ends = (".".join(parts[-n:]) for n in range(1, len(parts)))
-        short[kind] = next((end for end in ends if sum(f".{k}".endswith(f".{end}") for k in kinds) == 1), kind)
-    return {name: short[kind] for name, kind in full.items()}
 
 
 def _kind_order(kind: str) -> tuple[int, str]:

@@ -188,16 +188,27 @@ def rows(task: str, *, test: bool, n: int, seed: int = 0) -> list[Row]:
     return list(found.values())
 
 
-def write(out: Path, *, n_train: int = 3000, n_test: int = 100) -> None:
-    """Write `NAME.train.jsonl` and `NAME.test.jsonl` of each task into `out`."""
+def as_chat(row: Row) -> Row:
+    """Return `row` as {"messages": [question, answer]}, for bases that were trained on chats."""
+    if "messages" in row:
+        return row
+    question, answer = str(row["prompt"]), str(row["completion"]).strip()
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def write(out: Path, *, n_train: int = 3000, n_test: int = 100, chat: bool = False) -> None:
+    """Write `NAME.train.jsonl` and `NAME.test.jsonl` of each task into `out`; with `chat`, every row as a chat."""
     out.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
         for split, test, n in (("train", False, n_train), ("test", True, n_test)):
-            text = "".join(json.dumps(row) + "\n" for row in rows(task, test=test, n=n))
+            found = rows(task, test=test, n=n)
+            text = "".join(json.dumps(as_chat(row) if chat else row) + "\n" for row in found)
             (out / f"{task}.{split}.jsonl").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write the training and test rows of the three tasks as JSONL.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
-    write(parser.parse_args().out)
+    parser.add_argument("--chat", action="store_true", help="write every row as a chat, for a base trained on chats")
+    args = parser.parse_args()
+    write(args.out, chat=args.chat)

@@ -23,6 +23,20 @@ def serve(m: Memory, *versions: Version, pinned: bool = False) -> None:
         m.fleet.point(one.alias, Alias(one, pinned=pinned), 1)
 
 
+async def endless(m: Memory, model: str) -> "asyncio.Task[None]":
+    """Begin a request that does not end by itself, and return it when it has its lease."""
+    started = asyncio.Event()
+
+    async def ask() -> None:
+        async with m.fleet.lease(model):
+            started.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(ask())
+    await started.wait()
+    return task
+
+
 @in_a_loop
 async def test_a_request_finishes_on_its_version_which_is_evicted_then(engine, store, base, version) -> None:
     one, two = version("a", 1.0), version("a", 2.0)
@@ -55,15 +69,7 @@ async def test_requests_that_outlive_the_deadline_of_their_version_are_cancelled
     one, two = version("a", 1.0), version("a", 2.0)
     async with memory(engine, store, base) as m:
         serve(m, one)
-        started = asyncio.Event()
-
-        async def endless() -> None:
-            async with m.fleet.lease("a"):
-                started.set()
-                await asyncio.Event().wait()
-
-        task = asyncio.create_task(endless())
-        await started.wait()
+        task = await endless(m, "a")
         m.fleet.point("a", Alias(two, (one,)), 5)
         later = asyncio.create_task(m.answer(one.name))  # by its digest, after it was replaced
         await later
@@ -76,24 +82,53 @@ async def test_requests_that_outlive_the_deadline_of_their_version_are_cancelled
 
 
 @in_a_loop
-async def test_a_request_for_a_version_that_was_replaced_already_has_no_deadline(engine, store, base, version) -> None:
+async def test_a_second_replacement_does_not_prolong_the_deadline_of_a_request(engine, store, base, version) -> None:
+    one, two, three = (version("a", value) for value in (1.0, 2.0, 3.0))
+    async with memory(engine, store, base) as m:
+        serve(m, one)
+        first = await endless(m, "a")
+        m.fleet.point("a", Alias(two, (one,)), 5)
+        second = await endless(m, "a")
+        await m.clock.advance(3)
+        m.fleet.point("a", Alias(three, (two,)), 5)  # `one` leaves the rollback history, too
+        await m.clock.advance(2.1)
+        assert (first.cancelled(), second.done()) == (True, False)
+        await m.clock.advance(3)
+        assert second.cancelled()
+
+
+@in_a_loop
+async def test_a_request_for_an_earlier_version_has_no_deadline_until_that_version_leaves_the_history(
+    engine, store, base, version
+) -> None:
+    one, two, three = (version("a", value) for value in (1.0, 2.0, 3.0))
+    async with memory(engine, store, base) as m:
+        m.fleet.point("a", Alias(two, (one,)), 5)
+        pinned = await endless(m, one.name)
+        m.fleet.point("a", Alias(two, (one,), canary=three, weight=0.5), 5)
+        m.fleet.point("a", Alias(three, (two, one)), 5)
+        await m.clock.advance(60)
+        assert not pinned.done()
+        m.fleet.point("a", Alias(three, (two,)), 5)
+        await m.clock.advance(4.9)
+        assert not pinned.done()
+        await m.clock.advance(0.2)
+        assert pinned.cancelled()
+
+
+@in_a_loop
+async def test_a_publication_that_only_prepares_a_replaced_version_lets_the_deadlines_of_its_requests_stand(
+    engine, store, base, version
+) -> None:
     one, two = version("a", 1.0), version("a", 2.0)
     async with memory(engine, store, base) as m:
         serve(m, one)
-
-        async def ask(model: str) -> None:
-            async with m.fleet.lease(model):
-                await m.clock.sleep(60)
-
-        before = asyncio.create_task(ask("a"))
-        while not m.residence(one).leases:
-            await asyncio.sleep(0)
+        old = await endless(m, "a")
         m.fleet.point("a", Alias(two, (one,)), 5)
-        after = asyncio.create_task(ask(one.name))
-        await m.clock.advance(5)
-        assert before.cancelled()
-        await m.clock.advance(60)
-        await after
+        async with m.residency.hold(one):
+            await m.clock.advance(1)
+        await m.clock.advance(4.1)
+        assert old.cancelled()
 
 
 @in_a_loop
@@ -137,6 +172,18 @@ async def test_the_least_recently_used_version_is_evicted_and_a_pinned_or_leased
             assert not waiting.done()
         assert await waiting is not None
         assert m.loaded() == ["pinned", "b"]
+
+
+@in_a_loop
+async def test_a_version_counts_as_used_until_its_last_request_has_ended(engine, store, base, version) -> None:
+    async with memory(engine, store, base) as m:
+        serve(m, version("a", 1.0), version("b", 2.0), version("c", 3.0))
+        async with m.fleet.lease("a"):
+            await m.clock.advance(1)
+            await m.answer("b")
+            await m.clock.advance(1)
+        await m.answer("c")
+        assert m.loaded() == ["a", "c"]
 
 
 @in_a_loop

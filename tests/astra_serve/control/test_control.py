@@ -4,7 +4,8 @@ import asyncio
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -313,23 +314,29 @@ async def test_an_entry_that_others_change_during_a_publication_stays_as_they_wr
         assert (await w.settled("a")).phase == "serving"
 
 
+@pytest.mark.parametrize("theirs", ["adapters:\n- name: a\n  source: {source}\n", "adapters: []\n"])
 @in_a_loop
-async def test_an_entry_of_others_that_fails_after_a_publication_is_not_put_back(
-    world, write_lora, monkeypatch
+async def test_a_publication_whose_entry_others_change_before_it_is_served_is_no_success(
+    world, write_lora, monkeypatch, theirs: str
 ) -> None:
-    async with world() as w:
-        theirs, outcome = "adapters:\n- name: a\n  source: /not/there\n", w.reconciler.outcome
+    async with world(capacity=3) as w:
+        await w.api.put("/adapters/a", json={"source": str(write_lora("one", 1.0))})
+        text, hold = theirs.format(source=write_lora("theirs", 2.0)), w.preparation.hold
 
-        async def raced(name: str) -> Any:
-            document_text.edit(str(w.file), lambda _: theirs)
-            await w.control.refresh()
-            return await outcome(name)
+        @asynccontextmanager
+        async def raced(entry: Any, status: Any, *, again: bool = True) -> AsyncIterator[Any]:
+            if not again and "ours" in entry.source:  # the server serves the entry that the publication has written
+                await w.follow(text)
+            async with hold(entry, status, again=again) as prepared:
+                yield prepared
 
-        monkeypatch.setattr(w.reconciler, "outcome", raced)
-        answer = await w.api.put("/adapters/a", json={"source": str(write_lora("ours", 1.0))})
-        assert answer.status_code == 200
-        assert (answer.json()["state"], answer.json()["source"]) == ("failed", "/not/there")
-        assert w.file.read_text() == theirs
+        monkeypatch.setattr(w.preparation, "hold", raced)
+        answer = await w.api.put("/adapters/a", json={"source": str(write_lora("ours", 3.0))})
+        assert answer.status_code == 409
+        assert "somebody else has changed 'a' in the document after this publish" in answer.json()["error"]["message"]
+        assert w.file.read_text() == text
+        expected = version_digest(Path(w.entry("a").source)) if w.entry("a") else None
+        assert w.current("a") == expected
 
 
 @pytest.fixture
