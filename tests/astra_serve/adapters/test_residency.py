@@ -8,7 +8,7 @@ import pytest
 
 from astra_serve.adapters.schedule import State
 from astra_serve.adapters.version import Alias, Version
-from astra_serve.errors import Unavailable
+from astra_serve.errors import ServeError, Unavailable
 from tests.astra_serve.stand_in import MODULE
 from tests.astra_serve.world import Memory, in_a_loop, memory, quiet
 
@@ -204,6 +204,17 @@ async def test_a_request_without_a_place_for_wait_s_is_refused_with_the_time_to_
 
 
 @in_a_loop
+async def test_a_request_that_waits_for_a_place_has_it_as_soon_as_a_lease_ends(engine, store, base, version) -> None:
+    async with memory(engine, store, base, 1) as m:
+        serve(m, version("a", 1.0), version("b", 2.0))
+        async with m.fleet.lease("a"):
+            waiting = asyncio.create_task(m.answer("b"))
+            await quiet()
+            assert not waiting.done()
+        assert await waiting is not None  # the clock stands still
+
+
+@in_a_loop
 async def test_a_request_that_gave_up_takes_no_place_and_a_long_stream_closes_no_adapter(
     engine, store, base, version
 ) -> None:
@@ -347,16 +358,16 @@ async def test_an_adapter_that_the_engine_refuses_fails_alone_until_it_is_publis
 async def test_a_version_that_the_engine_does_not_forget_costs_a_place_and_nothing_else(
     engine, store, base, version
 ) -> None:
-    async with memory(engine, store, base) as m:
-        engine.capacity = 3  # the stand-in keeps what it does not forget
-        one, two, three = version("a", 1.0), version("b", 2.0), version("c", 3.0)
-        serve(m, one, two, three)
+    async with memory(engine, store, base, 3) as m:
+        engine.capacity = 4  # the stand-in keeps what it does not forget
+        one = version("a", 1.0)
+        serve(m, one, version("b", 2.0), version("c", 3.0), version("d", 4.0))
         await m.answer("a")
         engine.stuck = {"a"}
         await m.residency.unload(one)
-        assert m.residency.limits.capacity == 1
+        assert m.residency.limits.capacity == 2
         assert "still holds" in m.residence(one).failed
-        for name in "bcbc":
+        for name in "bcdbcd":
             assert await m.answer(name) is not None
         with pytest.raises(Unavailable, match="still holds"):
             await m.answer("a")
@@ -443,9 +454,58 @@ async def test_unloading_waits_for_the_last_lease_and_the_next_request_loads_aga
         assert m.residency.where(one) == "disk"
         assert not engine.loaded
         assert await m.answer("a") == (one.name, 1.0)
+        await m.residency.idle()
         assert m.residency.where(one) == "memory"
         await m.residency.look()
         assert m.residency.where(one) == "slot"
+
+
+@in_a_loop
+async def test_an_unload_returns_when_the_engine_has_let_the_version_go(engine, store, base, version) -> None:
+    async with memory(engine, store, base) as m:
+        one = version("a", 1.0)
+        serve(m, one)
+        await m.answer("a")
+        engine.gate.clear()
+        unloading = asyncio.create_task(m.residency.unload(one))
+        await quiet()
+        assert not unloading.done()
+        engine.gate.set()
+        await unloading
+        assert not engine.loaded
+
+
+@in_a_loop
+async def test_the_memory_is_not_idle_while_a_version_loads_or_drains(engine, store, base, version) -> None:
+    async with memory(engine, store, base) as m:
+        serve(m, version("a", 1.0), version("b", 2.0))
+        async with m.fleet.lease("a"):
+            engine.gate.clear()
+            asked = asyncio.create_task(m.answer("b"))
+            await quiet()
+            idle = asyncio.create_task(m.residency.idle())
+            await quiet()
+            assert not idle.done()  # b loads
+            engine.gate.set()
+            await asked
+            await idle
+            m.fleet.drop("a", 5)
+            idle = asyncio.create_task(m.residency.idle())
+            await quiet()
+            assert not idle.done()  # a drains
+        await idle
+        assert m.loaded() == ["b"]
+
+
+@in_a_loop
+async def test_a_pinned_version_that_was_replaced_is_evicted_like_any_other(engine, store, base, version) -> None:
+    async with memory(engine, store, base, 1) as m:
+        one, two = version("a", 1.0), version("a", 2.0)
+        serve(m, one, pinned=True)
+        m.fleet.point("a", Alias(two, (one,)), 1)
+        for name in (one.name, two.name):  # the first one is in the engine again for a request by its digest
+            assert (await m.answer(name))[0] == name
+        assert list(engine.loaded) == [two.name]
 
 
 @in_a_loop
@@ -489,6 +549,63 @@ async def test_a_request_that_is_cancelled_as_it_is_granted_holds_no_lease(engin
         await quiet()
         assert not m.residence(one).leases
         assert not m.residence(one).waiters
+
+
+@in_a_loop
+async def test_a_publication_that_was_cancelled_as_it_was_granted_or_has_failed_keeps_no_memory(
+    engine, store, base, version
+) -> None:
+    async with memory(engine, store, base) as m:
+        one = version("a", 1.0)
+        holding = asyncio.create_task(m.residency.hold(one).__aenter__())
+        while m.residence(one).state is not State.RESIDENT:
+            await asyncio.sleep(0)
+        holding.cancel()
+        await m.residency.idle()
+        engine.refuse = {"a"}
+        with pytest.raises(Unavailable, match="the engine cannot load it"):
+            async with m.residency.hold(one):
+                pass
+        engine.refuse = set()
+        async with m.residency.hold(one):
+            pass
+        await m.residency.idle()
+        assert not engine.loaded
+
+
+@in_a_loop
+async def test_a_load_goes_on_when_its_request_gives_up_and_serves_the_next_one(engine, store, base, version) -> None:
+    async with memory(engine, store, base) as m:
+        one = version("a", 1.0)
+        serve(m, one)
+        engine.gate.clear()
+        first = asyncio.create_task(m.answer("a"))
+        while m.residence(one).state is not State.LOADING:
+            await asyncio.sleep(0)
+        first.cancel()
+        await quiet()
+        second = asyncio.create_task(m.answer("a"))
+        await quiet()
+        engine.gate.set()
+        assert await second == (one.name, 1.0)
+        assert [event.event for event in m.events.newest].count("loading") == 1
+
+
+@in_a_loop
+async def test_a_request_that_is_cancelled_as_its_load_fails_ends_alone(engine, store, base, version) -> None:
+    async with memory(engine, store, base) as m:
+        serve(m, version("a", 1.0), version("b", 2.0))
+
+        async def fail() -> None:
+            engine.pause = engine.gate.wait
+            asked.cancel()
+            raise ServeError("the engine cannot load it")
+
+        engine.pause = fail
+        asked = asyncio.create_task(m.answer("a"))
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        assert await m.answer("b") is not None
 
 
 @in_a_loop

@@ -14,7 +14,9 @@ import pytest
 from astra_serve.adapters import store as store_module
 from astra_serve.adapters.store import Store, version_digest
 from astra_serve.control import preparation
+from astra_serve.control.changes import Changes
 from astra_serve.document import desired, document_text
+from astra_serve.errors import Superseded
 from tests.astra_serve.world import World, in_a_loop, quiet, server
 
 README = """\
@@ -68,6 +70,17 @@ async def test_publishing_rolling_back_and_removing(world, write_lora) -> None:
 
 
 @in_a_loop
+async def test_a_rollback_that_is_not_possible_names_the_versions_that_are(world, write_lora) -> None:
+    async with world() as w:
+        one, two = write_lora("one", 1.0), write_lora("two", 2.0)
+        for source, possible in ((one, "none"), (two, version_digest(one))):
+            await w.api.put("/adapters/a", json={"source": str(source)})
+            answer = await w.api.post("/adapters/a/rollback", json={"digest": "sha256:" + 64 * "0"})
+            assert answer.status_code == 409
+            assert answer.json()["error"]["message"].endswith(f"there are: {possible}")
+
+
+@in_a_loop
 async def test_the_seconds_of_a_publication_are_those_of_all_its_parts(world, write_lora) -> None:
     async with world() as w:
         w.engine.pause = lambda: w.clock.sleep(3)
@@ -90,7 +103,21 @@ async def test_a_step_back_has_digest_source_and_time(world, write_lora) -> None
             await w.api.put("/adapters/a", json={"source": str(source)})
         (step,) = w.entry("a").steps
         assert (step.digest, step.source) == (version_digest(one), str(one))
-        assert step.replaced is not None
+        assert step.replaced.microsecond == 0
+
+
+@in_a_loop
+async def test_a_step_back_has_the_source_of_its_entry_or_else_the_one_that_the_store_knows(
+    world, store, write_lora
+) -> None:
+    async with world() as w:
+        first, copy, two = (write_lora(name, value) for name, value in (("one", 1.0), ("copy", 1.0), ("two", 2.0)))
+        digest = store.add(first, source=str(first))
+        for source, expected in ((copy, copy), (digest, first)):
+            await w.follow(f"adapters:\n- name: a\n  source: {source}\n  digest: {digest}\n")
+            await w.settled("a")
+            await w.api.put("/adapters/a", json={"source": str(two)})
+            assert w.entry("a").steps[0].source == str(expected)
 
 
 @in_a_loop
@@ -164,10 +191,11 @@ async def test_a_failed_publication_changes_nothing(world, write_lora) -> None:
     async with world() as w:
         await w.api.put("/adapters/a", json={"source": str(write_lora("one", 1.0))})
         before, current = w.file.read_text(), w.current("a")
-        for source in ("/not/there", str(write_lora("zero", 0.0))):
+        zero = str(write_lora("zero", 0.0))
+        for source, reason in (("/not/there", "there is no folder /not/there"), (zero, "the adapter changes nothing")):
             answer = await w.api.put("/adapters/a", json={"source": source})
             assert answer.status_code == 422
-            assert "was not published" in answer.json()["error"]["message"]
+            assert answer.json()["error"]["message"].startswith(f"'a' was not published: {reason}")
         assert (await w.api.put("/adapters/new", json={"source": "/not/there"})).status_code == 422
         assert w.file.read_text() == before
         assert w.current("a") == current
@@ -217,6 +245,26 @@ async def test_an_entry_that_cannot_be_served_after_it_was_written_is_put_back(w
         assert (w.entry("sql").source, w.entry("sql").digest) == (str(one), version_digest(one))
         assert (await w.settled("sql")).phase == "serving"
         assert w.current("sql") == version_digest(one)
+
+
+@in_a_loop
+async def test_an_entry_that_is_put_back_has_its_own_digest_whatever_serves(world, write_lora, monkeypatch) -> None:
+    async with world() as w:
+        await w.follow(README.format(source=write_lora("one", 1.0)))
+        await w.settled("sql")
+        digest, hold = "sha256:" + 64 * "0", w.preparation.hold
+        await w.follow(f"adapters:\n- name: sql\n  source: /not/there\n  digest: {digest}\n")
+        await w.settled("sql")
+
+        def failing(entry: Any, status: Any, *, again: bool = True) -> Any:
+            if not again:
+                raise OSError("Stale file handle")
+            return hold(entry, status, again=again)
+
+        monkeypatch.setattr(w.preparation, "hold", failing)
+        answer = await w.api.put("/adapters/sql", json={"source": str(write_lora("two", 2.0))})
+        assert answer.status_code == 422
+        assert (w.entry("sql").source, w.entry("sql").digest) == ("/not/there", digest)
 
 
 @in_a_loop
@@ -369,6 +417,67 @@ async def test_a_publication_that_waits_is_superseded_and_other_adapters_do_not_
         assert [answer.status_code for answer in (await older, await waiting, newest, other)] == [409, 409, 200, 200]
 
 
+@in_a_loop
+async def test_a_publication_that_has_written_is_waited_for_by_a_newer_one(world, write_lora, monkeypatch) -> None:
+    async with world() as w:
+        one, two = write_lora("one", 1.0), write_lora("two", 2.0)
+        written, go_on, outcome = asyncio.Event(), asyncio.Event(), w.reconciler.outcome
+
+        async def waits(name: str) -> Any:
+            written.set()
+            await go_on.wait()
+            return await outcome(name)
+
+        monkeypatch.setattr(w.reconciler, "outcome", waits)
+        older = asyncio.create_task(w.api.put("/adapters/a", json={"source": str(one)}))
+        await written.wait()
+        newer = asyncio.create_task(w.api.put("/adapters/a", json={"source": str(two)}))
+        await quiet()
+        assert not older.done()
+        assert not newer.done()
+        go_on.set()
+        assert ((await older).status_code, (await newer).status_code) == (200, 200)
+        assert digests(await newer) == [version_digest(one)]
+
+
+@pytest.mark.parametrize("superseded", [False, True])
+@in_a_loop
+async def test_a_change_whose_task_is_cancelled_by_others_ends_as_cancelled(superseded: bool) -> None:
+    changes = Changes()
+
+    async def change() -> None:
+        async with changes.turn("a", "publish"):
+            await asyncio.Event().wait()
+
+    older = asyncio.create_task(change())
+    await quiet()
+    newer = asyncio.create_task(change() if superseded else quiet())  # both in one turn of the loop
+    await asyncio.sleep(0)
+    older.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await older
+    newer.cancel()
+    await asyncio.wait([newer])
+
+
+@in_a_loop
+async def test_a_change_that_two_newer_ones_supersede_names_the_first_of_them() -> None:
+    changes = Changes()
+
+    async def change(kind: str) -> None:
+        async with changes.turn("a", kind):
+            await asyncio.Event().wait()
+
+    older = asyncio.create_task(change("publish"))
+    await quiet()
+    newer = [asyncio.create_task(change(kind)) for kind in ("rollback", "remove")]
+    with pytest.raises(Superseded, match="this publish of 'a' was superseded by a newer rollback"):
+        await older
+    for one in newer:
+        one.cancel()
+    await asyncio.wait(newer)
+
+
 @pytest.mark.usefixtures("hanging")
 @in_a_loop
 async def test_a_new_adapter_is_listed_while_it_is_published(world) -> None:
@@ -429,6 +538,18 @@ async def test_pinning_keeps_the_version_that_serves_whatever_its_source_has_now
         write_lora("one", 2.0)
         assert (await w.api.post("/adapters/sql/pin")).json()["version"]["digest"] == first
         assert w.entry("sql").digest == first
+
+
+@in_a_loop
+async def test_an_adapter_that_is_not_served_yet_is_pinned_when_its_source_is_there(
+    world, write_lora, tmp_path
+) -> None:
+    async with world() as w:
+        await w.follow(README.format(source=tmp_path / "later"))
+        await w.settled("sql")
+        assert (await w.api.post("/adapters/sql/pin")).status_code == 422
+        later = write_lora("later", 1.0)
+        assert (await w.api.post("/adapters/sql/pin")).json()["version"]["digest"] == version_digest(later)
 
 
 @in_a_loop

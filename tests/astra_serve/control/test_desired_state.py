@@ -61,13 +61,32 @@ async def test_a_file_is_read_again_every_5_s_where_its_changes_are_not_reported
         yield
 
     monkeypatch.setattr("astra_serve.control.control.awatch", no_reports)
-    async with world() as w, followed(w):
-        await until(lambda: w.control.state.read_once)
-        w.file.write_text(text(a=write_lora("one", 1.0)))
-        await w.clock.advance(4.9)
-        assert "a" not in w.reconciler.status
-        await w.clock.advance(0.2)
-        await until(lambda: w.current("a"))
+    async with world() as w:
+        began, times, read = w.clock.now(), [], w.control.state.read
+
+        async def timed() -> bool:
+            times.append(w.clock.now() - began)
+            return await read()
+
+        monkeypatch.setattr(w.control.state, "read", timed)
+        async with followed(w):
+            await until(w.clock.waited_for)
+            w.file.write_text(text(a=write_lora("one", 1.0)))
+            await w.clock.advance(4.9)
+            assert times == [0]
+            await w.clock.advance(0.1)
+            await until(lambda: w.current("a"))
+            assert times == [0, 5]
+
+
+@in_a_loop
+async def test_a_file_is_followed_in_a_folder_that_is_not_there_at_first(
+    engine, store, base, write_lora, tmp_path
+) -> None:
+    async with server(engine, store, base, tmp_path / "not" / "yet" / "adapters.yaml") as w, followed(w):
+        await until(w.file.parent.is_dir)
+        one = text(a=write_lora("one", 1.0))
+        await until(lambda: w.file.write_text(one) and w.current("a"))  # the first may come before the watch
 
 
 @in_a_loop

@@ -11,7 +11,7 @@ import pytest
 from astra_serve.adapters.store import version_digest
 from astra_serve.control import preparation
 from astra_serve.control.reconcile import Failed, RetryAfter, outcome_of
-from astra_serve.errors import CannotFetch, Damaged, ProbeFailed, ServeError, Unavailable
+from astra_serve.errors import CannotFetch, CannotStore, Damaged, ProbeFailed, ServeError, Unavailable
 from converter.adapter_dir import MalformedAdapter
 from tests.astra_serve.world import World, in_a_loop, quiet
 
@@ -31,6 +31,7 @@ def unavailable(cause: Exception) -> Unavailable:
     [
         (CannotFetch("no"), 0, RetryAfter("no; trying again in 1 s", 1.0)),
         (CannotFetch("no"), 1, RetryAfter("no; trying again in 5 s", 5.0)),
+        (CannotStore("no"), 1, RetryAfter("no; trying again in 5 s", 5.0)),
         (Damaged("no"), 2, RetryAfter("no; trying again in 30 s", 30.0)),
         (OSError("disk full"), 99, RetryAfter("disk full; trying again in 120 s", 120.0)),
         (Unavailable("no place", retry_after_s=5), 3, RetryAfter("no place", 5.0)),
@@ -145,6 +146,63 @@ async def test_an_adapter_that_was_read_while_it_was_copied_is_served_when_it_is
         await pass_time(w, 5)
         await w.enters("a", "serving")
         assert w.current("a") == version_digest(whole)
+
+
+@in_a_loop
+async def test_a_source_that_failed_and_is_gone_then_has_not_changed(world, write_lora) -> None:
+    async with world() as w:
+        source = write_lora("source", 1.0)
+        (source / "adapter_model.safetensors").write_bytes(b"half")
+        await w.follow(document({"name": "a", "source": str(source)}))
+        reason = (await w.settled("a")).reason
+        shutil.rmtree(source)
+        for _ in range(3):
+            await pass_time(w, 5)
+        await waits(w)
+        assert w.seen("a").count("failed") == 1
+        assert w.reconciler.status["a"].reason == reason
+
+
+@in_a_loop
+async def test_an_adapter_that_had_no_place_in_memory_is_tried_again_after_5_s(world, store, write_lora) -> None:
+    async with world(capacity=1) as w:
+        pinned, other = (
+            {"name": name, "source": store.add(write_lora(name, value)), "pin": name == "a"}
+            for name, value in (("a", 1.0), ("b", 2.0))
+        )
+        await w.follow(document(pinned))
+        await w.settled("a")
+        await w.follow(document(pinned, other))
+        await pass_time(w, 30)
+        assert "waits for the engine's memory" in (await w.settled("b")).reason
+        await w.follow(document(other))
+        await pass_time(w, 5)
+        await w.enters("b", "serving")
+
+
+@in_a_loop
+async def test_the_log_has_faults_of_the_server_and_no_failures_of_sources(world, monkeypatch, caplog) -> None:
+    errors = {"ours": ZeroDivisionError("ours"), "disk": OSError("disk full"), "none": CannotFetch("it is not there")}
+
+    async def fails(source: str, *_: Any) -> Path:
+        raise errors[source]
+
+    monkeypatch.setattr(preparation, "fetch", fails)
+    async with world() as w:
+        await w.follow(document(*({"name": name, "source": name} for name in errors)))
+        for name in errors:
+            assert (await w.settled(name)).phase == "failed"
+    assert [record.getMessage() for record in caplog.records] == ["adapter 'ours' cannot be served"]
+
+
+@in_a_loop
+async def test_the_version_that_serves_is_no_step_back(world, write_lora) -> None:
+    """A document that was written by hand may list it."""
+    async with world() as w:
+        source = write_lora("one", 1.0)
+        await w.follow(document({"name": "a", "source": str(source), "previous": [version_digest(source)]}))
+        await w.settled("a")
+        assert (await w.api.get("/adapters/a")).json()["previous"] == []
 
 
 @in_a_loop

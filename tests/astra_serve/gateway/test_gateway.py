@@ -71,6 +71,7 @@ async def test_a_handler_finds_the_version_under_the_name_of_the_request_and_no_
     async def handler(_scope, receive, send) -> None:
         asked = json.loads(await body_of(receive))["model"]
         assert list(served) == ([asked] if asked.startswith("a") else [])
+        assert len(served) == len(list(served))
         assert "other" not in served
         await say(send, served.get(asked))
 
@@ -127,6 +128,22 @@ async def test_a_body_without_a_model_reaches_the_handler_unchanged(front, body:
 
 
 @in_a_loop
+async def test_a_body_that_arrives_in_pieces_is_read_as_a_whole(front) -> None:
+    body, seen = b'{"model": "a", "prompt": "x"}', []
+    messages = iter({"type": "http.request", "body": bytes([one]), "more_body": True} for one in body)
+
+    async def receive() -> Any:
+        return next(messages, {"type": "http.request", "body": b"", "more_body": False})
+
+    async def handler(_scope, receive, _send) -> None:
+        seen.append((await body_of(receive), list(Served())))
+
+    async with front(handler) as (_, _, gateway, _):
+        await gateway(dict(SCOPE), receive, None)
+        assert seen == [(body, ["a"])]
+
+
+@in_a_loop
 async def test_an_adapter_that_cannot_be_served_now_gets_openais_error_and_when_to_try_again(front, engine) -> None:
     async def handler(*_: Any) -> None:
         raise AssertionError("it must not get this far")
@@ -172,7 +189,9 @@ async def test_a_request_cannot_set_its_priority(front) -> None:
 async def test_every_request_ends_with_its_id_its_version_and_its_outcome(front, base) -> None:
     async def handler(scope, receive, send) -> None:
         await body_of(receive)
-        if scope["path"] == "/breaks":
+        if scope["path"] == "/half":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        if scope["path"] in ("/breaks", "/half"):
             raise RuntimeError("broken")
         await say(send, {}, status=int(scope["path"][1:]))
 
@@ -184,6 +203,7 @@ async def test_every_request_ends_with_its_id_its_version_and_its_outcome(front,
             ("/200", "none", "client_error"),
             ("/500", "a", "server_error"),
             ("/breaks", "a", "server_error"),
+            ("/half", "a", "server_error"),
         ):
             await http.post(path, json={"model": model})
             assert ended[-1].status is not None
@@ -291,7 +311,7 @@ async def test_a_request_past_the_deadline_gets_an_error_that_clients_understand
     async def handler(scope, receive, send) -> None:
         await body_of(receive)
         if scope["path"] == "/stream":
-            headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-other", b"1")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
         started.append(scope["path"])
@@ -328,13 +348,14 @@ async def test_the_engines_work_for_a_request_ends_before_its_lease(front) -> No
         await say(send, "x")
 
     async def abort(ids: set[str]) -> None:
-        aborted.append((ids, len(residence.leases)))
+        (request,) = gateway.running
+        aborted.append((ids, len(residence.leases), request.over))
         stop.set()
 
-    async with front(handler, abort) as (http, m, _, _):
+    async with front(handler, abort) as (http, m, gateway, _):
         residence = m.residence(m.fleet.aliases["a"].current)
         await http.post("/v1", json={"model": "a"})
-        assert aborted == [({"engine-1"}, 1)]
+        assert aborted == [({"engine-1"}, 1, True)]
         assert left_behind[0].done()
         assert not residence.leases
 
@@ -383,6 +404,26 @@ async def test_work_in_the_background_keeps_its_lease_and_a_server_that_ends_wai
 
 
 @in_a_loop
+async def test_work_in_the_background_is_not_cancelled_by_a_client_that_disconnects(front) -> None:
+    async def handler(_scope, receive, send) -> None:
+        await body_of(receive)
+        requests.current.get().background.add(asyncio.create_task(asyncio.sleep(0)))
+        assert (await receive())["type"] == "http.disconnect"
+        await say(send, "queued")
+
+    messages = iter([{"type": "http.request", "body": b'{"model": "a"}'}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def send(_: Any) -> None: ...
+
+    async with front(handler) as (_, _, gateway, ended):
+        await gateway(dict(SCOPE), receive, send)
+        assert ended[0].outcome == "ok"
+
+
+@in_a_loop
 async def test_work_in_the_background_that_outlives_the_deadline_is_cancelled(front) -> None:
     tasks = []
 
@@ -400,6 +441,21 @@ async def test_work_in_the_background_that_outlives_the_deadline_is_cancelled(fr
         assert tasks[0].cancelled()
         assert not m.residence(m.fleet.aliases["a"].current).leases
         assert [one.outcome for one in ended] == ["server_error"]
+
+
+@in_a_loop
+async def test_work_in_the_background_of_a_handler_that_fails_is_cancelled(front) -> None:
+    tasks = []
+
+    async def handler(_scope, receive, _send) -> None:
+        await body_of(receive)
+        tasks.append(asyncio.create_task(asyncio.Event().wait()))
+        requests.current.get().background.update(tasks)
+        raise RuntimeError("broken")
+
+    async with front(handler) as (http, _, _, _):
+        assert (await http.post("/v1", json={"model": "a"})).status_code == 500
+        assert tasks[0].cancelled()
 
 
 @in_a_loop
