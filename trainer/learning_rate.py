@@ -5,10 +5,11 @@ it lowers the loss by
 
     rate x sum |g|
 
-`auto` chooses the rate for which that is `FIRST_STEP` nats: the first step is then as large in what counts, the loss,
-for every method, rank, scaling, width and base. PiSSA and Astra's principal subspace start from directions to which
-the loss is sensitive, and get a low rate; LoRA, whose B is zero, and the tail get a higher one. What was measured is in
-benchmarks/README.md, "The learning rate".
+`auto` chooses the rate for which that is `FIRST_STEP` x sqrt(rank) nats. The first step is then equally large in what
+counts, the loss, for every method, scaling, width and base. PiSSA and Astra's principal subspace start from directions
+to which the loss is sensitive, and get a low rate; LoRA, whose B is zero, and the tail get a higher one. sum |g| grows
+with the rank, the best rates fall with its square root. What was measured is in benchmarks/README.md, "The learning
+rate".
 """
 
 import math
@@ -17,14 +18,21 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from trainer.config import TrainConfig
 from trainer.data import IGNORED, Batch
 from trainer.errors import TrainingError
 
-FIRST_STEP = 0.2  # nats: the decrease of the loss that the first step is to make at the peak rate
+FIRST_STEP = 0.1  # nats, for rank 1: the decrease of the loss by a first step at the peak rate
 
 
-def automatic_rate(model: nn.Module, rows: Sequence[Batch]) -> float:
-    """Return FIRST_STEP / sum |g|, g being the gradients of the mean loss of `rows` by the trained parameters.
+def first_step(config: TrainConfig) -> float:
+    """Return the decrease of the loss (nats) that defines the rate; full fine-tuning has that of the default rank."""
+    rank = TrainConfig.model_fields["rank"].default if config.method == "full" else config.rank
+    return FIRST_STEP * math.sqrt(rank)
+
+
+def automatic_rate(model: nn.Module, rows: Sequence[Batch], config: TrainConfig) -> float:
+    """Return first_step / sum |g|, g being the gradients of the mean loss of `rows` by the trained parameters.
 
     `rows` are batches of one row, so that the activations of one row are in memory. The model's gradients must be None
     before, and are None afterwards. Raises TrainingError if the sum is zero or not finite.
@@ -41,7 +49,7 @@ def automatic_rate(model: nn.Module, rows: Sequence[Batch]) -> float:
     model.train(was_training)
     if not 0 < total < math.inf:
         raise TrainingError(f"the sum of the gradients before the first step is {total}: set learning_rate")
-    return FIRST_STEP / total
+    return first_step(config) / total
 
 
 def _targets(labels: torch.Tensor) -> int:

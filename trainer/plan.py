@@ -12,7 +12,7 @@ from converter import adapter_dir
 from trainer.adapter import target_layers
 from trainer.base import base_without_weights, load_tokenizer
 from trainer.config import TrainConfig
-from trainer.learning_rate import FIRST_STEP
+from trainer.learning_rate import first_step
 from trainer.start.calibration import layer_groups
 from trainer.start.initialise import calibration_batches
 from trainer.start.ranks import fixed_ranks
@@ -109,7 +109,7 @@ def show(found: Plan, config: TrainConfig, console: Console) -> None:
 
 def _rate(config: TrainConfig) -> str:
     if config.learning_rate == "auto":
-        return f"auto: the run prints it before the first step, which is to lower the loss by {FIRST_STEP:g} nats"
+        return f"auto: printed before the first step, which is to lower the loss by {first_step(config):.2g} nats"
     return f"{config.learning_rate:g}"
 
 

@@ -97,7 +97,7 @@ def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progre
             rate = config.learning_rate
             if rate == "auto":
                 sample = random.Random(config.seed).sample(rows.train, min(config.batch_size, len(rows.train)))
-                rate = automatic_rate(trained, batches(sample, 1, tokenizer))
+                rate = automatic_rate(trained, batches(sample, 1, tokenizer), config)
                 if state.is_main_process:
                     progress.console.print(f"learning rate {rate:.3g}, chosen from the gradients before the first step")
             result = optimise(
