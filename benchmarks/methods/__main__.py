@@ -13,6 +13,7 @@ packages gguf and reasoning-gym, runs on the CPU or, if torch finds one, on a GP
 import argparse
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -42,6 +43,8 @@ def main() -> int:
     for part in args.only or ():
         if part not in known:
             parser.error(f"--only: {part} is no part of the suite {args.suite}; its parts: {', '.join(known)}")
+    if args.suite == "real" and not args.redraw and find_spec("reasoning_gym") is None:
+        parser.error("the suite real needs the tasks of a package: pip install reasoning-gym==0.1.25")
     results, failed = Results(args.out / "runs.jsonl"), 0
     if args.suite == "real":
         still_missing = partial(real.missing, args.only or known)

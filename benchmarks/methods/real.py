@@ -6,7 +6,6 @@ the loss on its task against what it has forgotten, over the learning rates. Par
     core    six methods on three tasks of `reasoning-gym`, which others have made
     fixed   the same at one rate for all, as in the paper
     rest    the other methods on these tasks, B frozen at the rank with as many trained weights, and a task of ours
-    words   classification with a real encoder, all-MiniLM-L6-v2, on two tasks with closed answers
 """
 
 import math
