@@ -23,7 +23,7 @@ from tests.support.demo import ADAPTER_AT_LEAST, BASE_AT_MOST, console, exact_ma
 from tests.support.server import astra_serve
 from trainer.embedded import tasks
 
-REAL = ["steps=80", "batch_size=8", "spectra=false"]  # about six minutes on two cores
+REAL = ["steps=80", "batch_size=8", "spectra=false", "forgetting_rows=16"]  # about six minutes on two cores
 
 
 def main() -> int:
