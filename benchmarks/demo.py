@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--real", action="store_true", help="SmolLM2-135M-Instruct instead of the embedded base")
     args = parser.parse_args()
     try:
-        base, settings = (bases.folder("smollm2"), REAL) if args.real else (demo.BASE, [f"steps={demo.STEPS}"])
+        base, settings = (bases.folder("smollm2"), REAL) if args.real else (demo.BASE, demo.SETTINGS)
     except AdapterError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2

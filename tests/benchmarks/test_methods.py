@@ -287,7 +287,7 @@ def test_in_the_shipped_results_the_first_loss_depends_on_the_seed_and_not_on_th
 def test_a_trial_runs_and_is_repeatable(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "ROWS", {"train": 16, "validation": 4, "test": 4})
     monkeypatch.setattr(evaluate, "_LENGTH", 16)  # of the base's own text
-    monkeypatch.setattr(run, "_rows", lambda task, split: tasks.rows(task, split, run.ROWS[split]))
+    monkeypatch.setattr(run, "_rows", lambda task, split, n: tasks.rows(task, split, n))
     trial = replace(TRIAL, method=method, calibration_rows=8)
     first, _ = run.execute(trial)
     if method == "tail":

@@ -18,7 +18,7 @@ from tests.support.server import Server, astra_serve, free_port
 from trainer.embedded import tasks
 
 # A completion and a chat; the demo trains the third, too, and all of them on more rows.
-TASKS, SETTINGS = ("sql", "intent"), ("steps=80", "batch_size=8")
+TASKS, SETTINGS = ("sql", "intent"), ("steps=80", "batch_size=8", "learning_rate=4e-3")
 
 
 @pytest.fixture(scope="session")
