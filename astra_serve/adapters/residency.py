@@ -4,8 +4,9 @@ The engine is never asked for more adapters than it has room for: the engine wou
 disk during a step, and die if the read failed. The engine reads a version only when this module asks for it.
 
 `schedule` says how long requests and publications wait. A load that fails is the version's own failure: its waiters get
-the reason, later requests get it at once, and only a new publication tries again. The engine itself ends a load that
-hangs (`--engine-timeout`). An exception of the loop ends the server.
+the reason, later requests get it at once, and only a publication or the reconciler tries again. An engine that is
+silent for `--engine-timeout`, such as in a load that hangs, is lost: the server ends. So it does at an exception of the
+loop.
 """
 
 import asyncio

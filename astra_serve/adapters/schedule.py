@@ -19,15 +19,18 @@ without a hold. Of several idle versions the least recently used one is evicted:
 evicted.
 
 When the head of the queue has waited `patience_s` and no version is idle, the version that has been resident for the
-longest time is marked: its new requests wait, and it is evicted when its last lease ends. If that takes longer than
-`mark_s` (one long stream), the version is resident again as if it had just been loaded, so that another version is
-marked next; the only candidate is marked again at once. A request is refused `wait_s` after it arrived, whether its
-version then waits, loads or is probed; a publication is refused `wait_s` after its version became the head of the
-queue. If every version in memory is pinned, all other versions are refused after `wait_s`.
+longest time is marked: its new requests wait, and it is evicted when its last lease ends. The mark ends when no version
+waits any more. If the lease takes longer than `mark_s` (one long stream), the version is resident again as if it had
+just been loaded, so that another version is marked next; the only candidate is marked again at once.
+
+A request is refused `wait_s` after it arrived, whether its version then waits, loads or is probed. A publication is
+refused when its version is the head, no version can be evicted for it, and `wait_s` has passed both since its oldest
+waiter came and since any version last left the queue; `patience_s` counts in the same way. It is not refused while four
+versions load. If every version in memory is pinned, all other versions are refused after `wait_s`.
 
 A version that is replaced, removed, or unloaded by an operator is evicted as soon as it is idle. The leases of a
 version that is replaced or removed get a deadline, and are cancelled then. A deadline is set once: later changes of the
-adapter do not move it. A lease of an older version of the rollback history begins without a deadline, and gets one when
+adapter do not move it, but it ends when the version is served again, as after a rollback. A lease of an older version of the rollback history begins without a deadline, and gets one when
 the version leaves the history.
 """
 
@@ -105,7 +108,7 @@ class Residence:
     adapts_head: bool = False
     allow_no_effect: bool = False
     seconds: dict[str, float] = field(default_factory=dict)  # the duration of the parts of its last load
-    failed: str | None = None  # why it cannot be served; a new publication tries again
+    failed: str | None = None  # why it cannot be served; a publication or the reconciler tries again
 
     @property
     def loaded(self) -> bool:
@@ -158,8 +161,8 @@ class Wait:
 def decide(residences: Collection[Residence], limits: Limits, head_since: float, now: float) -> Action | Wait:
     """Return the next action.
 
-    `head_since` is when a version last left the queue: no version has been its head for longer. Times are of the
-    server's clock.
+    `head_since` is when a version last left the queue, as its head or not: the waits of the head count from then at the
+    earliest. Times are of the server's clock.
     """
     for one in residences:
         if one.drain_until <= now:

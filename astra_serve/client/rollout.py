@@ -6,12 +6,14 @@
     flip      the document names the version by its digest (compare-and-swap of the entry); a canary ends
     serve     every replica has read the document, and serves the version
 
-The replicas work in parallel; the timeout holds for each step and replica.
+The replicas work in parallel; the timeout holds for each step and replica, and every single answer but that of `prepare`
+may take at most 30 s.
 
-If anything fails after the flip, a signal included, the document's entry is restored, with the digest of the version
-that was served, or removed if there was none. An entry that somebody else has changed since the flip stays as it is.
-The replicas that answer are waited for, at most 60 s; a second signal does not interrupt that. A rollout that is killed
-leaves the new document or the old one, complete, and the replicas follow it.
+If anything fails after the flip, a signal included, the document's entry is restored, or removed if there was none. An
+old entry without a digest gets that of the version that was served, if all replicas served the same. An entry that
+somebody else has changed since the flip stays as it is, and so does a new entry that was there before the flip. The
+store is tried for 60 s, and then the replicas that answer are waited for, 60 s each; a second signal does not interrupt
+that. A rollout that is killed leaves the new document or the old one, complete, and the replicas follow it.
 """
 
 import asyncio

@@ -99,7 +99,8 @@ class Control:
         """Serve the adapter at `source` as `name`; the version that served becomes the first of its rollback history.
 
         Raises ServeError: NotPublished with the reason when the version is not served. If that was found after the
-        write, the entry is written back, with the digest of the version that served; the error says if that failed.
+        write, the entry is written back; if it had no digest, with that of the version that served. The error says if
+        that failed.
         Conflict when somebody else has changed the entry: their entry is followed.
         """
 
