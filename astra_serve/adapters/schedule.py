@@ -30,8 +30,8 @@ versions load. If every version in memory is pinned, all other versions are refu
 
 A version that is replaced, removed, or unloaded by an operator is evicted as soon as it is idle. The leases of a
 version that is replaced or removed get a deadline, and are cancelled then. A deadline is set once: later changes of the
-adapter do not move it, but it ends when the version is served again, as after a rollback. A lease of an older version of the rollback history begins without a deadline, and gets one when
-the version leaves the history.
+adapter do not move it, but it ends when the version is served again, as after a rollback. A lease of an older version
+of the rollback history begins without a deadline, and gets one when the version leaves the history.
 """
 
 import asyncio

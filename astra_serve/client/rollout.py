@@ -6,8 +6,8 @@
     flip      the document names the version by its digest (compare-and-swap of the entry); a canary ends
     serve     every replica has read the document, and serves the version
 
-The replicas work in parallel; the timeout holds for each step and replica, and every single answer but that of `prepare`
-may take at most 30 s.
+The replicas work in parallel; the timeout holds for each step and replica, and every single answer but that of
+`prepare` may take at most 30 s.
 
 If anything fails after the flip, a signal included, the document's entry is restored, or removed if there was none. An
 old entry without a digest gets that of the version that was served, if all replicas served the same. An entry that
