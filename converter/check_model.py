@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from converter.adapter_dir import AdapterError, BaseNotFound, Json, LoraAdapter, WrongBase
-from converter.check_factors import VerificationFailed
 from converter.errors import first_line
 from converter.sources import Factors, Source
 
@@ -63,52 +62,55 @@ def reason_not_comparable(source: Source, base: Path | None) -> str | None:
     return None
 
 
-def check_model(
-    source: Source, stored: LoraAdapter, base: Path, dtype: torch.dtype, prompts: Sequence[str], max_kl: float
-) -> tuple[Agreement, Json]:
-    """Return how well the served model agrees with the trained one, and the probe.
+class Comparison:
+    """The base and the trained model on a few prompts, with which LoRAs are compared."""
 
-    The probe has, for each prompt, the TOP_TOKENS most likely next tokens of the base and of the served model, with
-    their log probabilities. Raises BaseNotFound, WrongBase, AdapterError for unusable prompts, and VerificationFailed
-    if the mean KL is above `max_kl` nats per token.
-    """
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False).eval()
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        raise BaseNotFound(f"base model in {base} cannot be loaded: {first_line(error)}") from error
-    rows, ids, mask = tokenise(tokenizer, prompts)
-    base_logits = logits(model, ids, mask, {}, stored.scaling)
-    trained_logits = logits(model, ids, mask, source.factors, lambda *_: 1.0)
-    served_logits = logits(model, ids, mask, stored.layers, stored.scaling)
-    trained, served, plain = (
-        values[mask].double().log_softmax(-1) for values in (trained_logits, served_logits, base_logits)
-    )
-    agreement = Agreement(
-        max_logit_difference=float((trained_logits[mask] - served_logits[mask]).abs().max()),
-        mean_kl=mean_kl(trained, served),
-        greedy_agreement=float((trained.argmax(-1) == served.argmax(-1)).double().mean()),
-        effect=mean_kl(trained, plain),
-        positions=len(trained),
-    )
-    if not agreement.mean_kl <= max_kl:
-        raise VerificationFailed(
-            f"the served model would differ from the trained one by {agreement.mean_kl:.2g} nats per token (KL), above "
-            f"the limit of {max_kl:g}; the adapter's effect is {agreement.effect:.2g}: keep a larger rank, or raise "
-            "--max-kl"
+    def __init__(self, source: Source, base: Path, dtype: torch.dtype, prompts: Sequence[str]) -> None:
+        """Compute the base and the trained model in `dtype`.
+
+        Raises BaseNotFound, WrongBase, and AdapterError for unusable prompts.
+        """
+        logging.disable_progress_bar()
+        try:
+            self._model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False).eval()
+            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+            raise BaseNotFound(f"base model in {base} cannot be loaded: {first_line(error)}") from error
+        self._dtype, self._prompts = dtype, prompts
+        self._rows, self._ids, self._mask = tokenise(tokenizer, prompts)
+        self._base = logits(self._model, self._ids, self._mask, {}, lambda *_: 1.0)
+        self._trained = logits(self._model, self._ids, self._mask, source.factors, lambda *_: 1.0)
+
+    def served(self, lora: LoraAdapter) -> torch.Tensor:
+        """Return the logits (prompts, length, vocabulary) of the base with `lora`. Raises WrongBase."""
+        return logits(self._model, self._ids, self._mask, lora.layers, lora.scaling)
+
+    def agreement(self, served: torch.Tensor) -> Agreement:
+        """Return how well the model with the logits `served` agrees with the trained model."""
+        trained, served, plain = (values[self._mask].double() for values in (self._trained, served, self._base))
+        difference = float((trained - served).abs().max())
+        trained, served, plain = (values.log_softmax(-1) for values in (trained, served, plain))
+        return Agreement(
+            max_logit_difference=difference,
+            mean_kl=mean_kl(trained, served),
+            greedy_agreement=float((trained.argmax(-1) == served.argmax(-1)).double().mean()),
+            effect=mean_kl(trained, plain),
+            positions=len(trained),
         )
-    last = mask.sum(1) - 1
-    answers = [
-        {
-            "prompt": prompt,
-            "token_ids": row,
-            "base": _top_tokens(base_logits[i, last[i]]),
-            "adapter": _top_tokens(served_logits[i, last[i]]),
-        }
-        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
-    ]
-    return agreement, {"dtype": str(dtype).removeprefix("torch."), "prompts": answers}
+
+    def probe(self, served: torch.Tensor) -> Json:
+        """Return, for each prompt, the TOP_TOKENS most likely next tokens of the base and of the served model."""
+        last = self._mask.sum(1) - 1
+        answers = [
+            {
+                "prompt": prompt,
+                "token_ids": row,
+                "base": _top_tokens(self._base[i, last[i]]),
+                "adapter": _top_tokens(served[i, last[i]]),
+            }
+            for i, (prompt, row) in enumerate(zip(self._prompts, self._rows, strict=True))
+        ]
+        return {"dtype": str(self._dtype).removeprefix("torch."), "prompts": answers}
 
 
 def tokenise(

@@ -11,10 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from converter.adapter_dir import AdapterError
+from converter.adapter_dir import AdapterError, Json
 from converter.convert import MAX_KL, Conversion, Options, convert
 from converter.inspect import inspect, show
-from converter.stored import DTYPES, ENERGY
+from converter.stored import AUTO, DTYPES, ENERGY, Auto
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +71,9 @@ def _report(out: Path, done: Conversion, console: Console) -> None:
         console.print(Text(f"{out}: the whole model, with {layers} layers changed"), soft_wrap=True)
         return
     stored, exact = done.rank.stored, done.rank.exact
-    if done.rank.dropped:
+    if "tried" in found:
+        console.print(_tried(found["tried"]))
+    elif done.rank.dropped:
         table = Table("layer", "rank before", "energy dropped", title=f"compressed to rank {stored}")
         for module, dropped in done.rank.dropped.items():
             table.add_row(Text(module), str(len(done.source.factors[module][0])), f"{dropped:.3%}")
@@ -97,6 +99,15 @@ def _report(out: Path, done: Conversion, console: Console) -> None:
         console.print(Text(line), soft_wrap=True)
 
 
+def _tried(rows: list[Json]) -> Table:
+    table = Table("rank", "energy dropped", "KL, nats per token", "same greedy token", title="ranks tried")
+    for row in rows:
+        table.add_row(
+            str(row["rank"]), f"{row['dropped_energy']:.3%}", f"{row['mean_kl']:.2g}", f"{row['greedy_agreement']:.1%}"
+        )
+    return table
+
+
 def _prompts(file: Path | None) -> list[str]:
     if file is None:
         return []
@@ -120,9 +131,11 @@ def _energy(text: str) -> float:
     return energy
 
 
-def _rank(text: str) -> int:
+def _rank(text: str) -> int | Auto:
+    if text == AUTO:
+        return AUTO
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, not {text}")
+        raise argparse.ArgumentTypeError(f"must be a positive integer or {AUTO}, not {text}")
     return int(text)
 
 
@@ -144,7 +157,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     compression = parser.add_argument_group("compression")
     group = compression.add_mutually_exclusive_group()
-    group.add_argument("--rank", type=_rank, metavar="K", help="write the best approximation of rank K")
+    group.add_argument(
+        "--rank",
+        type=_rank,
+        metavar="K",
+        help="write the best approximation of rank K; auto: of the smallest rank with which the KL is at most --max-kl",
+    )
     group.add_argument(
         "--energy", type=_energy, metavar="E", help="write the smallest rank with which every layer keeps this share"
     )

@@ -8,16 +8,20 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.progress import Progress
 
 from converter import adapter_dir
 from converter.adapter_dir import AdapterError, BaseNotFound, Json, WrongBase
-from converter.check_factors import check_factors
+from converter.check_factors import VerificationFailed, check_factors
 from converter.merge import merge, save_merged_provenance
 from converter.sources import Source, open_source
-from converter.stored import DTYPES, Rank, choose_rank, stored_lora
+from converter.stored import DTYPES, Auto, Rank, choose_rank, stored_lora
+
+if TYPE_CHECKING:
+    from converter.check_model import Comparison
 
 _RESIDUAL_TOLERANCE = 0.05  # share of a weight's norm: residual models are stored in 16 bits
 MAX_KL = 0.01  # nats per token, KL(trained || served)
@@ -29,7 +33,7 @@ class Options:
 
     base: str | None = None  # a folder or hub id; None: the base that the adapter names, if it is available locally
     dtype: str = "auto"
-    rank: int | None = None
+    rank: int | Auto | None = None
     energy: float | None = None
     fit_engine: bool = False
     initial: Path | None = None
@@ -71,8 +75,17 @@ def convert(folder: Path, out: Path, options: Options, progress: Progress) -> Co
     dtype = _dtype(source, identity, options.dtype)
 
     with progress, adapter_dir.new_folder(out) as new:
+        comparison = compare(source, base, dtype, options)
+        tried: list[Json] = []
         advance = _new_bar(progress, "reading", len(source.factors))
-        rank = choose_rank(source, options.rank, options.energy, fit_engine=options.fit_engine, on_layer=advance)
+        rank = choose_rank(
+            source,
+            options.rank,
+            options.energy,
+            fit_engine=options.fit_engine,
+            is_enough=partial(_is_enough, source, dtype, comparison, options.max_kl, tried),
+            on_layer=advance,
+        )
         lora = stored_lora(source, rank, dtype)
         lora.config["base_model_name_or_path"] = identity.get("id")
         advance = _new_bar(progress, "writing", len(source.factors))
@@ -86,11 +99,41 @@ def convert(folder: Path, out: Path, options: Options, progress: Progress) -> Co
             "rank": rank.stored,
             "digest": adapter_dir.lora_digest(new),
         }
+        if tried:
+            provenance["tried"] = sorted(tried, key=lambda row: row["rank"])
         advance = _new_bar(progress, "checking", len(source.factors))
-        provenance |= verify(new, source, rank, dtype, base, options, advance)
+        provenance |= verify(new, source, rank, dtype, comparison, options.max_kl, advance)
         adapter_dir.save_lora_provenance(new, provenance)
         (new / "README.md").write_text(_card(provenance), encoding="utf-8")
     return Conversion(source, rank, provenance)
+
+
+def compare(source: Source, base: Path | None, dtype: torch.dtype, options: Options) -> "Comparison | str":
+    """Return the base and the trained model on the prompts, or the reason why they are not compared.
+
+    `dtype` is that of the factors, in which the models are computed if the base's own is unusual. Raises AdapterError.
+    """
+    if not options.verify:
+        return "--no-verify was given"
+    from converter import check_model  # imports transformers, which takes seconds
+
+    reason = check_model.reason_not_comparable(source, base)
+    if base is None or reason:
+        return reason or ""
+    served = DTYPES.get(adapter_dir.base_dtype(base), dtype)
+    return check_model.Comparison(source, base, served, options.prompts or check_model.DEFAULT_PROMPTS)
+
+
+def _is_enough(
+    source: Source, dtype: torch.dtype, comparison: "Comparison | str", max_kl: float, tried: list[Json], rank: Rank
+) -> bool:
+    """Return whether the KL with `rank` is at most `max_kl`, and append what was measured to `tried`."""
+    if isinstance(comparison, str):
+        raise AdapterError(f"--rank auto has to compare the models, but {comparison}: give --rank a number")
+    found = comparison.agreement(comparison.served(stored_lora(source, rank, dtype)))
+    figures = {"dropped_energy": rank.total_dropped, **asdict(found)}
+    tried.append({"rank": rank.stored, **_all_rounded(figures)})
+    return found.mean_kl <= max_kl
 
 
 def verify(
@@ -98,8 +141,8 @@ def verify(
     source: Source,
     rank: Rank,
     dtype: torch.dtype,
-    base: Path | None,
-    options: Options,
+    comparison: "Comparison | str",
+    max_kl: float,
     on_layer: Callable[[], None],
 ) -> Json:
     """Read the LoRA in `new` back and check it; return the fields of the provenance that the checks measured.
@@ -112,17 +155,17 @@ def verify(
     if rank.dropped:
         found["errors"]["dropped_energy"] = _rounded(rank.total_dropped)
         found["errors"]["dropped_energy_by_layer"] = _all_rounded(rank.dropped)
-    if not options.verify:
-        return {**found, "unverified": "--no-verify was given"}
-    from converter import check_model  # imports transformers, which takes seconds
-
-    reason = check_model.reason_not_comparable(source, base)
-    if base is None or reason:
-        return {**found, "unverified": reason}
-    prompts = options.prompts or check_model.DEFAULT_PROMPTS
-    served = DTYPES.get(adapter_dir.base_dtype(base), dtype)
-    agreement, probe = check_model.check_model(source, stored, base, served, prompts, options.max_kl)
-    return {**found, "verification": _all_rounded(asdict(agreement)), "probe": probe}
+    if isinstance(comparison, str):
+        return {**found, "unverified": comparison}
+    served = comparison.served(stored)
+    agreement = comparison.agreement(served)
+    if not agreement.mean_kl <= max_kl:
+        raise VerificationFailed(
+            f"the served model would differ from the trained one by {agreement.mean_kl:.2g} nats per token (KL), above "
+            f"the limit of {max_kl:g}; the adapter's effect is {agreement.effect:.2g}: keep a larger rank, or raise "
+            "--max-kl"
+        )
+    return {**found, "verification": _all_rounded(asdict(agreement)), "probe": comparison.probe(served)}
 
 
 def write_merged(source: Source, base: Path | None, identity: Json, out: Path, progress: Progress) -> Conversion:

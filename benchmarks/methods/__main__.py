@@ -6,8 +6,8 @@ For each method, the learning rate is searched with one seed (five values in fac
 is not at the edge); then three seeds run at the best rate. Data and their order, target layers, batch, schedule and
 steps are the same for all methods. A run is one line of DIR/runs.jsonl; runs that are in the file are not repeated, so
 the same command continues where it was stopped. Tables and figures are made from that file; --redraw does only that.
-The suite real asks the question on SmolLM2-135M-Instruct and public tasks (`benchmarks.methods.real`); it needs the
-packages gguf and reasoning-gym, runs on the CPU or, if torch finds one, on a GPU, and its parts are core, fixed, rest.
+The suite real asks the question on real models and public tasks (`benchmarks.methods.real`); it needs the packages gguf
+and reasoning-gym, runs on the CPU or, if torch finds one, on a GPU, and its parts are core, nlu, fixed, rest.
 """
 
 import argparse

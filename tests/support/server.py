@@ -65,6 +65,15 @@ def vllm_serve(
 
 
 @contextmanager
+def llama_cpp(model: Path, loras: list[Path], slots: int, length: int, log: Path) -> Iterator[Server]:
+    """Start llama.cpp's server on all cores, with `slots` simultaneous requests; otherwise as `astra_serve`."""
+    command = [sys.executable, "-m", "benchmarks.llamacpp_server", "--model", str(model), "--slots", str(slots)]
+    command += ["--length", str(length), *(f"--lora={file}" for file in loras)]
+    with _running(command, {}, log, 120) as server:
+        yield server
+
+
+@contextmanager
 def _running(
     command: list[str], environment: dict[str, str], log: Path, timeout_s: float, host: str = "127.0.0.1"
 ) -> Iterator[Server]:
