@@ -59,4 +59,4 @@ check: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv demo-out
+	rm -rf .venv demo-out demo-real-out

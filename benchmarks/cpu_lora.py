@@ -1,10 +1,10 @@
 """How fast does a CPU serve adapters, compared with the same engine without LoRA and with vLLM's own CPU LoRA path?
 
-    python -m benchmarks.cpu_lora --out FILE.json [--quick] [--models 20M 300M]
+    python -m benchmarks.cpu_lora --out FILE.json [--quick] [--models 20M 300M] [--base DIR] [--ranks 16 64]
     python -m benchmarks.cpu_lora --redraw FILE.json
 
-Cases: Llamas of about 20 M and 300 M parameters with random weights; 1, 4 and 16 adapters of rank 16 and 64; 1 and 32
-simultaneous requests.
+Cases: Llamas of about 20 M and 300 M parameters with random weights, or the model in the folder --base; 1, 4 and 16
+adapters of rank 16 and 64 with random weights; 1 and 32 simultaneous requests.
 
     decode   prompts of 16 tokens, then 32 steps: output tokens per second of those steps
     prefill  prompts of 450 tokens (128 with 32 requests), one output token each: prompt tokens per second until the
@@ -22,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,22 +47,19 @@ from benchmarks.offline_engine import Engine, Load, Speed, engine
 from benchmarks.random_models import SHAPES, save_llama, save_random_lora
 
 SEED = 0
-ADAPTERS, RANKS, CONCURRENCIES = (1, 4, 16), (16, 64), (1, 32)
+ADAPTERS, RANKS, CONCURRENCIES, KINDS = (1, 4, 16), (16, 64), (1, 32), ("decode", "prefill")
 REPEATS, STOCK_REPEATS = 5, 2
 console = Console()
 
 
 @dataclass(frozen=True)
 class Case:
-    model: str
+    model: str  # of SHAPES, or the name of the folder --base
     rank: int
     adapters: int
     kind: str  # "decode" or "prefill"
     concurrency: int
-
-    @property
-    def headline(self) -> bool:
-        return (self.rank, self.adapters, self.kind, self.concurrency) == (64, 4, "decode", 32)
+    headline: bool  # the case of the summary: the largest rank, 4 adapters, decode, 32 requests
 
     @property
     def repeats(self) -> int:
@@ -85,6 +83,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument("--models", nargs="+", choices=tuple(SHAPES), help="default: both; with --quick: 20M")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="a model folder, instead of --models")
+    parser.add_argument("--ranks", nargs="+", type=int, default=RANKS, help="default: 16 64")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="default: both")
+    parser.add_argument("--no-stock", action="store_true", help="leave vLLM's own CPU path, which is slow, out")
     parser.add_argument("--quick", action="store_true", help="smoke run: only the headline case, decode and prefill")
     parser.add_argument("--redraw", type=Path, metavar="FILE.json", help="only draw the plot of an existing result")
     args = parser.parse_args()
@@ -93,17 +95,20 @@ def main() -> int:
         return 0
     if not args.out:
         parser.error("--out FILE.json is needed")
-    models = args.models or (["20M"] if args.quick else list(SHAPES))
-    grid = itertools.product(models, RANKS, ADAPTERS, ("decode", "prefill"), CONCURRENCIES)
-    quick = {"rank": 64, "adapters": 4, "concurrency": 32}
-    cases = [case for case in itertools.starmap(Case, grid) if not args.quick or quick.items() <= asdict(case).items()]
+    models = [args.base.name] if args.base else args.models or (["20M"] if args.quick else list(SHAPES))
+    cases = grid(models, args.ranks, args.kinds)
+    if args.quick:
+        cases = [c for c in cases if (c.rank, c.adapters, c.concurrency) == (max(args.ranks), 4, 32)]
     started = time.monotonic()
     machine = peaks()
     with tempfile.TemporaryDirectory(prefix="astra-cpu-lora-") as scratch, progress() as bar:
         task = bar.add_task("engines", total=len(cases))
         rows = []
+        bases = {model: args.base or Path(scratch) / model for model in models}
+        for model in [] if args.base else models:
+            save_llama(bases[model], model)
         for (model, rank), group in itertools.groupby(cases, key=lambda case: (case.model, case.rank)):
-            rows += measure(list(group), Path(scratch), model, rank, machine, bar, task)
+            rows += measure(list(group), Path(scratch), bases[model], rank, machine, bar, task, stock=not args.no_stock)
     env = report.environment(SEED) | {"minutes": round((time.monotonic() - started) / 60, 1)}
     result = {"summary": summarise(rows, machine), "cases": rows, "env": env}
     report.write(args.out, **result)
@@ -111,6 +116,12 @@ def main() -> int:
     show(rows)
     console.print_json(json.dumps(result["summary"]))
     return 0
+
+
+def grid(models: Sequence[str], ranks: Sequence[int], kinds: Sequence[str]) -> list[Case]:
+    """Return all cases, those of a model and rank together."""
+    product = itertools.product(models, ranks, ADAPTERS, kinds, CONCURRENCIES)
+    return [Case(*case, headline=case[1:] == (max(ranks), 4, "decode", 32)) for case in product]
 
 
 def progress() -> Progress:
@@ -121,12 +132,18 @@ def progress() -> Progress:
 
 
 def measure(
-    cases: list[Case], scratch: Path, model: str, rank: int, machine: dict[str, float], bar: Progress, task: TaskID
+    cases: list[Case],
+    scratch: Path,
+    base: Path,
+    rank: int,
+    machine: dict[str, float],
+    bar: Progress,
+    task: TaskID,
+    *,
+    stock: bool,
 ) -> list[dict[str, Any]]:
     """Start the engines of one model and rank, run `cases` on them, and return one row per case."""
-    base = scratch / model
-    if not base.exists():
-        save_llama(base, model)
+    model = cases[0].model
     loras = [scratch / f"{model}-r{rank}-{i}" for i in range(max(case.adapters for case in cases))]
     sizes = [save_random_lora(folder, base, rank, seed) for seed, folder in enumerate(loras)]
     common = {"kv_cache_memory_bytes": 2**30, "max_model_len": 1024}
@@ -134,8 +151,9 @@ def measure(
     kinds: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         "base": (common, {}),
         "ours": (with_lora, {"ASTRA_CPU_LORA": "1"}),
-        "stock": (with_lora, {"ASTRA_CPU_LORA": "0"}),
     }
+    if stock:
+        kinds["stock"] = (with_lora, {"ASTRA_CPU_LORA": "0"})
     if any(case.headline for case in cases):
         kinds["eager"] = (with_lora | {"enforce_eager": True}, {"ASTRA_CPU_LORA": "1"})
     rows = []
@@ -196,10 +214,11 @@ def row(case: Case, speeds: dict[str, list[Speed]], lora_parameters: int, machin
         result[f"{kind}_tok_s"] = round(statistics.median(rates[kind]), 1)
         if same_prompts or kind != "stock":
             result[f"{kind}_ttft_ms"] = round(1e3 * statistics.median(ttft[kind]), 1)
-    result["vs_stock"] = round(_ratio(rates["ours"], rates["stock"]), 2)
+    if "stock" in rates:
+        result["vs_stock"] = round(_ratio(rates["ours"], rates["stock"]), 2)
     result["vs_base"] = round(_ratio(rates["ours"], rates["base"]), 3)
     result["ttft_vs_base"] = round(_ratio(ttft["ours"], ttft["base"]), 3)
-    if same_prompts:
+    if same_prompts and "stock" in ttft:
         result["ttft_vs_stock"] = round(_ratio(ttft["ours"], ttft["stock"]), 3)
     if "eager" in speeds:
         result["compiled_vs_eager"] = round(_ratio(rates["ours"], rates["eager"]), 3)
@@ -244,14 +263,16 @@ def peaks() -> dict[str, float]:
 def summarise(rows: list[dict[str, Any]], machine: dict[str, float]) -> dict[str, Any]:
     """Return the figures of the largest model's headline case, and the figures of the other targets."""
 
+    ranked = {row["rank"] for row in rows if row["headline"]}
+
     def find(model: str, **wanted: Any) -> dict[str, Any]:
-        chosen = {"rank": 64, "adapters": 4, "kind": "decode", "concurrency": 32, "model": model} | wanted
-        matching = [row for row in rows if all(row[key] == value for key, value in chosen.items())]
+        chosen = {"adapters": 4, "kind": "decode", "concurrency": 32, "model": model} | wanted
+        matching = [r for r in rows if r["rank"] in ranked and all(r[key] == value for key, value in chosen.items())]
         return matching[0] if matching else {}
 
-    model = max((row["model"] for row in rows), key=list(SHAPES).index)
-    summary = {key: value for key, value in find(model).items() if not isinstance(value, dict)}
-    if summary["stock_tok_s"]:
+    model = next(row["model"] for row in reversed(rows) if row["headline"])  # the last one is the largest
+    summary = {key: value for key, value in find(model).items() if not isinstance(value, dict) and key != "headline"}
+    if summary.get("stock_tok_s"):
         summary["vs_stock_if_lora_were_free"] = round(summary["base_tok_s"] / summary["stock_tok_s"], 2)
     summary["vs_base_20M"] = find("20M").get("vs_base")
     summary["prefill_450_time_vs_base"] = find(model, kind="prefill", concurrency=1).get("ttft_vs_base")
@@ -278,7 +299,7 @@ def plot(result: dict[str, Any], out: Path) -> None:
         for k, (engine_name, label) in enumerate(
             (("base", "base, no LoRA"), ("ours", "astra"), ("stock", "vLLM's CPU LoRA"))
         ):
-            heights = [row[f"{engine_name}_tok_s"] for row in rows]
+            heights = [row.get(f"{engine_name}_tok_s", 0) for row in rows]
             bars = axis.bar([x + 0.28 * (k - 1) for x in range(len(rows))], heights, 0.26, label=label)
             axis.bar_label(bars, fmt="%.0f", fontsize=7)
         axis.set_xticks(range(len(rows)), [f"{row['adapters']} x r{row['rank']}" for row in rows])

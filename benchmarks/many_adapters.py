@@ -1,6 +1,6 @@
 """With many adapters and few of them resident: are all answers right, how long are waits, how much throughput is lost?
 
-    python -m benchmarks.many_adapters --out FILE.json [--quick] [--adapter DIR]
+    python -m benchmarks.many_adapters --out FILE.json [--quick] [--adapter DIR [--base DIR]]
 
 200 adapters, of which 8 can be resident in the engine, and 16 clients that send requests without a pause, half of them
 streaming. Clients choose adapters by Zipf's law: the first one gets 200 times as many requests as the last one. The
@@ -64,8 +64,11 @@ def main() -> int:
     parser.add_argument("--repetitions", type=int, default=4, help="turns of each server (default: 4)")
     parser.add_argument("--seconds", type=float, default=40, help="seconds per turn (default: 40)")
     parser.add_argument("--quick", action="store_true", help="smoke run: 24 adapters, 4 resident, 6 s")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA of the embedded base")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA of the base")
+    parser.add_argument("--base", type=Path, default=demo.BASE, help="(default: the embedded base)")
     args = parser.parse_args()
+    if args.base != demo.BASE and not args.adapter:
+        parser.error("--base needs --adapter, a LoRA of it")
     if args.quick:
         args.adapters, args.places, args.repetitions, args.seconds = 24, 4, 1, 6.0
     env = report.environment(SEED)
@@ -74,7 +77,7 @@ def main() -> int:
         adapters = make(args.adapter or _train(folder), args.adapters, folder / "adapters")
         rivals = [
             Rival(name, server, Load(server.url, CLIENTS, _pick(list(adapters)), lambda *_: None, TOKENS))
-            for name, server in _start(stack, adapters, args.places, folder)
+            for name, server in _start(stack, args.base, adapters, args.places, folder)
         ]
         known = asyncio.run(_known_answers(rivals, list(adapters)))
         asyncio.run(measure(rivals, known, args.repetitions, args.seconds))
@@ -100,9 +103,11 @@ def make(trained: Path, count: int, folder: Path) -> dict[str, Path]:
     return found
 
 
-def _start(stack: ExitStack, adapters: dict[str, Path], places: int, folder: Path) -> list[tuple[str, Server]]:
+def _start(
+    stack: ExitStack, folder_of_base: Path, adapters: dict[str, Path], places: int, folder: Path
+) -> list[tuple[str, Server]]:
     """Start the three servers one after the other, and return them by name."""
-    base = str(demo.BASE)
+    base = str(folder_of_base)
     with console.status("starting astra-serve, which loads and probes every adapter once"):
         named = [f"--adapter={name}={path}" for name, path in adapters.items()]
         options = ["--base", base, *named, "--max-loras", str(places), "--resident", str(places), "--enforce-eager"]

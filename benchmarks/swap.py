@@ -1,6 +1,6 @@
 """Does a swap of adapters under load give wrong answers, or cost throughput? Compared with vLLM's `load_inplace`.
 
-    python -m benchmarks.swap --out FILE.json [--quick] [--swaps 1000] [--every 1] [--adapters DIR DIR]
+    python -m benchmarks.swap --out FILE.json [--quick] [--swaps 1000] [--every 1] [--adapters DIR DIR [--base DIR]]
 
 One public name is swapped between two adapters whose greedy answers differ, once a second, while clients request it
 without a pause, half of them streaming. Every answer is compared with the known answer of the version that it names
@@ -52,37 +52,40 @@ def main() -> int:
     parser.add_argument("--swaps", type=int, default=1000, help="number of swaps (default: 1000)")
     parser.add_argument("--every", type=float, default=1.0, help="seconds from one swap to the next (default: 1)")
     parser.add_argument("--quick", action="store_true", help="smoke run: 40 swaps, 2 s of warm-up")
-    parser.add_argument("--adapters", nargs=2, type=Path, metavar="DIR", help="two LoRAs of the embedded base")
+    parser.add_argument("--adapters", nargs=2, type=Path, metavar="DIR", help="two LoRAs of the base")
+    parser.add_argument("--base", type=Path, default=demo.BASE, help="(default: the embedded base)")
     parser.add_argument("--no-stock", action="store_true", help="do not measure the rival")
     args = parser.parse_args()
+    if args.base != demo.BASE and not args.adapters:
+        parser.error("--base needs --adapters, two LoRAs of it")
     pace = Pace(40, args.every, 2.0) if args.quick else Pace(args.swaps, args.every, WARM_UP_S)
     env = report.environment(SEED)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         adapters = args.adapters or train_adapters(folder)
-        cases = [asyncio.run(ours(folder, adapters, pace))]
+        cases = [asyncio.run(ours(folder, args.base, adapters, pace))]
         if not args.no_stock:
-            cases.append(asyncio.run(stock(folder, adapters, pace)))
+            cases.append(asyncio.run(stock(folder, args.base, adapters, pace)))
     report.write(args.out, summarise(cases), cases, env)
     show(cases)
     return 0
 
 
-async def ours(folder: Path, adapters: list[Path], pace: Pace) -> dict[str, Any]:
+async def ours(folder: Path, base: Path, adapters: list[Path], pace: Pace) -> dict[str, Any]:
     """Start `astra-serve` with an empty document, swap under load, and return the measurements."""
     admin = free_port()
     os.environ["ASTRA_ADMIN_TOKEN"] = TOKEN
-    options = ["--base", str(demo.BASE), "--adapters", str(folder / "adapters.yaml"), "--store", str(folder / "store")]
+    options = ["--base", str(base), "--adapters", str(folder / "adapters.yaml"), "--store", str(folder / "store")]
     options += ["--admin-port", str(admin), "--max-loras", "4", "--enforce-eager"]
     with astra_serve(options, folder / "ours.log") as server:
         return await swapped(server, admin, TOKEN, adapters, pace)
 
 
-async def stock(folder: Path, adapters: list[Path], pace: Pace) -> dict[str, Any]:
+async def stock(folder: Path, base: Path, adapters: list[Path], pace: Pace) -> dict[str, Any]:
     """Start vLLM's server, swap by replacing one folder's files and `load_inplace`, and return the measurements."""
     place = folder / "inplace"
     shutil.copytree(adapters[0], place)
-    options = ["--model", str(demo.BASE), "--enforce-eager", "--served-model-name", "base", "--enable-lora"]
+    options = ["--model", str(base), "--enforce-eager", "--served-model-name", "base", "--enable-lora"]
     options += ["--max-lora-rank", "64", "--max-loras", "4"]
     confirmed: list[tuple[float, int]] = []  # time of each confirmed swap, and the adapter's number
     with vllm_serve(options, folder / "stock.log", {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}) as server:

@@ -10,7 +10,7 @@ from benchmarks.cpu_lora import Case
 from benchmarks.offline_engine import Speed
 
 MACHINE = {"read_gb_s": 20.0, "bf16_gflop_s": 400.0}
-HEADLINE = Case("300M", rank=64, adapters=4, kind="decode", concurrency=32)
+HEADLINE = Case("300M", rank=64, adapters=4, kind="decode", concurrency=32, headline=True)
 
 
 def speeds(decode: list[float]) -> list[Speed]:
@@ -35,7 +35,7 @@ def test_the_shortest_step_is_the_longer_one_of_reading_and_arithmetic(row: dict
     assert row["base_step_ms"] == 100.0  # 32 tokens at 320 tokens/s
     assert row["lora_step_floor_ms"] == 4.0  # four adapters of 20 MB at 20 GB/s; 0.64 GFLOP take 1.6 ms
     assert row["floor_vs_base"] == pytest.approx(100 / 104, abs=1e-3)
-    many = Case("300M", rank=64, adapters=1, kind="decode", concurrency=32)
+    many = Case("300M", rank=64, adapters=1, kind="decode", concurrency=32, headline=True)
     found = cpu_lora.row(many, {k: speeds([320]) for k in ("base", "ours", "stock")}, 10**7, MACHINE)
     assert found["lora_step_floor_ms"] == 1.6
 
