@@ -5,8 +5,8 @@
 The model is SmolLM2-135M-Instruct: bfloat16 here; for llama.cpp the same weights as F16, and the original GGUF file
 (Q4_1), from which both were made. Adapters are LoRAs of rank 16 on every linear layer with random weights, which
 llama.cpp gets as its own adapter files; a client chooses one of them for each request, in turn. Clients send prompts of
-about 16 tokens and get exactly 64 tokens. The servers run side by side and take turns; a ratio is the median of the
-ratios of the repetitions.
+about 25 tokens and get exactly 64 tokens. The servers run side by side and take turns; a ratio is the median of the
+ratios of the repetitions. The answers of the base are compared, too: they should begin alike.
 
 llama.cpp comes with the package xllamacpp (pip install xllamacpp==2026.10.11549), whose code is built for AVX2.
 """
@@ -79,7 +79,7 @@ def main() -> int:
         rivals = start(stack, Path(temporary), args.gguf, max(args.adapters), max(args.clients))
         agreement = asyncio.run(measure(rivals, args.adapters, args.clients, args.repetitions))
     cases = [case(rivals, *key) for key in itertools.product(args.adapters, args.clients)]
-    summary = {"same_start_of_answers": agreement}
+    summary: dict[str, Any] = {"same_start_of_answers": agreement}
     for row in cases:
         label = f"adapters_{row['adapters']}_clients_{row['clients']}"
         summary |= {f"{label}_{key}": row[key] for key in ("ours_tok_s", "llamacpp_tok_s", "ratio", "ratio_q4")}
@@ -106,12 +106,13 @@ def start(stack: ExitStack, folder: Path, file: Path | None, adapters: int, clie
         ours = stack.enter_context(astra_serve(options, folder / "ours.log"))
     models: dict[int | None, dict[str, Any]] = {i: {"model": f"lora{i}"} for i in range(adapters)}
     rivals = [Rival(OURS, ours, {None: {"model": base.name}, **models})]
+    off = [{"id": i, "scale": 0.0} for i in range(adapters)]  # an empty list would mean all adapters
     chosen: dict[int | None, dict[str, Any]] = {i: {"lora": [{"id": i, "scale": 1.0}]} for i in range(adapters)}
     for name, model in ((F16, folder / "f16.gguf"), (Q4, file)):
         with console.status(f"starting {name}"):
             log = folder / f"{model.stem}.log"
             server = stack.enter_context(llama_cpp(model, files, clients, 256, log))
-        rivals.append(Rival(name, server, {None: {"lora": []}, **chosen}))
+        rivals.append(Rival(name, server, {None: {"lora": off}, **chosen}))
     return rivals
 
 
@@ -161,8 +162,11 @@ def _finish(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-async def measure(rivals: list[Rival], adapters: list[int], clients: list[int], repetitions: int) -> float:
-    """Load the servers in turn, in every case, after a warm-up; return how often the answers of F16 begin like ours."""
+async def measure(rivals: list[Rival], adapters: list[int], clients: list[int], repetitions: int) -> float | None:
+    """Load the servers in turn, in every case, after a warm-up.
+
+    Return the share of the base's answers that begin alike here and in llama.cpp (F16); None without such a case.
+    """
     work = list(itertools.product(adapters, clients, range(-1, repetitions)))
     texts: dict[str, list[str]] = {}
     for used, n, repetition in track(work, "measuring", console=console, transient=True):
@@ -173,7 +177,10 @@ async def measure(rivals: list[Rival], adapters: list[int], clients: list[int], 
             if repetition >= 0:
                 tokens = sum(count for found in answers for _, count in found)
                 rival.tok_s.setdefault((used, n), []).append(tokens / seconds)
-            texts.setdefault(rival.name, []).extend(text[:24] for found in answers for text, _ in found)
+            if not used:
+                texts.setdefault(rival.name, []).extend(text[:24] for found in answers for text, _ in found)
+    if not texts:
+        return None
     return statistics.mean(ours == theirs for ours, theirs in zip(texts[OURS], texts[F16], strict=True))
 
 
@@ -183,7 +190,8 @@ async def _client(rival: Rival, adapters: int, number: int, repetition: int, cli
     async with httpx.AsyncClient(base_url=rival.server.url, timeout=300) as client:
         for turn in range(3 if clients == 1 else 1):
             chosen = rival.request[(number + turn) % adapters if adapters else None]
-            prompt = f"{number + 31 * repetition + 7 * turn}: write a story about a town by the sea and its people"
+            request = f"{number + 31 * repetition + 7 * turn}: write a story about a town by the sea"
+            prompt = f"<|im_start|>user\n{request}<|im_end|>\n<|im_start|>assistant\n"
             body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, **chosen}
             reply = await client.post("/v1/completions", json=body)
             reply.raise_for_status()
@@ -211,13 +219,15 @@ def case(rivals: list[Rival], adapters: int, clients: int) -> dict[str, Any]:
     }
 
 
-def show(cases: list[dict[str, Any]], agreement: float) -> None:
+def show(cases: list[dict[str, Any]], agreement: float | None) -> None:
     table = Table("adapters", "clients", OURS, F16, Q4, "ratio to F16", "to Q4_1", title="output tokens per second")
     for row in cases:
         keys = ("adapters", "clients", "ours_tok_s", "llamacpp_tok_s", "llamacpp_q4_tok_s", "ratio", "ratio_q4")
         table.add_row(*(str(row[key]) for key in keys))
     console.print(table)
-    console.print(f"{agreement:.0%} of the answers of {F16} begin with the same 24 characters as ours", highlight=False)
+    if agreement is not None:
+        line = f"{agreement:.0%} of the base's answers begin with the same 24 characters here and in {F16}"
+        console.print(line, highlight=False)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ def _convert(argv: list[str]) -> int:
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    _report(args.out_dir, convert(args.adapter_dir, args.out_dir, options, progress), Console())
+    done = convert(args.adapter_dir, args.out_dir, options, progress)
+    _report(args.out_dir, done, Console(), general_prompts=not options.prompts)
     return 0
 
 
@@ -64,7 +65,7 @@ def _inspect(argv: list[str]) -> int:
     return 0
 
 
-def _report(out: Path, done: Conversion, console: Console) -> None:
+def _report(out: Path, done: Conversion, console: Console, *, general_prompts: bool) -> None:
     """Print the rank and the errors of the LoRA in `out`."""
     found, layers = done.provenance, len(done.source.factors)
     if done.rank is None:
@@ -73,6 +74,10 @@ def _report(out: Path, done: Conversion, console: Console) -> None:
     stored, exact = done.rank.stored, done.rank.exact
     if "tried" in found:
         console.print(_tried(found["tried"]))
+        if general_prompts:
+            console.print(
+                "Measured on general prompts. On its task an adapter changes more: give --prompts of the task."
+            )
     elif done.rank.dropped:
         table = Table("layer", "rank before", "energy dropped", title=f"compressed to rank {stored}")
         for module, dropped in done.rank.dropped.items():
