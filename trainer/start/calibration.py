@@ -15,6 +15,7 @@ from torch import distributed, nn
 
 from trainer.data import IGNORED
 from trainer.start.passes import Passes
+from trainer.targets import layer_shape
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,12 @@ class Gram:
 
 def is_tall(layer: nn.Linear) -> bool:
     """Return whether a layer has more outputs than inputs; its outputs then span only a part of their space."""
-    return layer.out_features > layer.in_features  # not the shape of the weight: a quantised weight has another one
+    d_out, d_in = layer_shape(layer)
+    return d_out > d_in
 
 
 def _smaller_side(layer: nn.Linear) -> int:
-    return min(layer.out_features, layer.in_features)
+    return min(layer_shape(layer))
 
 
 def layer_groups(shapes: Mapping[str, tuple[int, int]], memory: int) -> Iterator[list[str]]:
