@@ -85,8 +85,11 @@ def gram_matrices(
     norms = {name: torch.zeros((), dtype=torch.float64, device=state.device) for name in layers}
     n_tokens = torch.zeros((), dtype=torch.int64, device=state.device)
     real = torch.empty(0, device=state.device)  # bool (rows * length): positions of the current batch that count
+    grid = real.shape  # (rows, length) of the current batch
 
     def add(name: str, layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if output.shape[:-1] not in (grid, (grid.numel(),)):  # DeBERTa's layers also compute on relative positions
+            return
         bias = _linear(layer).bias
         y = (output if bias is None else output - bias).flatten(0, -2)[real]  # (n_real, d_out)
         z = inputs[0].flatten(0, -2)[real].double() if of_inputs[name] else y.double()
@@ -100,6 +103,7 @@ def gram_matrices(
             index = number * state.num_processes + state.process_index
             batch = passes.batches[index % len(passes.batches)]
             real = (batch["labels"] != IGNORED if answers_only else batch["attention_mask"].bool()).flatten()
+            grid = batch["attention_mask"].shape
             # A sharded base needs all processes in each round: without a batch of its own, a process counts no token.
             real = (real & (index < len(passes.batches))).to(state.device)
             n_tokens += real.sum()
