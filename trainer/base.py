@@ -23,17 +23,13 @@ from transformers import (
 
 from converter.adapter_dir import BaseNotFound
 from converter.adapter_dir.base import stored_shapes, without_stray_files
-from converter.adapter_dir.names import parameters_from, without_messages
+from converter.adapter_dir.names import language_model_class, parameters_from, without_messages
 from converter.errors import first_line
 from trainer.config import TrainConfig
 from trainer.failures import is_out_of_memory
 from trainer.targets import head_modules, is_inside
 
-_MODELS = {
-    "causal_lm": AutoModelForCausalLM,
-    "masked_lm": AutoModelForMaskedLM,
-    "classification": AutoModelForSequenceClassification,
-}
+_MODELS = {"masked_lm": AutoModelForMaskedLM, "classification": AutoModelForSequenceClassification}
 _LANGUAGE_HEADS = {"ForCausalLM": "causal_lm", "LMHeadModel": "causal_lm", "ForMaskedLM": "masked_lm"}
 
 
@@ -66,7 +62,7 @@ def load_base(
     dtype = "float32" if config.method == "full" and config.dtype == "auto" else config.dtype
     try:
         with without_messages(), without_stray_files(folder) as own_files:
-            model, loaded = _MODELS[head_type or config.task].from_pretrained(
+            model, loaded = _model_class(own_files, config, head_type or config.task).from_pretrained(
                 own_files,
                 dtype=dtype,
                 quantization_config=_quantization(config),
@@ -119,12 +115,23 @@ def base_without_weights(folder: Path, config: TrainConfig, labels: Sequence[str
     try:
         with without_messages(), torch.device("meta"):
             settings = AutoConfig.from_pretrained(folder, trust_remote_code=code, **_label_settings(labels))
-            model: PreTrainedModel = _MODELS[config.task].from_config(settings, trust_remote_code=code)
+            kind = _model_class(folder, config, config.task)
+            model: PreTrainedModel = kind.from_config(settings, trust_remote_code=code)
     except (OSError, ValueError, ImportError) as error:
         raise BaseNotFound(f"the config of the base model in {folder} cannot be used: {_reason(error)}") from error
     if getattr(settings, "quantization_config", None) is None:  # else the tensors on disk are packed
         _check_stored(folder, model)
     return model
+
+
+def _model_class(folder: Path, config: TrainConfig, head_type: str) -> Any:
+    """Return the automatic class of transformers that loads the base with the head `head_type`. Raises OSError."""
+    if head_type in _MODELS:
+        return _MODELS[head_type]
+    settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    return (
+        language_model_class(settings) or AutoModelForCausalLM
+    )  # which names the classes that it supports, or runs code
 
 
 def _check_stored(folder: Path, model: PreTrainedModel) -> None:

@@ -220,11 +220,10 @@ def fit_to_base(
 ) -> Data:
     """Return rows that `model` can read; pads with a token that it knows. Raises DataError for those it cannot read."""
     use_known_padding(tokenizer, model)
-    parts = {"train": source, "held_out": config.eval_data or source}
-    fitted = {part: with_end_tokens(getattr(rows, part), model, config) for part in parts}
-    for part, examples in fitted.items():
-        check_rows(examples, parts[part], model, tokenizer, config)
-    return replace(rows, **fitted)
+    train, held_out = (with_end_tokens(examples, model, config) for examples in (rows.train, rows.held_out))
+    check_rows(train, source, model, tokenizer, config)
+    check_rows(held_out, config.eval_data or source, model, tokenizer, config)
+    return replace(rows, train=train, held_out=held_out)
 
 
 def spectra_after(

@@ -7,7 +7,7 @@ loaded model. The renaming rules are transformers' own (`transformers.conversion
 transformers is imported at the first call: its import takes seconds.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -77,11 +77,27 @@ def stored_names(folder: Path, stored: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def language_model_class(config: Any) -> Any:
+    """Return the automatic class of transformers that loads a causal language model of `config`, or None.
+
+    Some multimodal models have no class for text alone.
+    """
+    import transformers
+
+    if config.is_encoder_decoder:
+        return None
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    return None
+
+
 def _models(folder: Path) -> Iterator["PreTrainedModel"]:
     """Yield the models, on the meta device, as which transformers loads the base: names and shapes without data.
 
-    They are the causal language model, the classes that the base's config names, and the classifier; an adapter may
-    have been trained on any of them.
+    They are the language model, the classes that the base's config names, and the classifier; an adapter may have been
+    trained on any of them.
     """
     import transformers
 
@@ -91,11 +107,9 @@ def _models(folder: Path) -> Iterator["PreTrainedModel"]:
         except Exception:  # the checks by the names on disk remain; a config may make transformers raise anything
             return
         named = [getattr(transformers, name, None) for name in config.architectures or ()]
-        classes: Mapping[Any, None] = dict.fromkeys(
-            [transformers.AutoModelForCausalLM, *named, transformers.AutoModelForSequenceClassification]
-        )
+        classes = [language_model_class(config), *named, transformers.AutoModelForSequenceClassification]
         seen = set()
-        for kind in classes:
+        for kind in filter(None, classes):
             try:
                 with torch.device("meta"):
                     model = kind._from_config(config) if kind in named else kind.from_config(config)
