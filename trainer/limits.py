@@ -61,7 +61,7 @@ def with_end_tokens(rows: Sequence[Example], model: PreTrainedModel, config: Tra
 
     Rows without an end token, as some tokenizers write them, get one; others and other models' rows stay as they are.
     """
-    end = model.config.eos_token_id
+    end = getattr(model.config, "eos_token_id", None)
     if config.task != "classification" or not model.config.is_encoder_decoder or not isinstance(end, int):
         return list(rows)
     return [row if end in row["input_ids"] else _with_end_token(row, end, config.max_length) for row in rows]

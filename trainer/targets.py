@@ -35,11 +35,11 @@ def layer_shape(layer: nn.Module) -> tuple[int, int]:
 def head_modules(model: PreTrainedModel) -> list[str]:
     """Return the names of the modules of a classifier's head, which are trained in full; the outermost ones only."""
     backbone = model.base_model_prefix
-    outside = [name for name, module in model.named_children() if name != backbone and any(module.parameters())]
+    outside = [name for name, module in model.named_children() if name != backbone and _has_parameters(module)]
     poolers = [
         name
         for name, module in model.named_modules()
-        if name.startswith(f"{backbone}.") and _leaf(name) == _POOLER and any(module.parameters())
+        if name.startswith(f"{backbone}.") and _leaf(name) == _POOLER and _has_parameters(module)
     ]
     return [*poolers, *outside]
 
@@ -206,6 +206,10 @@ def _refusal(model: PreTrainedModel, config: TrainConfig, target: str) -> str:
 
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def _leaf(name: str) -> str:
