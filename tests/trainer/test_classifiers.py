@@ -7,6 +7,9 @@ from converter.adapter_dir import load_astra, load_lora
 from tests.trainer.test_train import astra_train
 from tests.trainer.tiny_models import check_against_peft
 
+# transformers compiles functions of DeBERTa with it at import.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
 
 @pytest.fixture
 def classes(jsonl):
