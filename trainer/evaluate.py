@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.config import TrainConfig
 from trainer.data import IGNORED, Batch, Example, batches, language_examples, read_rows
-from trainer.limits import max_positions
+from trainer.limits import check_rows, max_positions
 
 _LENGTH = 128  # maximum tokens per row of forgetting text
 _MASK_SHARE = 0.15  # share of the tokens that are masked for an encoder
@@ -36,22 +36,23 @@ class Forgetting:
 def forgetting_batches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> list[Batch]:
     """Return the text for the measurement of forgetting: the user's, or a sample of the base at temperature 1.
 
-    For an encoder 15 % of the tokens, chosen with a fixed seed, are masked, and only these have labels.
+    For an encoder 15 % of the tokens, chosen with a fixed seed, are masked, and only these have labels. Raises
+    DataError.
     """
-    if type(model).__name__.endswith("ForMaskedLM"):
-        texts = (
-            _sample_from_encoder(model, tokenizer, config.forgetting_rows)
-            if config.forgetting_data is None
-            else [
-                tokenizer(row["text"], truncation=True, max_length=_length(model))["input_ids"]
-                for row in read_rows(config.forgetting_data)[: config.forgetting_rows]
-            ]
-        )
+    is_encoder, source = type(model).__name__.endswith("ForMaskedLM"), config.forgetting_data
+    if source is None and not is_encoder:
+        return _sample_from_decoder(model, tokenizer, config.forgetting_rows)
+    if source is None:
+        texts = _sample_from_encoder(model, tokenizer, config.forgetting_rows)
         return batches(_with_masks(texts, tokenizer), 16, tokenizer)
-    if config.forgetting_data is not None:
-        rows = read_rows(config.forgetting_data)[: config.forgetting_rows]
-        return batches(language_examples(rows, tokenizer, _length(model), config.forgetting_data), 16, tokenizer)
-    return _sample_from_decoder(model, tokenizer, config.forgetting_rows)
+    rows, length = read_rows(source)[: config.forgetting_rows], _length(model)
+    if is_encoder:
+        texts = [tokenizer(row["text"], truncation=True, max_length=length)["input_ids"] for row in rows]
+        examples = _with_masks(texts, tokenizer)
+    else:
+        examples = language_examples(rows, tokenizer, length, source)
+    check_rows(examples, source, model, tokenizer, config)
+    return batches(examples, 16, tokenizer)
 
 
 @torch.no_grad()

@@ -39,8 +39,8 @@ def gemma3(**text: Any) -> hf.PreTrainedModel:
 def qwen3_5(**text: Any) -> hf.PreTrainedModel:
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
     config = hf.Qwen3_5Config(
-        text_config={**WIDTH, **POSITIONS, **GROUPS, **LINEAR_ATTENTION, "num_hidden_layers": 4, "tie_word_embeddings": True,
-                     **text},
+        text_config={**WIDTH, **POSITIONS, **GROUPS, **LINEAR_ATTENTION, "num_hidden_layers": 4,
+                     "tie_word_embeddings": True, **text},
         vision_config={**vision, "num_position_embeddings": 16, "patch_size": 4, "temporal_patch_size": 1,
                        "spatial_merge_size": 1},
         image_token_id=5, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8, tie_word_embeddings=True,
