@@ -224,7 +224,10 @@ def _trainer(
     }
     if config.task == "classification":
         return Trainer(
-            args=TrainingArguments(**_arguments(config, folder, evaluated=bool(held_out))),
+            args=TrainingArguments(
+                **_arguments(config, folder, evaluated=bool(held_out)),
+                label_names=["labels"],  # not every model names it in its signature, from which it would be taken
+            ),
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=_accuracy,
             **common,

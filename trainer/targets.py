@@ -5,7 +5,7 @@ head, a classifier's head (it is trained in full), embeddings, and experts that 
 
 `target_modules=all-linear` also leaves out:
     - all parts but the language model of a multimodal model, such as its vision tower
-    - gates: layers with one output, or with fewer outputs than the rank and at most an eighth of the inputs
+    - narrow layers, such as gates: with one output, or narrower than the rank and than an eighth of their other side
     - layers that PEFT takes for experts: in models such as DeepSeek-V3 it maps the name `gate_proj` to the stacked
       experts, although dense first layers and shared experts have linear layers of that name, too
 """
@@ -56,7 +56,7 @@ def chosen_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.M
         found = {
             name: layer
             for name, layer in layers.items()
-            if name.startswith(language) and not _is_gate(layer, config.rank)
+            if name.startswith(language) and not _is_narrow(layer, config.rank)
         }
     else:
         named = [_layers_named(target, layers, language, model, config) for target in config.target_modules]
@@ -71,8 +71,8 @@ def left_out(model: PreTrainedModel, config: TrainConfig) -> list[str]:
     lines = []
     if experts := expert_tensors(model):
         share = sum(experts.values()) / sum(parameter.numel() for parameter in model.parameters())
-        names = ", ".join(sorted({_leaf(name) for name in experts}))
-        lines.append(f"the experts ({names}; {share:.0%} of all parameters) are not adapted: they are stacked tensors")
+        which = f"{_weights(experts)}; {share:.0%} of all parameters"
+        lines.append(f"the experts ({which}) are not adapted: they are stacked tensors")
     if config.target_modules != "all-linear":
         return lines
     language = _language_part(model)
@@ -85,12 +85,11 @@ def left_out(model: PreTrainedModel, config: TrainConfig) -> list[str]:
         lines.append(
             f"{', '.join(taken)} of dense layers and shared experts are not adapted: PEFT takes the names for experts"
         )
-    gates = {
-        _leaf(n): layer_shape(m) for n, m in adaptable.items() if n.startswith(language) and _is_gate(m, config.rank)
-    }
-    if gates:
-        listed = ", ".join(f"{name} {shape}" for name, shape in sorted(gates.items()))
-        lines.append(f"gates with fewer outputs than the rank are not adapted: {listed}")
+    inside = {name: layer for name, layer in adaptable.items() if name.startswith(language)}
+    narrow = {_leaf(name): layer_shape(layer) for name, layer in inside.items() if _is_narrow(layer, config.rank)}
+    if narrow:
+        listed = ", ".join(f"{name} {shape}" for name, shape in sorted(narrow.items()))
+        lines.append(f"layers that are too narrow for the rank are not adapted: {listed}")
     return lines
 
 
@@ -171,9 +170,10 @@ def _language_part(model: PreTrainedModel) -> str:
     return f"{name}." if name else ""
 
 
-def _is_gate(layer: nn.Module, rank: int) -> bool:
-    d_out, d_in = layer_shape(layer)
-    return d_out == 1 or (d_out < rank and 8 * d_out <= d_in)
+def _is_narrow(layer: nn.Module, rank: int) -> bool:
+    """Return whether a layer is too narrow for the rank because of its purpose, such as a gate with one output."""
+    short, long = sorted(layer_shape(layer))
+    return short == 1 or (short < rank and 8 * short <= long)
 
 
 def _refusal(model: PreTrainedModel, config: TrainConfig, target: str) -> str:
@@ -193,10 +193,9 @@ def _refusal(model: PreTrainedModel, config: TrainConfig, target: str) -> str:
     if experts and any(isinstance(module, nn.Linear) for module in named.values()):
         return f"PEFT takes {target!r} for the experts of {model.config.model_type}, which are stacked tensors"
     if experts:
-        names = ", ".join(sorted({_leaf(name) for name in experts}))
         return (
-            f"no linear layer is named {target!r}; the experts are stacked tensors ({names}), which have no linear "
-            "layers and cannot be adapted"
+            f"no linear layer is named {target!r}; the experts are stacked tensors ({_weights(experts)}), which have no "
+            "linear layers and cannot be adapted"
         )
     if named:
         kind = type(next(iter(named.values()))).__name__
@@ -206,6 +205,10 @@ def _refusal(model: PreTrainedModel, config: TrainConfig, target: str) -> str:
 
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
+
+
+def _weights(experts: Iterable[str]) -> str:
+    return ", ".join(sorted({_leaf(name) for name in experts if not name.endswith("bias")}))
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -113,17 +113,19 @@ def _train(base: str, data: str, out: Path, config: TrainConfig, progress: Progr
         with _removed_after_errors(out, created):
             result = _optimise(trained, rows, tokenizer, config, out, progress)
 
-        forgetting = None
-        if forgetting_text:
-            backbone = (trained.get_base_model() if layers else trained).base_model
-            lm = trained if config.task == "causal_lm" else language_model(folder, config, backbone)
-            assert lm is not None
-            source_of_text = config.forgetting_data or "written by the base"
-            forgetting = Forgetting(source_of_text, loss_before, language_loss(lm, forgetting_text))
-        after = spectra_after(trained, calibration, config, progress) if start.eigenvalues else {}
-    run = Run(origin, config, start, result, forgetting, after)
-    if state.is_main_process:
-        _write(out, trained, tokenizer, run)
+            forgetting = None
+            if forgetting_text:
+                backbone = (trained.get_base_model() if layers else trained).base_model
+                lm = trained if config.task == "causal_lm" else language_model(folder, config, backbone)
+                assert lm is not None
+                source_of_text = config.forgetting_data or "written by the base"
+                forgetting = Forgetting(source_of_text, loss_before, language_loss(lm, forgetting_text))
+            after = spectra_after(trained, calibration, config, progress) if start.eigenvalues else {}
+            run = Run(origin, config, start, result, forgetting, after)
+            if state.is_main_process:
+                _write(out, trained, tokenizer, run)
+    if state.is_main_process and config.push_to_hub:
+        _push(out, config.push_to_hub)
     state.wait_for_everyone()
     return run
 
@@ -167,7 +169,7 @@ def _removed_after_errors(out: Path, created: Sequence[Path]) -> Iterator[None]:
 
 
 def _write(out: Path, trained: nn.Module, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
-    """Write the adapter, or the whole model, to the new folder `out`, remove the unfinished run, push to the hub."""
+    """Write the adapter, or the whole model, to the new folder `out`, and remove the unfinished run."""
     with adapter_dir.new_folder(out) as finished:
         if isinstance(trained, PeftModel):
             base = run.origin["base"]["id"]
@@ -178,8 +180,6 @@ def _write(out: Path, trained: nn.Module, tokenizer: PreTrainedTokenizerBase, ru
             report.save_whole_model(finished, trained, tokenizer, run)
         report.write(finished, run)
     unfinished.remove(out)
-    if run.config.push_to_hub:
-        _push(out, run.config.push_to_hub)
 
 
 def _origin(base: str, folder: Path, data: str, rows: Data, dtype: str, config: TrainConfig) -> Json:

@@ -29,6 +29,8 @@ def classes(jsonl):
         ("bart", ["classification_head"]),
         ("llama", ["score"]),
         ("gpt2", ["score"]),
+        ("gemma3", ["score"]),
+        ("qwen3_5", ["score"]),
     ],
 )
 def test_a_classifier_trains_converts_and_loads_in_peft(name, heads, base_of, classes, tmp_path) -> None:

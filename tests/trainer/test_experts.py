@@ -55,5 +55,5 @@ def test_what_cannot_be_adapted_is_refused_with_its_reason(
 def test_a_gate_with_one_output_is_left_out_and_named(base_of, jsonl, rows, tmp_path, capsys) -> None:
     assert astra_train(base_of("qwen2_moe"), jsonl(rows), tmp_path / "out", "rank=16", "forgetting_rows=0") == 0
     assert (
-        "gates with fewer outputs than the rank are not adapted: shared_expert_gate (1, 32)" in capsys.readouterr().err
+        "layers that are too narrow for the rank are not adapted: shared_expert_gate (1, 32)" in capsys.readouterr().err
     )

@@ -16,14 +16,17 @@ from trainer.errors import OutOfMemory
 from trainer.failures import in_one_line
 
 
-def test_out_of_memory_is_one_line_and_leaves_nothing(tiny_base, jsonl, rows, tmp_path, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize("step", ["initialise", "optimise", "spectra_after"])
+def test_out_of_memory_is_one_line_and_leaves_nothing(
+    step, tiny_base, jsonl, rows, tmp_path, capsys, monkeypatch
+) -> None:
     def allocate(*_: Any) -> None:
         torch.empty(2**60)  # raises what PyTorch raises on this machine
 
     data = jsonl(rows)
     before = sorted(tmp_path.rglob("*"))
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.train, "optimise", allocate)
+        patch.setattr(trainer.train, step, allocate)
         assert astra_train(tiny_base, data, tmp_path / "work" / "out") == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("astra-train: out of memory: set gradient_accumulation")
     assert sorted(tmp_path.rglob("*")) == before
