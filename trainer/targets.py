@@ -194,8 +194,8 @@ def _refusal(model: PreTrainedModel, config: TrainConfig, target: str) -> str:
         return f"PEFT takes {target!r} for the experts of {model.config.model_type}, which are stacked tensors"
     if experts:
         return (
-            f"no linear layer is named {target!r}; the experts are stacked tensors ({_weights(experts)}), which have no "
-            "linear layers and cannot be adapted"
+            f"no linear layer is named {target!r}; the experts are stacked tensors ({_weights(experts)}), which have "
+            "no linear layers and cannot be adapted"
         )
     if named:
         kind = type(next(iter(named.values()))).__name__
