@@ -39,6 +39,7 @@ def test_a_dry_run_says_that_experts_are_not_adapted(base_of, jsonl, rows, tmp_p
         ("qwen3_5", "lm_head", "is the output head, which shares its weight with the embedding"),
         ("llama", "lm_head", "'lm_head' is the output head, which is not adapted"),
         ("llama", "embed_tokens", "'embed_tokens' is of type Embedding: name linear layers"),
+        ("mamba", "out_proj", "PEFT does not support 'out_proj' in mamba"),
         ("llama", "mlp", "'mlp' is of type LlamaMLP: name linear layers"),
     ],
 )
@@ -50,6 +51,11 @@ def test_what_cannot_be_adapted_is_refused_with_its_reason(
         assert main([*options, "--target-modules", f"[{target}]", *dry_run]) == 2
         assert reason in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+
+def test_layers_that_peft_does_not_support_are_left_out_and_named(base_of, jsonl, rows, tmp_path, capsys) -> None:
+    assert astra_train(base_of("mamba"), jsonl(rows), tmp_path / "out", "forgetting_rows=0", "steps=1") == 0
+    assert "out_proj are not adapted: PEFT does not support them" in capsys.readouterr().err
 
 
 def test_a_gate_with_one_output_is_left_out_and_named(base_of, jsonl, rows, tmp_path, capsys) -> None:

@@ -70,6 +70,7 @@ MODELS: dict[str, Callable[..., hf.PreTrainedModel]] = {
     "qwen3_5": qwen3_5,
     "gpt2": decoder("GPT2LMHeadModel", "GPT2Config"),
     "opt": decoder("OPTForCausalLM", "OPTConfig", ffn_dim=48, word_embed_proj_dim=32),
+    "mamba": decoder("MambaForCausalLM", "MambaConfig", state_size=4),
     "mixtral": decoder("MixtralForCausalLM", "MixtralConfig", num_local_experts=4, **GROUPS),
     "qwen3_moe": decoder("Qwen3MoeForCausalLM", "Qwen3MoeConfig", num_experts=4, **GROUPS, **MOE),
     "qwen2_moe": decoder(
