@@ -2,10 +2,11 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from astra_serve.adapters.admission import open_base
 from converter import adapter_dir
@@ -26,9 +27,15 @@ def as_published(name: str, folder: Path) -> None:
 NAMES = {
     "gemma3": "model.language_model.layers.0.self_attn.q_proj",
     "qwen3_5": "model.layers.3.self_attn.q_proj",
+    "llava": "model.language_model.layers.0.self_attn.q_proj",
     "llama": "model.layers.0.self_attn.q_proj",
     "gpt2": "transformer.h.0.attn.c_attn",
 }
+
+
+def model_class(name: str) -> Any:
+    """Return the class that loads a base: some multimodal models have none for text alone."""
+    return AutoModelForImageTextToText if name == "llava" else AutoModelForCausalLM
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -39,7 +46,7 @@ def test_an_adapter_names_modules_and_is_converted(name, copy_of, jsonl, rows, t
     layers = load_astra(tmp_path / "out").layers
     assert NAMES[name] in layers
     assert not [layer for layer in layers if re.search("vision|visual|projector", layer)]
-    check_against_peft(base, tmp_path / "out", tmp_path / "lora")
+    check_against_peft(base, tmp_path / "out", tmp_path / "lora", model_class(name))
     if name != "gpt2":  # its matrices are transposed, and engines do not serve LoRA on it
         assert open_base(str(base)).check(tmp_path / "lora").rank == 8  # the server's admission
 
@@ -51,7 +58,8 @@ def test_merging_adds_the_adapter_to_the_tensors_on_disk(name, copy_of, jsonl, r
     assert astra_train(base, jsonl(rows), tmp_path / "out", "forgetting_rows=0", "steps=3") == 0
     assert convert([str(tmp_path / "out"), str(tmp_path / "merged"), "--merge", "--base", str(base)]) == 0
     adapter = load_astra(tmp_path / "out")
-    before, after = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (base, tmp_path / "merged"))
+    load = model_class(name).from_pretrained
+    before, after = (load(folder, dtype=torch.float32) for folder in (base, tmp_path / "merged"))
     for module, layer in adapter.layers.items():
         change = adapter.scaling * (layer.b @ layer.a - layer.b0 @ layer.a0)
         found = after.get_submodule(module).weight - before.get_submodule(module).weight

@@ -48,6 +48,16 @@ def qwen3_5(**text: Any) -> hf.PreTrainedModel:
     return hf.Qwen3_5ForConditionalGeneration(config)
 
 
+def llava(**text: Any) -> hf.PreTrainedModel:
+    vision = {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = hf.LlavaConfig(
+        text_config={"model_type": "llama", **WIDTH, **POSITIONS, "tie_word_embeddings": False, **text},
+        vision_config={"model_type": "clip_vision_model", **vision, "hidden_size": 16, "intermediate_size": 24},
+        image_token_index=5,
+    )
+    return hf.LlavaForConditionalGeneration(config)
+
+
 def decoder(kind: str, config: str, **settings: Any) -> Callable[..., hf.PreTrainedModel]:
     return lambda **more: getattr(hf, kind)(getattr(hf, config)(**{**WIDTH, **POSITIONS, **settings, **more}))
 
@@ -68,6 +78,7 @@ MODELS: dict[str, Callable[..., hf.PreTrainedModel]] = {
     "llama": decoder("LlamaForCausalLM", "LlamaConfig", tie_word_embeddings=False),
     "gemma3": gemma3,
     "qwen3_5": qwen3_5,
+    "llava": llava,
     "gpt2": decoder("GPT2LMHeadModel", "GPT2Config"),
     "opt": decoder("OPTForCausalLM", "OPTConfig", ffn_dim=48, word_embed_proj_dim=32),
     "mamba": decoder("MambaForCausalLM", "MambaConfig", state_size=4),
