@@ -13,14 +13,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from converter.adapter_dir import AdapterError, BaseNotFound, Json, LoraAdapter, WrongBase
+from converter.adapter_dir.base import without_stray_files
+from converter.adapter_dir.names import language_model_class
 from converter.errors import first_line
 from converter.sources import Factors, Source
 
 MAX_PROMPT_TOKENS = 512
+# Ends of the names of causal language models: GPT-2's is GPT2LMHeadModel, a multimodal one is for "conditional
+# generation" as encoder-decoders are.
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 TOP_TOKENS = 5  # of each distribution in a probe
 
 # Prompts for an adapter of unknown purpose: prose, code, a question, an instruction, a list, JSON, a letter.
@@ -54,10 +59,13 @@ def reason_not_comparable(source: Source, base: Path | None) -> str | None:
     if source.head:
         return "the adapter is a classifier, which has no probe"
     try:
-        architectures = AutoConfig.from_pretrained(base, trust_remote_code=False).architectures or ()
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            return "the base needs Python code of its own, which astra-convert does not run"
         raise BaseNotFound(f"the config of the base model in {base} cannot be read: {first_line(error)}") from error
-    if not any(name.endswith("ForCausalLM") for name in architectures):
+    is_language_model = any(name.endswith(_LANGUAGE_MODELS) for name in config.architectures or ())
+    if not is_language_model or language_model_class(config) is None:
         return "the base is not a causal language model"
     return None
 
@@ -72,7 +80,9 @@ class Comparison:
         """
         logging.disable_progress_bar()
         try:
-            self._model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False).eval()
+            kind = language_model_class(AutoConfig.from_pretrained(base, trust_remote_code=False))
+            with without_stray_files(base) as own_files:
+                self._model = kind.from_pretrained(own_files, dtype=dtype, trust_remote_code=False).eval()
             tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
             raise BaseNotFound(f"base model in {base} cannot be loaded: {first_line(error)}") from error

@@ -3,6 +3,7 @@
 Nothing appears at the output path before every check has passed.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -65,7 +66,9 @@ def convert(folder: Path, out: Path, options: Options, progress: Progress) -> Co
     if base is not None:
         digest = adapter_dir.base_digest(base)
         check_base(folder, source, base, digest)
-        identity = {"id": options.base, "digest": digest, "dtype": adapter_dir.base_dtype(base)} | source.base
+        given = str(options.base)
+        named = os.path.abspath(given) if Path(given).is_dir() else given  # noqa: PTH100  links stay
+        identity = {"id": named, "digest": digest, "dtype": adapter_dir.base_dtype(base)} | source.base
     if options.merge:
         if options.rank or options.energy or options.fit_engine or options.dtype != "auto" or options.prompts:
             raise AdapterError(

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from converter.adapter_dir import PROVENANCE, AdapterError, base_tensors, write_json, write_tensors
+from converter.adapter_dir.base import is_stray, stored_shapes, weight_files
+from converter.adapter_dir.names import stored_names
 from converter.adapter_dir.tensors import DTYPES
 from converter.sources import Source
 
@@ -17,16 +19,19 @@ _COPIED = ("*.json", "*.jinja", "*.txt", "*.model")  # config, tokenizer, index 
 def merge(source: Source, base: Path, out: Path, on_layer: Callable[[], None]) -> None:
     """Write `base` with weights W + delta W into the existing folder `out`, under the same file and tensor names.
 
-    One tensor is in memory at a time. Sums are computed in float32 and rounded to the base's own dtype. `on_layer` is
-    called after each layer. Raises AdapterError.
+    One tensor is in memory at a time. Sums are computed in float32 and rounded to the base's own dtype. An adapter in
+    the base's folder, and other copies of the weights, are left out. `on_layer` is called after each layer. Raises
+    AdapterError.
     """
     if source.head:
         raise AdapterError("--merge cannot write a classifier's head, which the base does not have: leave --merge out")
+    on_disk = stored_names(base, stored_shapes(base))
+    module_of = {on_disk.get(f"{module}.weight", f"{module}.weight"): module for module in source.factors}
     missing = set(source.factors)
 
     def merged(name: str, weight: torch.Tensor) -> torch.Tensor:
-        module = name.removesuffix(".weight")
-        if module not in source.factors:
+        module = module_of.get(name)
+        if module is None:
             return weight
         if weight.dtype not in DTYPES.values():
             raise AdapterError(f"{name!r} is {weight.dtype}: nothing can be merged into a quantised base")
@@ -39,15 +44,16 @@ def merge(source: Source, base: Path, out: Path, on_layer: Callable[[], None]) -
         on_layer()
         return total
 
-    for file in sorted(base.glob("*.safetensors")):
+    for file in weight_files(base):
         tensors = base_tensors(file)
         pairs = ((name, merged(name, weight)) for name, weight in tensors.items())
         write_tensors(out / file.name, tensors, pairs, {"format": "pt"})
     if missing:
-        raise AdapterError(f"the base has no weight for {sorted(missing)[0]!r}")
+        raise AdapterError(f"the base has no tensor on disk that is the weight of {sorted(missing)[0]!r}")
     for pattern in _COPIED:
         for file in base.glob(pattern):
-            shutil.copyfile(file, out / file.name)
+            if not is_stray(file):
+                shutil.copyfile(file, out / file.name)
 
 
 def save_merged_provenance(out: Path, provenance: dict[str, object]) -> None:

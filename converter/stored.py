@@ -1,7 +1,7 @@
 """The LoRA to be written: choose its rank, and compute its layers in the chosen dtype."""
 
 import bisect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -102,8 +102,23 @@ def stored_lora(source: Source, rank: Rank, dtype: torch.dtype) -> LoraAdapter:
     config["inference_mode"] = True
     head = Layers(list(source.head), lambda name: finite(name, source.head[name].to(dtype)))
     if head:
-        config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in head})
+        config["modules_to_save"] = head_modules(head, source.config.get("modules_to_save") or ())
     return LoraAdapter(Layers(list(source.factors), factors), config, {}, head)
+
+
+def head_modules(tensors: Iterable[str], saved: Iterable[str]) -> list[str]:
+    """Return the names of the modules of a classifier's head, which PEFT is to replace as a whole.
+
+    `tensors` are the names of the head's tensors, `saved` the ends of names in the trained adapter's modules_to_save:
+    RoBERTa's `classifier` contains `classifier.dense`, and PEFT does not load a module inside another one.
+    """
+    saved = list(saved)
+    modules = set()
+    for tensor in tensors:
+        parts = tensor.split(".")[:-1]
+        outer = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+        modules.add(next((m for m in outer if any(m == s or m.endswith(f".{s}") for s in saved)), outer[-1]))
+    return sorted(modules)
 
 
 def _has_patterns(config: Json) -> bool:

@@ -11,9 +11,9 @@ the output before the first step equals the base's bit for bit. W is never chang
 serves all tasks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,15 +24,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from converter.adapter_dir import AstraLayer
 from trainer.config import TrainConfig
-from trainer.errors import TargetError
+from trainer.targets import chosen_layers, head_modules, peft_targets
 
 ADAPTER = "default"
 _TASK_TYPES = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
-# Module names of classification heads. A language model has no weights for them, so they are trained in full.
-_HEADS = ("score", "classifier", "pre_classifier", "pooler", "head")
 
 
 @dataclass(frozen=True)
@@ -101,34 +100,16 @@ class ExactStart(LoraVariant):
 
 
 def target_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.Linear]:
-    """Return the linear layers to adapt, by module name, without the output head and classification heads.
-
-    `config.target_modules` matches whole names and ends of names. Raises TargetError.
-    """
-    head = model.get_output_embeddings()
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and not {*_HEADS} & {*name.split(".")}
-    }
-    targets = config.target_modules
-    if targets == "all-linear":
-        found = linear
-    else:
-        found = {n: m for n, m in linear.items() if any(n == t or n.endswith(f".{t}") for t in targets)}
-        for name in targets:
-            if not any(n == name or n.endswith(f".{name}") for n in linear):
-                available = ", ".join(sorted({n.rpartition(".")[2] for n in linear}))
-                raise TargetError(f"target_modules: no linear layer is named {name!r}; available: {available}")
-    if not found:
-        raise TargetError(f"{type(model).__name__} has no linear layer to adapt")
-    return found
+    """Return the layers to adapt, by module name (see `trainer.targets`). Raises TargetError."""
+    return cast(dict[str, nn.Linear], chosen_layers(model, config))  # a Conv1D has other attributes: layer_shape
 
 
 @torch.no_grad()
 def whole_weight(layer: nn.Linear) -> torch.Tensor:
     """Return W (d_out, d_in) of a layer in a floating-point dtype: gathered from its shards, or dequantised."""
     weight = layer.weight
+    if isinstance(layer, Conv1D):
+        return weight.detach().T
     if isinstance(weight, DTensor):
         gathered: torch.Tensor = weight.full_tensor()
         return gathered
@@ -143,27 +124,39 @@ def whole_weight(layer: nn.Linear) -> torch.Tensor:
     return whole
 
 
-def peft_config(config: TrainConfig, base: str, ranks: Mapping[str, int]) -> LoraConfig:
-    """Return PEFT's config of an adapter with the given rank of each layer and one scaling for all layers."""
-    targets = config.target_modules
+def peft_config(
+    config: TrainConfig,
+    base: str,
+    ranks: Mapping[str, int],
+    targets: Sequence[str] = (),
+    heads: Sequence[str] = (),
+) -> LoraConfig:
+    """Return PEFT's config of an adapter with the given rank of each layer and one scaling for all layers.
+
+    `targets` are PEFT's names of the layers, by default the last parts of their names; `heads` are the modules of a
+    classifier's head.
+    """
     other_ranks = {name: rank for name, rank in ranks.items() if rank != config.rank}
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.scaling * config.rank,
         rank_pattern=other_ranks,
         alpha_pattern={name: config.scaling * rank for name, rank in other_ranks.items()},
-        target_modules=sorted({name.rpartition(".")[2] for name in ranks}) if targets == "all-linear" else targets,
+        target_modules=list(targets) or sorted({name.rpartition(".")[2] for name in ranks}),
         init_lora_weights=False,
         task_type=_TASK_TYPES[config.task],
-        modules_to_save=list(_HEADS) if config.task == "classification" else None,
+        modules_to_save=list(heads) or None,
         base_model_name_or_path=base,
     )
 
 
 def attach(model: PreTrainedModel, starts: Mapping[str, Start], config: TrainConfig) -> PeftModel:
     """Return `model`, wrapped by PEFT in place, with an adapter on each layer named in `starts`."""
+    heads = head_modules(model) if config.task == "classification" else []
     ranks = {name: len(start.a0) for name, start in starts.items()}
-    peft_model = get_peft_model(model, peft_config(config, model.name_or_path, ranks), adapter_name=ADAPTER)
+    settings = peft_config(config, model.name_or_path, ranks, peft_targets(model, starts, heads), heads)
+    settings.fan_in_fan_out = any(isinstance(model.get_submodule(name), Conv1D) for name in starts)
+    peft_model = get_peft_model(model, settings, adapter_name=ADAPTER)
     for name, start in starts.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, LoraLayer)

@@ -1,6 +1,7 @@
 """Loading of the frozen base model and its tokenizer; the base is quantised or sharded where the config says so."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,26 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from converter.adapter_dir import BaseNotFound
+from converter.adapter_dir.base import stored_shapes, without_stray_files
+from converter.adapter_dir.names import language_model_class, parameters_from, without_messages
 from converter.errors import first_line
 from trainer.config import TrainConfig
+from trainer.failures import is_out_of_memory
+from trainer.targets import head_modules, is_inside
 
-_MODELS = {
-    "causal_lm": AutoModelForCausalLM,
-    "masked_lm": AutoModelForMaskedLM,
-    "classification": AutoModelForSequenceClassification,
-}
-_LANGUAGE_HEADS = {"ForCausalLM": "causal_lm", "ForMaskedLM": "masked_lm"}
+_MODELS = {"masked_lm": AutoModelForMaskedLM, "classification": AutoModelForSequenceClassification}
+_LANGUAGE_HEADS = {"ForCausalLM": "causal_lm", "LMHeadModel": "causal_lm", "ForMaskedLM": "masked_lm"}
 
 
 def load_tokenizer(folder: Path, config: TrainConfig) -> PreTrainedTokenizerBase:
     """Return the base's tokenizer, with a padding token. Raises BaseNotFound."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise BaseNotFound(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
+        with without_messages():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # `tokenizers` raises a plain Exception for a damaged file
+        raise BaseNotFound(f"the tokenizer in {folder} cannot be loaded: {_reason(error)}") from error
     if config.task == "causal_lm" and tokenizer.eos_token_id is None:
         raise BaseNotFound(f"the tokenizer in {folder} has no end-of-sequence token: set eos_token in its config")
     if tokenizer.pad_token_id is None:
@@ -56,16 +57,27 @@ def load_base(
     `head_type` is "causal_lm", "masked_lm" or "classification"; by default `config.task`. A classifier gets a new head
     for `labels`. Raises BaseNotFound.
     """
-    logging.disable_progress_bar()
     state = PartialState()
     # Full fine-tuning updates these weights: small steps need more than bfloat16's eight bits.
     dtype = "float32" if config.method == "full" and config.dtype == "auto" else config.dtype
     try:
-        model = _MODELS[head_type or config.task].from_pretrained(
-            folder, dtype=dtype, quantization_config=_quantization(config), **_label_settings(labels)
-        )
-    except (OSError, ValueError, SafetensorError, ImportError) as error:
-        raise BaseNotFound(f"base model in {folder} cannot be loaded: {first_line(error)}") from error
+        with without_messages(), without_stray_files(folder) as own_files:
+            model, loaded = _model_class(own_files, config, head_type or config.task).from_pretrained(
+                own_files,
+                dtype=dtype,
+                quantization_config=_quantization(config),
+                trust_remote_code=config.trust_remote_code,
+                ignore_mismatched_sizes=True,  # checked below
+                output_loading_info=True,
+                **_label_settings(labels),
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise BaseNotFound(f"base model in {folder} cannot be loaded: {_reason(error)}") from error
+    model.name_or_path = str(folder)
+    shapes = {name: (tuple(stored), tuple(wanted)) for name, stored, wanted in loaded["mismatched_keys"]}
+    _refuse_random_weights(folder, model, loaded["missing_keys"], shapes)
     model.config.use_cache = False
     model.requires_grad_(False).eval()
     if config.quantization == "none":
@@ -83,7 +95,8 @@ def language_model(
     With `backbone`, the trained backbone of a classifier, the model has that backbone instead of its own: its loss then
     measures what the classifier forgot.
     """
-    architectures = AutoConfig.from_pretrained(folder).architectures or []
+    settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    architectures = settings.architectures or []
     head_types = [head for end, head in _LANGUAGE_HEADS.items() if any(name.endswith(end) for name in architectures)]
     if not head_types:
         return None
@@ -94,14 +107,79 @@ def language_model(
 
 
 def base_without_weights(folder: Path, config: TrainConfig, labels: Sequence[str] = ()) -> PreTrainedModel:
-    """Return the base's modules on the meta device: names and shapes without data. Raises BaseNotFound."""
+    """Return the base's modules on the meta device: names and shapes without data.
+
+    Raises BaseNotFound, also if a tensor is missing on disk or has another shape there.
+    """
+    code = config.trust_remote_code
     try:
-        settings = AutoConfig.from_pretrained(folder, **_label_settings(labels))
-        with torch.device("meta"):
-            model: PreTrainedModel = _MODELS[config.task].from_config(settings)
-    except (OSError, ValueError) as error:
-        raise BaseNotFound(f"the config of the base model in {folder} cannot be used: {first_line(error)}") from error
+        with without_messages(), torch.device("meta"):
+            settings = AutoConfig.from_pretrained(folder, trust_remote_code=code, **_label_settings(labels))
+            kind = _model_class(folder, config, config.task)
+            model: PreTrainedModel = kind.from_config(settings, trust_remote_code=code)
+    except (OSError, ValueError, ImportError) as error:
+        raise BaseNotFound(f"the config of the base model in {folder} cannot be used: {_reason(error)}") from error
+    if getattr(settings, "quantization_config", None) is None:  # else the tensors on disk are packed
+        _check_stored(folder, model)
     return model
+
+
+def _model_class(folder: Path, config: TrainConfig, head_type: str) -> Any:
+    """Return the automatic class of transformers that loads the base with the head `head_type`. Raises OSError."""
+    if head_type in _MODELS:
+        return _MODELS[head_type]
+    settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    return (
+        language_model_class(settings) or AutoModelForCausalLM
+    )  # which names the classes that it supports, or runs code
+
+
+def _check_stored(folder: Path, model: PreTrainedModel) -> None:
+    """Raise BaseNotFound unless the tensors on disk fill all parameters of `model`; reads only their headers."""
+    stored = stored_shapes(folder)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    filled, shapes = set(), {}
+    for tensor, found in parameters_from(model, stored).items():
+        for name, is_stored in found:
+            filled.add(name)
+            if is_stored and name in parameters and tuple(parameters[name].shape) != stored[tensor]:
+                shapes[name] = stored[tensor], tuple(parameters[name].shape)
+    for one, other in model.all_tied_weights_keys.items():
+        if filled & {one, other}:
+            filled |= {one, other}
+    optional = "|".join(model._keys_to_ignore_on_load_missing or ())
+    missing = [name for name in parameters if name not in filled and not (optional and re.search(optional, name))]
+    _refuse_random_weights(folder, model, missing, shapes)
+
+
+def _refuse_random_weights(
+    folder: Path,
+    model: PreTrainedModel,
+    missing: Iterable[str],
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+) -> None:
+    """Raise BaseNotFound if a parameter outside a classifier's head is not on disk, or has another shape there.
+
+    transformers would set it to random numbers. `shapes` are those on disk and in the model, where they differ.
+    """
+    heads = head_modules(model) if type(model).__name__.endswith("ForSequenceClassification") else []
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in (name for name in shapes if not is_inside(name, heads)):
+        stored, wanted = shapes[name]
+        raise BaseNotFound(
+            f"base model in {folder}: {name} is {stored} on disk, but config.json says {wanted}: correct config.json"
+        )
+    random = sorted(name for name in missing if name in parameters and not is_inside(name, heads))
+    if random:
+        others = f" and {len(random) - 1} others" if len(random) > 1 else ""
+        raise BaseNotFound(f"base model in {folder} has no tensor for {random[0]}{others}: download the base again")
+
+
+def _reason(error: Exception) -> str:
+    """Return the reason of an error of transformers in one line."""
+    if "trust_remote_code" in str(error):
+        return "it needs Python code of its own: read that code, then set trust_remote_code=true to run it"
+    return first_line(error)
 
 
 def _shard(model: PreTrainedModel) -> None:

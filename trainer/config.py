@@ -117,6 +117,9 @@ class TrainConfig(BaseModel):
         [], description="experiment trackers: tensorboard (writes to runs/ beside the output), wandb, trackio, ..."
     )
     push_to_hub: str | None = Field(None, description="hub repository (org/name) that receives the finished folder")
+    trust_remote_code: bool = Field(
+        False, description="run the Python code in the base's folder, if transformers does not know its architecture"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="random seed; the same seed on the same CPU gives the same bytes")
 
     @model_validator(mode="after")

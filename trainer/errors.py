@@ -12,6 +12,7 @@ class TrainerError(AstraError):
     ├── TargetError    a target layer does not exist, or is smaller than the rank
     ├── ResumeError    the unfinished run beside the output folder has other settings, or --resume was not given
     ├── TrainingError  the loss or a trained parameter is not finite
+    │   └── OutOfMemory    the GPU or the machine has too little memory
     └── Interrupted    the run was stopped by SIGINT; its last step is saved
     """
 
@@ -34,6 +35,10 @@ class ResumeError(TrainerError):
 
 class TrainingError(TrainerError):
     """The loss or a trained parameter is not finite."""
+
+
+class OutOfMemory(TrainingError):
+    """The GPU or the machine has too little memory for the run."""
 
 
 class Interrupted(TrainerError):

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer.config import TrainConfig
 from trainer.data import IGNORED, Batch, Example, batches, language_examples, read_rows
+from trainer.limits import check_rows, max_positions
 
 _LENGTH = 128  # maximum tokens per row of forgetting text
 _MASK_SHARE = 0.15  # share of the tokens that are masked for an encoder
@@ -35,22 +36,23 @@ class Forgetting:
 def forgetting_batches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> list[Batch]:
     """Return the text for the measurement of forgetting: the user's, or a sample of the base at temperature 1.
 
-    For an encoder 15 % of the tokens, chosen with a fixed seed, are masked, and only these have labels.
+    For an encoder 15 % of the tokens, chosen with a fixed seed, are masked, and only these have labels. Raises
+    DataError.
     """
-    if type(model).__name__.endswith("ForMaskedLM"):
-        texts = (
-            _sample_from_encoder(model, tokenizer, config.forgetting_rows)
-            if config.forgetting_data is None
-            else [
-                tokenizer(row["text"], truncation=True, max_length=_LENGTH)["input_ids"]
-                for row in read_rows(config.forgetting_data)[: config.forgetting_rows]
-            ]
-        )
+    is_encoder, source = type(model).__name__.endswith("ForMaskedLM"), config.forgetting_data
+    if source is None and not is_encoder:
+        return _sample_from_decoder(model, tokenizer, config.forgetting_rows)
+    if source is None:
+        texts = _sample_from_encoder(model, tokenizer, config.forgetting_rows)
         return batches(_with_masks(texts, tokenizer), 16, tokenizer)
-    if config.forgetting_data is not None:
-        rows = read_rows(config.forgetting_data)[: config.forgetting_rows]
-        return batches(language_examples(rows, tokenizer, _LENGTH, config.forgetting_data), 16, tokenizer)
-    return _sample_from_decoder(model, tokenizer, config.forgetting_rows)
+    rows, length = read_rows(source)[: config.forgetting_rows], _length(model)
+    if is_encoder:
+        texts = [tokenizer(row["text"], truncation=True, max_length=length)["input_ids"] for row in rows]
+        examples = _with_masks(texts, tokenizer)
+    else:
+        examples = language_examples(rows, tokenizer, length, source)
+    check_rows(examples, source, model, tokenizer, config)
+    return batches(examples, 16, tokenizer)
 
 
 @torch.no_grad()
@@ -64,12 +66,14 @@ def _sample_from_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=_LENGTH - 1,
+        repetition_penalty=1.0,
+        max_new_tokens=_length(model) - 1,
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
-    ended = (ids[:, 1:] == tokenizer.eos_token_id).cumsum(1)  # the end token is text, tokens after it are padding
-    mask = torch.cat([torch.ones_like(start), (ended - (ids[:, 1:] == tokenizer.eos_token_id).long() == 0).long()], 1)
+    ends = torch.isin(ids[:, 1:], torch.tensor(_end_tokens(model, tokenizer), device=ids.device)).long()
+    # An end token is text, tokens after it are padding.
+    mask = torch.cat([torch.ones_like(start), (ends.cumsum(1) - ends == 0).long()], 1)
     labels = ids.masked_fill(mask == 0, IGNORED)
     keys = ("input_ids", "attention_mask", "labels")
     return [
@@ -77,10 +81,22 @@ def _sample_from_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     ]
 
 
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens at which `model` stops to write: those of its generation config, and the tokenizer's."""
+    found = model.generation_config.eos_token_id if model.generation_config else None
+    listed = found if isinstance(found, list) else [found]
+    return [token for token in {*listed, tokenizer.eos_token_id} if token is not None]
+
+
+def _length(model: PreTrainedModel) -> int:
+    return min(_LENGTH, max_positions(model) or _LENGTH)
+
+
 @torch.no_grad()
 def _sample_from_encoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int) -> list[list[int]]:
     """Return rows of masks that an encoder has filled: a sixteenth of the positions per round, in random order."""
-    empty = tokenizer(_LENGTH * str(tokenizer.mask_token), truncation=True, max_length=_LENGTH)["input_ids"]
+    length = _length(model)
+    empty = tokenizer(length * str(tokenizer.mask_token), truncation=True, max_length=length)["input_ids"]
     ids = torch.tensor(rows * [empty], device=model.device)
     positions = (ids[0] == tokenizer.mask_token_id).nonzero().flatten()
     for chosen in positions[torch.randperm(len(positions), device=positions.device)].chunk(_FILL_ROUNDS):

@@ -43,6 +43,7 @@ from trainer.evaluate import answers_match
 from trainer.unfinished import mark_complete
 
 _TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
+_SELECTION = "selection"  # the metric by which _ExactMatchTrainer selects the best checkpoint
 _VLLM_LOGGING = "VLLM_LOGGING_LEVEL"
 _vllm_level = os.environ.get(_VLLM_LOGGING)
 from trl import SFTConfig, SFTTrainer  # noqa: E402
@@ -142,7 +143,10 @@ def _tensorboard_folder(folder: Path) -> Iterator[None]:
 
 
 class _ExactMatchTrainer(SFTTrainer):
-    """SFTTrainer whose evaluation also has the share of rows with an exactly correct greedy answer."""
+    """SFTTrainer whose evaluation also has the share of rows with an exactly correct greedy answer.
+
+    Checkpoints are selected by this share; among those without any correct answer, by the loss.
+    """
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -150,7 +154,9 @@ class _ExactMatchTrainer(SFTTrainer):
             self.accelerator.gather_for_metrics(answers_match(self.model, batch))
             for batch in self.get_eval_dataloader()
         ]
-        output.metrics[f"{metric_key_prefix}_exact_match"] = float(torch.cat(hits).float().mean())
+        share = float(torch.cat(hits).float().mean())
+        output.metrics[f"{metric_key_prefix}_exact_match"] = share
+        output.metrics[f"{metric_key_prefix}_{_SELECTION}"] = share or -output.metrics[f"{metric_key_prefix}_loss"]
         return output
 
 
@@ -218,7 +224,10 @@ def _trainer(
     }
     if config.task == "classification":
         return Trainer(
-            args=TrainingArguments(**_arguments(config, folder, evaluated=bool(held_out))),
+            args=TrainingArguments(
+                **_arguments(config, folder, evaluated=bool(held_out)),
+                label_names=["labels"],  # not every model names it in its signature, from which it would be taken
+            ),
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=_accuracy,
             **common,
@@ -258,7 +267,7 @@ def _arguments(config: TrainConfig, folder: Path, *, evaluated: bool) -> dict[st
         "eval_strategy": "steps",
         "eval_steps": eval_steps,
         "load_best_model_at_end": True,
-        "metric_for_best_model": f"eval_{config.eval_metric}",
+        "metric_for_best_model": f"eval_{_SELECTION if config.eval_metric == 'exact_match' else config.eval_metric}",
         "greater_is_better": config.eval_metric != "loss",
     }
     return {

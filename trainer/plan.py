@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from converter import adapter_dir
 from trainer.adapter import target_layers
@@ -16,7 +15,8 @@ from trainer.learning_rate import first_step
 from trainer.start.calibration import layer_groups
 from trainer.start.initialise import calibration_batches
 from trainer.start.ranks import fixed_ranks
-from trainer.train import read_data
+from trainer.targets import layer_shape, left_out
+from trainer.train import fit_to_base, read_data
 
 _BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 _QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5}
@@ -36,16 +36,18 @@ class Plan:
     converted_rank: int | None  # None for full fine-tuning
     epochs: float
     widths: Counter[tuple[int, int]]  # number of layers for each (d_out, d_in)
+    left_out: list[str]  # weights that are not adapted, one line for each kind
 
 
 def plan(base: str, data: str, config: TrainConfig) -> Plan:
     """Return the plan of `train` with these arguments. Raises the errors of `train` for bad input."""
-    folder = adapter_dir.find_base(base)
+    folder = adapter_dir.find_base(base, code=config.trust_remote_code)
     tokenizer = load_tokenizer(folder, config)
     rows = read_data(data, tokenizer, config)
     model = base_without_weights(folder, config, rows.labels)
-    layers: dict[str, nn.Linear] = target_layers(model, config)
-    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    rows = fit_to_base(rows, data, model, tokenizer, config)
+    layers = target_layers(model, config)
+    shapes = {name: layer_shape(layer) for name, layer in layers.items()}
     ranks = fixed_ranks(shapes, config)
     full, train_b = config.method == "full", config.train_b and config.method != "mica"
     trainable = sum(ranks[n] * (d_in + d_out * train_b) for n, (d_out, d_in) in shapes.items())
@@ -73,6 +75,7 @@ def plan(base: str, data: str, config: TrainConfig) -> Plan:
         converted_rank=None if full else _converted_rank(config, max(ranks.values())),
         epochs=config.steps * config.batch_size / len(rows.train),
         widths=Counter(shapes.values()),
+        left_out=[] if full else left_out(model, config),
     )
 
 
@@ -105,6 +108,8 @@ def show(found: Plan, config: TrainConfig, console: Console) -> None:
             remark = "arbitrary: raise calibration_rows"
         table.add_row(str(d_out), str(d_in), str(n), f"{found.calibration_tokens / d_out:.1f}", remark)
     console.print(table)
+    for line in found.left_out:
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _rate(config: TrainConfig) -> str:

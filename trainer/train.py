@@ -6,9 +6,12 @@
 `resume` (see `trainer.unfinished`).
 """
 
+import hashlib
+import os
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +20,12 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from peft import PeftModel
 from rich.progress import Progress
-from transformers import PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from converter import adapter_dir
-from converter.adapter_dir import AstraAdapter
+from converter.adapter_dir import AstraAdapter, Json
 from converter.errors import first_line
 from trainer import report, unfinished
 from trainer.adapter import ADAPTER, adapted_modules, adapter_layers, attach, target_layers, trained_head, whole_weight
@@ -38,10 +43,13 @@ from trainer.data import (
 )
 from trainer.errors import ConfigError, DataError, TrainerError, TrainingError
 from trainer.evaluate import Forgetting, forgetting_batches, language_loss
+from trainer.failures import in_one_line, is_disk_full, is_out_of_memory
 from trainer.learning_rate import automatic_rate
-from trainer.loop import check_trackers, optimise
+from trainer.limits import check_rows, use_known_padding, with_end_tokens
+from trainer.loop import Result, check_trackers, optimise
 from trainer.report import Run
 from trainer.start.initialise import Initialisation, calibration_batches, initialise, spectra_of
+from trainer.targets import left_out
 
 
 @dataclass(frozen=True)
@@ -59,24 +67,33 @@ def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progre
 
     With `resume`, continue the unfinished run beside `out`, if there is one. Under `accelerate launch` all processes
     call this function. Raises TrainerError, and AdapterError for the base and the output folder. Nothing is then
-    written to `out`, unless only the push to the hub failed. After Interrupted the unfinished run stays for `resume`.
+    written to `out`, unless only the push to the hub failed. After Interrupted, and when the disk is full after a
+    checkpoint, the unfinished run stays for `resume`; after other errors nothing stays.
     """
+    with in_one_line(out):
+        return _train(base, data, out, config, progress, resume=resume)
+
+
+def _train(base: str, data: str, out: Path, config: TrainConfig, progress: Progress, *, resume: bool) -> Run:
     state = PartialState(cpu=not torch.cuda.is_available())  # joins the processes of accelerate launch
     adapter_dir.refuse_existing(out)
     if config.batch_size % (state.num_processes * config.gradient_accumulation):
         raise ConfigError(f"batch_size must be a multiple of processes ({state.num_processes}) x gradient_accumulation")
     check_trackers(config)
-    folder = adapter_dir.find_base(base)
+    folder = adapter_dir.find_base(base, code=config.trust_remote_code)
     tokenizer = load_tokenizer(folder, config)
     rows = read_data(data, tokenizer, config)
     torch.manual_seed(config.seed)
     model = load_base(folder, config, rows.labels)
+    rows = fit_to_base(rows, data, model, tokenizer, config)
     model.config.pad_token_id = tokenizer.pad_token_id
     layers = {} if config.method == "full" else target_layers(model, config)
-    source = {"file": Path(data).name, "digest": rows.digest, "rows": len(rows.train) + len(rows.held_out)}
-    origin = report.provenance(base, folder, str(model.dtype), source, config)
-    identity = {"base": origin["base"]["digest"], "data": origin["data"]["digest"], **config.model_dump(mode="json")}
+    origin = _origin(base, folder, data, rows, str(model.dtype), config)
+    identity = _identity(origin, tokenizer, config)
     resuming = unfinished.can_resume(out, identity, resume=resume)
+    if state.is_main_process and layers:
+        for line in left_out(model, config):
+            progress.console.print(line, highlight=False, soft_wrap=True)
 
     with progress:
         calibration = calibration_batches(rows.train, tokenizer, config)
@@ -93,45 +110,90 @@ def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progre
         state.wait_for_everyone()
 
         trained = attach(model, start.starts, config) if layers else model.requires_grad_(True)
-        try:
-            rate = config.learning_rate
-            if rate == "auto":
-                sample = random.Random(config.seed).sample(rows.train, min(config.batch_size, len(rows.train)))
-                rate = automatic_rate(trained, batches(sample, 1, tokenizer), config)
-                if state.is_main_process:
-                    progress.console.print(f"learning rate {rate:.3g}, chosen from the gradients before the first step")
-            result = optimise(
-                trained, tokenizer, rows.train, rows.held_out, config, rate,
-                unfinished.folder_of(out), unfinished.last_checkpoint(out, before=config.steps), progress,
-            )  # fmt: skip
-        except TrainingError:
-            state.wait_for_everyone()
-            unfinished.remove(out, created)
-            raise
+        with _removed_after_errors(out, created):
+            result = _optimise(trained, rows, tokenizer, config, out, progress)
 
-        forgetting = None
-        if forgetting_text:
-            backbone = (trained.get_base_model() if layers else trained).base_model
-            lm = trained if config.task == "causal_lm" else language_model(folder, config, backbone)
-            assert lm is not None
-            source_of_text = config.forgetting_data or "written by the base"
-            forgetting = Forgetting(source_of_text, loss_before, language_loss(lm, forgetting_text))
-        after = spectra_after(trained, calibration, config, progress) if start.eigenvalues else {}
-    run = Run(origin, config, start, result, forgetting, after)
-    if state.is_main_process:
-        with adapter_dir.new_folder(out) as finished:
-            if isinstance(trained, PeftModel):
-                settings = {**trained.peft_config[ADAPTER].to_dict(), "base_model_name_or_path": base}
-                adapter = AstraAdapter(adapter_layers(trained), settings, run.provenance(), trained_head(trained))
-                adapter_dir.save_astra(finished, adapter)
-            else:
-                report.save_whole_model(finished, trained, tokenizer, run)
-            report.write(finished, run)
-        unfinished.remove(out)
-        if config.push_to_hub:
-            _push(out, config.push_to_hub)
+            forgetting = None
+            if forgetting_text:
+                backbone = (trained.get_base_model() if layers else trained).base_model
+                lm = trained if config.task == "causal_lm" else language_model(folder, config, backbone)
+                assert lm is not None
+                source_of_text = config.forgetting_data or "written by the base"
+                forgetting = Forgetting(source_of_text, loss_before, language_loss(lm, forgetting_text))
+            after = spectra_after(trained, calibration, config, progress) if start.eigenvalues else {}
+            run = Run(origin, config, start, result, forgetting, after)
+            if state.is_main_process:
+                _write(out, trained, tokenizer, run)
+    if state.is_main_process and config.push_to_hub:
+        _push(out, config.push_to_hub)
     state.wait_for_everyone()
     return run
+
+
+def _optimise(
+    model: nn.Module,
+    rows: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    out: Path,
+    progress: Progress,
+) -> Result:
+    """Train `model` in place, at the learning rate that `config` gives or leaves open. Raises TrainingError."""
+    rate = config.learning_rate
+    if rate == "auto":
+        sample = random.Random(config.seed).sample(rows.train, min(config.batch_size, len(rows.train)))
+        rate = automatic_rate(model, batches(sample, 1, tokenizer), config)
+        if PartialState().is_main_process:
+            progress.console.print(f"learning rate {rate:.3g}, chosen from the gradients before the first step")
+    checkpoint = unfinished.last_checkpoint(out, before=config.steps)
+    folder = unfinished.folder_of(out)
+    return optimise(model, tokenizer, rows.train, rows.held_out, config, rate, folder, checkpoint, progress)
+
+
+@contextmanager
+def _removed_after_errors(out: Path, created: Sequence[Path]) -> Iterator[None]:
+    """Remove the unfinished run, and the folders `created` for it, after errors that need other settings.
+
+    It would block the corrected command. After a full disk it stays if it has a checkpoint: `--resume` continues it.
+    """
+    try:
+        yield
+    except TrainingError:
+        PartialState().wait_for_everyone()
+        unfinished.remove(out, created)
+        raise
+    except (MemoryError, RuntimeError, OSError, SafetensorError) as error:
+        if is_out_of_memory(error) or (is_disk_full(error) and unfinished.last_checkpoint(out) is None):
+            unfinished.remove(out, created)
+        raise
+
+
+def _write(out: Path, trained: nn.Module, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
+    """Write the adapter, or the whole model, to the new folder `out`, and remove the unfinished run."""
+    with adapter_dir.new_folder(out) as finished:
+        if isinstance(trained, PeftModel):
+            base = run.origin["base"]["id"]
+            settings = {**trained.peft_config[ADAPTER].to_dict(), "base_model_name_or_path": base}
+            adapter = AstraAdapter(adapter_layers(trained), settings, run.provenance(), trained_head(trained))
+            adapter_dir.save_astra(finished, adapter)
+        else:
+            report.save_whole_model(finished, trained, tokenizer, run)
+        report.write(finished, run)
+    unfinished.remove(out)
+
+
+def _origin(base: str, folder: Path, data: str, rows: Data, dtype: str, config: TrainConfig) -> Json:
+    """Return the adapter's provenance before training. A relative path of a base names another folder elsewhere."""
+    name = os.path.abspath(base) if Path(base).is_dir() else base  # noqa: PTH100  links stay
+    source = {"file": Path(data).name, "digest": rows.digest, "rows": len(rows.train) + len(rows.held_out)}
+    return report.provenance(name, folder, dtype, source, config)
+
+
+def _identity(origin: Json, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> Json:
+    """Return all on which the run's result depends: a run is only continued with the same."""
+    template = hashlib.sha256(repr(tokenizer.chat_template).encode()).hexdigest()
+    digests = {"base": origin["base"]["digest"], "data": origin["data"]["digest"]}
+    return {**digests, "chat_template": f"sha256:{template}", **config.model_dump(mode="json")}
 
 
 def read_data(data: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> Data:
@@ -151,6 +213,17 @@ def read_data(data: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
             raise DataError(f"{data} has {len(train)} rows: too few to hold {config.eval_share:.0%} of them out")
         train, test = [train[i] for i in order[n:]], [train[i] for i in order[:n]]
     return Data(train, test, labels, digest([*rows, *held_out]))
+
+
+def fit_to_base(
+    rows: Data, source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+) -> Data:
+    """Return rows that `model` can read; pads with a token that it knows. Raises DataError for those it cannot read."""
+    use_known_padding(tokenizer, model)
+    train, held_out = (with_end_tokens(examples, model, config) for examples in (rows.train, rows.held_out))
+    check_rows(train, source, model, tokenizer, config)
+    check_rows(held_out, config.eval_data or source, model, tokenizer, config)
+    return replace(rows, train=train, held_out=held_out)
 
 
 def spectra_after(

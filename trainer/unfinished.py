@@ -8,6 +8,7 @@ The folder is created by a rename after the initialisation: a run that stops ear
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -101,7 +102,7 @@ def mark_complete(checkpoint: Path) -> None:
     (checkpoint / COMPLETE).touch()
 
 
-def last_checkpoint(out: Path, *, before: int) -> Path | None:
+def last_checkpoint(out: Path, *, before: float = math.inf) -> Path | None:
     """Return the newest complete checkpoint of a step below `before`, or None.
 
     A checkpoint of the last step is not used: transformers would train one more step from it.

@@ -1,6 +1,7 @@
 """The base model: its local folder, its digest, its dtype and its weights."""
 
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,23 +14,28 @@ from safetensors import SafetensorError, safe_open
 from converter.adapter_dir.errors import BaseNotFound
 from converter.adapter_dir.folder import digest
 from converter.adapter_dir.layers import Layers
+from converter.adapter_dir.names import loaded_shapes, stored_names
 from converter.errors import first_line
 
+WEIGHTS = "model.safetensors"
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"]
+# Files of other kinds that may lie beside a base's own: an adapter saved there, and Mistral's copy of the weights.
+_STRAY = ("adapter_", "consolidated")
 
 
-def find_base(base: str, *, download: bool = True) -> Path:
+def find_base(base: str, *, download: bool = True, code: bool = False) -> Path:
     """Return the local folder of `base`, which is a path or a hub id.
 
-    A hub id is downloaded unless it is in the hub's cache; with `download=False` only the cache is searched. Raises
-    BaseNotFound.
+    A hub id is downloaded unless it is in the hub's cache; with `download=False` only the cache is searched. With
+    `code`, Python files are downloaded, too. Raises BaseNotFound.
     """
     path = Path(base)
     if not path.is_dir():
         if path.exists() or base.startswith((".", "/", "~")) or base.count("/") > 1:
             raise BaseNotFound(f"base model {base!r} is not a folder: give a local model folder or a hub id (org/name)")
+        patterns = [*_FILES, "*.py"] if code else _FILES
         try:
-            path = Path(snapshot_download(base, allow_patterns=_FILES, local_files_only=not download))
+            path = Path(snapshot_download(base, allow_patterns=patterns, local_files_only=not download))
         except (OSError, ValueError) as error:  # the hub's errors are OSErrors and ValueErrors
             raise BaseNotFound(
                 f"base model {base!r} is not a local folder and cannot be fetched from the hub: {first_line(error)}"
@@ -44,19 +50,70 @@ def base_digest(folder: Path) -> str:
     return digest(sorted(folder.glob("*.safetensors")))
 
 
-def base_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return (d_out, d_in) of every matrix of the base by module name; reads only the headers of its weight files.
+def is_stray(file: Path) -> bool:
+    """Return whether a file in a base's folder belongs to an adapter or to another copy of the weights."""
+    return file.name.startswith(_STRAY)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files from which transformers loads the base's weights, in the order of their names.
+
+    They are model.safetensors, else the files that its index names, else all safetensors files that are not stray.
+    Raises BaseNotFound.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = folder / f"{WEIGHTS}.index.json"
+    if not index.is_file():
+        return sorted(file for file in folder.glob("*.safetensors") if not is_stray(file))
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [folder / Path(name).name for name in sorted(names)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BaseNotFound(f"{index} cannot be read: it must have a weight_map of file names ({error})") from error
+    for file in files:
+        if not file.is_file():
+            raise BaseNotFound(f"base model file {file} is missing: {index.name} names it")
+    return files
+
+
+@contextmanager
+def without_stray_files(folder: Path) -> Iterator[Path]:
+    """Yield a folder with the base's own files: `folder`, or links to its files if an adapter was saved there, too.
+
+    transformers would otherwise load that adapter with the base.
+    """
+    if not any(is_stray(file) for file in folder.iterdir()):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        for file in folder.iterdir():
+            if not is_stray(file):
+                (Path(temporary) / file.name).symlink_to(file.absolute())
+        yield Path(temporary)
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of the base by its name on disk; reads only the headers of its weight files.
 
     Raises BaseNotFound.
     """
     shapes = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         with _opened(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118 (it is not a dict)
-                shape = tensors.get_slice(key).get_shape()
-                if len(shape) == 2:
-                    shapes[key.removesuffix(".weight")] = (shape[0], shape[1])
+                shapes[key] = tuple(tensors.get_slice(key).get_shape())
     return shapes
+
+
+def base_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return (d_out, d_in) of every matrix of the base, by its name on disk and by its name in the loaded model.
+
+    GPT-2's matrices are transposed: (d_in, d_out). Reads only the headers of the weight files. Raises BaseNotFound.
+    """
+    stored = stored_shapes(folder)
+    matrices = {name.removesuffix(".weight"): (s[0], s[1]) for name, s in stored.items() if len(s) == 2}
+    return matrices | loaded_shapes(folder, stored)
 
 
 def base_dtype(folder: Path) -> str:
@@ -88,10 +145,14 @@ def base_tensors(file: Path) -> Layers[torch.Tensor]:
 
 
 def base_weights(folder: Path) -> Layers[torch.Tensor]:
-    """Return the tensors of all weight files of a base by name. Raises BaseNotFound, here and at each access."""
-    files = [base_tensors(file) for file in sorted(folder.glob("*.safetensors"))]
+    """Return the tensors of all weight files of a base, by their names on disk and by their names in the loaded model.
+
+    Raises BaseNotFound, here and at each access.
+    """
+    files = [base_tensors(file) for file in weight_files(folder)]
     file_of = {name: tensors for tensors in files for name in tensors}
-    return Layers(list(file_of), lambda name: file_of[name][name])
+    stored = stored_names(folder, file_of) | {name: name for name in file_of}
+    return Layers(list(stored), lambda name: file_of[stored[name]][stored[name]])
 
 
 @contextmanager

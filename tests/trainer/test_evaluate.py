@@ -53,3 +53,16 @@ def test_forgetting_text_is_read_from_a_file(model, tokenizer, jsonl) -> None:
     file = jsonl([{"text": "one"}, {"text": "two"}, {"text": "three"}])
     text = forgetting_batches(model, tokenizer, TrainConfig(forgetting_data=str(file), forgetting_rows=2))
     assert [tokenizer.decode(ids[mask.bool()]) for b in text for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)] == ["one<|end|>", "two<|end|>"]  # fmt: skip  # noqa: E501
+
+
+def test_text_of_the_base_ends_at_any_of_its_end_tokens(tiny_base, tokenizer) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
+    ends = [tokenizer.eos_token_id, *range(200, len(tokenizer))]
+    model.generation_config.eos_token_id = ends
+    model.generation_config.repetition_penalty = 1.3
+    torch.manual_seed(0)
+    for batch in forgetting_batches(model, tokenizer, TrainConfig(forgetting_rows=8)):
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            text = ids[mask.bool()][1:].tolist()
+            assert text
+            assert not [token for token in text[:-1] if token in ends]

@@ -186,6 +186,16 @@ def test_the_result_is_the_best_checkpoint_on_held_out_rows(tiny_base, jsonl, ro
     assert origin["best_step"] == next(e["step"] for e in evaluations if e["eval_exact_match"] == 1.0)
 
 
+def test_without_an_exact_match_the_best_checkpoint_has_the_least_loss(tiny_base, jsonl, tmp_path) -> None:
+    held_out = jsonl([{"prompt": "never", "completion": " seen before"}] * 4, "held_out.jsonl")
+    settings = (f"eval_data={held_out}", "steps=20", "eval_steps=2", "eval_metric=exact_match", "learning_rate=0.2")
+    assert astra_train(tiny_base, jsonl([{"text": "1 2 3 4"}] * 8), tmp_path / "out", *settings) == 0
+    origin = load_astra(tmp_path / "out").provenance
+    assert {e["eval_exact_match"] for e in origin["evaluations"]} == {0.0}
+    best = min(origin["evaluations"], key=lambda e: e["eval_loss"])
+    assert origin["best_step"] == best["step"] != origin["evaluations"][0]["step"]
+
+
 def test_training_stops_early_when_patience_runs_out(tiny_base, jsonl, tmp_path) -> None:
     held_out = jsonl([{"prompt": "never", "completion": " seen before"}] * 4, "held_out.jsonl")
     settings = (f"eval_data={held_out}", "steps=60", "eval_steps=2", "patience=3", "learning_rate=0.2")

@@ -15,6 +15,7 @@ from torch import distributed, nn
 
 from trainer.data import IGNORED
 from trainer.start.passes import Passes
+from trainer.targets import layer_shape
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,12 @@ class Gram:
 
 def is_tall(layer: nn.Linear) -> bool:
     """Return whether a layer has more outputs than inputs; its outputs then span only a part of their space."""
-    return layer.out_features > layer.in_features  # not the shape of the weight: a quantised weight has another one
+    d_out, d_in = layer_shape(layer)
+    return d_out > d_in
 
 
 def _smaller_side(layer: nn.Linear) -> int:
-    return min(layer.out_features, layer.in_features)
+    return min(layer_shape(layer))
 
 
 def layer_groups(shapes: Mapping[str, tuple[int, int]], memory: int) -> Iterator[list[str]]:
@@ -83,8 +85,11 @@ def gram_matrices(
     norms = {name: torch.zeros((), dtype=torch.float64, device=state.device) for name in layers}
     n_tokens = torch.zeros((), dtype=torch.int64, device=state.device)
     real = torch.empty(0, device=state.device)  # bool (rows * length): positions of the current batch that count
+    grid = real.shape  # (rows, length) of the current batch
 
     def add(name: str, layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if output.shape[:-1] not in (grid, (grid.numel(),)):  # DeBERTa's layers also compute on relative positions
+            return
         bias = _linear(layer).bias
         y = (output if bias is None else output - bias).flatten(0, -2)[real]  # (n_real, d_out)
         z = inputs[0].flatten(0, -2)[real].double() if of_inputs[name] else y.double()
@@ -98,6 +103,7 @@ def gram_matrices(
             index = number * state.num_processes + state.process_index
             batch = passes.batches[index % len(passes.batches)]
             real = (batch["labels"] != IGNORED if answers_only else batch["attention_mask"].bool()).flatten()
+            grid = batch["attention_mask"].shape
             # A sharded base needs all processes in each round: without a batch of its own, a process counts no token.
             real = (real & (index < len(passes.batches))).to(state.device)
             n_tokens += real.sum()

@@ -28,6 +28,7 @@ from trainer.start.eigenspace import Spectrum, eigenvalues, overlap, spectrum, s
 from trainer.start.methods import astra_start, other_starts
 from trainer.start.passes import Passes
 from trainer.start.ranks import allocated_ranks, fixed_ranks
+from trainer.targets import layer_shape
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class _ConvergenceCheck:
         n_tokens = 0
         for name, gram in grams:
             n_tokens = gram.n_tokens
-            d_out, d_in = self._layers[name].out_features, self._layers[name].in_features
+            d_out, d_in = layer_shape(self._layers[name])
             if self._config.subspace == "tail" and d_out - min(d_in, n_tokens) >= self._ranks[name]:
                 continue  # every basis of the null space is equally good
             weight = whole_weight(self._layers[name])
@@ -222,7 +223,7 @@ def _on_all_processes(holds: bool) -> bool:
 
 def _shapes(layers: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """Return (d_out, d_in) of linear or adapted layers."""
-    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    return {name: layer_shape(layer) for name, layer in layers.items()}
 
 
 def _rounds(calibration: list[Batch]) -> int:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from trainer.adapter import Start, peft_config, whole_weight
 from trainer.config import TrainConfig
 from trainer.data import Batch
+from trainer.targets import layer_shape, peft_targets
 
 _PEFT_NAMES: dict[str, Any] = {"lora": True, "rslora": True}  # True: A random, B zero
 _PEFT_ATTRIBUTES = ("eigens", "_peft_loraga_grad")  # results of PEFT's calibration, set on a layer for its initialiser
@@ -40,7 +41,7 @@ def other_starts(
     on_layer: Callable[[], None],
 ) -> dict[str, Start]:
     """Return the start of each layer for `config.method`, any method but astra and full; call `on_layer` after each."""
-    settings = peft_config(config, "", ranks)
+    settings = peft_config(config, "", ranks, peft_targets(model, layers))
     settings.init_lora_weights = _PEFT_NAMES.get(config.method, config.method)
     eva_a0 = _calibrate(model, settings, calibration, config)
     starts = {}
@@ -95,8 +96,9 @@ def _calibrate(
 
 def _peft_start(layer: nn.Linear, settings: LoraConfig, rank: int, scaling: float) -> Start:
     """Return the start that PEFT's initialiser gives to a float32 copy of `layer`."""
-    copy = nn.Linear(layer.in_features, layer.out_features, bias=False)
-    copy.weight = nn.Parameter(whole_weight(layer).float().cpu().clone(), requires_grad=False)
+    d_out, d_in = layer_shape(layer)
+    copy = nn.Linear(d_in, d_out, bias=False)
+    copy.weight = nn.Parameter(whole_weight(layer).float().cpu().contiguous().clone(), requires_grad=False)
     for attribute in _PEFT_ATTRIBUTES:
         if hasattr(layer, attribute):
             setattr(copy, attribute, getattr(layer, attribute))
