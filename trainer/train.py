@@ -7,7 +7,8 @@
 """
 
 import random
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,12 @@ from converter.adapter_dir import AstraAdapter
 from converter.errors import first_line
 from trainer import report, unfinished
 from trainer.adapter import ADAPTER, adapted_modules, adapter_layers, attach, target_layers, trained_head, whole_weight
-from trainer.base import language_model, load_base, load_tokenizer
+from trainer.base import language_model, load_base, load_tokenizer, stop_tokens
 from trainer.config import TrainConfig
 from trainer.data import (
     Batch,
     Example,
+    Examples,
     batches,
     classification_examples,
     digest,
@@ -40,6 +42,7 @@ from trainer.errors import ConfigError, DataError, TrainerError, TrainingError
 from trainer.evaluate import Forgetting, forgetting_batches, language_loss
 from trainer.learning_rate import automatic_rate
 from trainer.loop import check_trackers, optimise
+from trainer.packing import refuse_leaking, refuse_recurrent
 from trainer.report import Run
 from trainer.start.initialise import Initialisation, calibration_batches, initialise, spectra_of
 
@@ -52,6 +55,16 @@ class Data:
     held_out: list[Example]
     labels: list[str]
     digest: str  # of the rows before tokenisation
+    remarks: Mapping[str, int]  # number of rows for each remark of `Examples`
+
+    def record(self, file: str) -> adapter_dir.Json:
+        """Return the `data` of an adapter's provenance."""
+        n = len(self.train) + len(self.held_out)
+        return {"file": file, "digest": self.digest, "rows": n, "remarks": dict(self.remarks)}
+
+    def label_record(self) -> adapter_dir.Json:
+        """Return `id2label`, as transformers' configs have it, for a classifier."""
+        return {"id2label": {str(i): name for i, name in enumerate(self.labels)}} if self.labels else {}
 
 
 def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progress, *, resume: bool = False) -> Run:
@@ -68,13 +81,17 @@ def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progre
     check_trackers(config)
     folder = adapter_dir.find_base(base)
     tokenizer = load_tokenizer(folder, config)
-    rows = read_data(data, tokenizer, config)
+    rows = read_data(data, tokenizer, config, stop_tokens(folder))
+    _print_remarks(data, rows, progress)
     torch.manual_seed(config.seed)
     model = load_base(folder, config, rows.labels)
     model.config.pad_token_id = tokenizer.pad_token_id
+    if config.packing:
+        refuse_recurrent(model)
+        refuse_leaking(model)
     layers = {} if config.method == "full" else target_layers(model, config)
-    source = {"file": Path(data).name, "digest": rows.digest, "rows": len(rows.train) + len(rows.held_out)}
-    origin = report.provenance(base, folder, str(model.dtype), source, config)
+    record = rows.record(Path(data).name)
+    origin = report.provenance(base, folder, str(model.dtype), record, config) | rows.label_record()
     identity = {"base": origin["base"]["digest"], "data": origin["data"]["digest"], **config.model_dump(mode="json")}
     resuming = unfinished.can_resume(out, identity, resume=resume)
 
@@ -121,7 +138,10 @@ def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progre
     if state.is_main_process:
         with adapter_dir.new_folder(out) as finished:
             if isinstance(trained, PeftModel):
-                settings = {**trained.peft_config[ADAPTER].to_dict(), "base_model_name_or_path": base}
+                settings = {
+                    **trained.peft_config[ADAPTER].to_dict(),
+                    "base_model_name_or_path": base,
+                } | rows.label_record()
                 adapter = AstraAdapter(adapter_layers(trained), settings, run.provenance(), trained_head(trained))
                 adapter_dir.save_astra(finished, adapter)
             else:
@@ -134,23 +154,32 @@ def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progre
     return run
 
 
-def read_data(data: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> Data:
-    """Return the tokenised training rows and held-out rows. Raises DataError."""
+def read_data(data: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, stops: Collection[int] = ()) -> Data:
+    """Return the tokenised training rows and held-out rows; a server ends answers at `stops`. Raises DataError."""
     rows = read_rows(data, config.split, config.columns)
     held_out = read_rows(config.eval_data, config.split, config.columns) if config.eval_data else []
     labels = label_names(rows) if config.task == "classification" else []
     if config.task == "classification" and len(labels) < 2:
         raise DataError(f"{data} needs at least two different values of label; it has: {', '.join(labels) or 'none'}")
-    make = partial(classification_examples, names=labels) if labels else language_examples
-    train = make(rows, tokenizer, config.max_length, data)
-    test = make(held_out, tokenizer, config.max_length, config.eval_data or "")
+    make: Callable[..., Examples] = partial(language_examples, stop_tokens=stops)
+    if labels:
+        make = partial(classification_examples, names=labels)
+    read = make(rows, tokenizer, config.max_length, data)
+    read_test = make(held_out, tokenizer, config.max_length, config.eval_data) if config.eval_data else Examples()
+    train, test = list(read), list(read_test)
     if config.eval_share:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed)).tolist()
         n = max(1, round(config.eval_share * len(train)))
         if n >= len(train):
             raise DataError(f"{data} has {len(train)} rows: too few to hold {config.eval_share:.0%} of them out")
         train, test = [train[i] for i in order[n:]], [train[i] for i in order[:n]]
-    return Data(train, test, labels, digest([*rows, *held_out]))
+    return Data(train, test, labels, digest([*rows, *held_out]), Counter(read.remarks) + read_test.remarks)
+
+
+def _print_remarks(data: str, rows: Data, progress: Progress) -> None:
+    if PartialState().is_main_process:
+        for remark, n in rows.remarks.items():
+            progress.console.print(f"{data}: {n} rows {remark}", highlight=False, soft_wrap=True)
 
 
 def spectra_after(
