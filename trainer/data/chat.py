@@ -23,7 +23,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from trainer.data.conversation import Message, checked_messages, learned_turns, listed_tools
+from trainer.data.conversation import Message, checked_messages, learned_turns, listed_tools, reasoning_of
 from trainer.data.template import Template, complete_template
 
 _OPENED = re.compile(r"<([^<>/\s]*think[^<>/\s]*)>\s*\Z", re.IGNORECASE)  # a block of reasoning, open at the end
@@ -65,8 +65,7 @@ def _turn(template: Template, earlier: Sequence[Message], answer: Message) -> Tu
     learned = whole[len(prompt) :] if whole.startswith(prompt) else _after_prefill(template, earlier, answer, prompt)
     if not learned.strip():
         raise ValueError("this base's chat template does not render the answer")
-    reasoning = answer.get("reasoning_content", "").strip()
-    return Turn(prompt, learned, reasoning_dropped=reasoning not in learned)
+    return Turn(prompt, learned, reasoning_dropped=reasoning_of(answer).strip() not in learned)
 
 
 def _after_prefill(template: Template, earlier: Sequence[Message], answer: Message, prompt: str) -> str:
@@ -98,8 +97,7 @@ def _after_opened_block(answer: Message, rendered: str, opened: re.Match[str]) -
     reasoning, closed, _ = content.rpartition(end)
     if closed:
         return reasoning.removeprefix(prefill).removeprefix(start) + end + rendered
-    reasoning = answer.get("reasoning_content", "").strip("\n")
-    return f"{reasoning}\n{end}\n\n{rendered}"
+    return reasoning_of(answer).strip("\n") + f"\n{end}\n\n{rendered}"
 
 
 def _shared(first: str, second: str) -> int:

@@ -48,29 +48,35 @@ def learned_turns(messages: Sequence[Message]) -> list[int]:
 
 def listed_tools(tools: Any) -> list[Any]:
     """Return the functions of a `tools` column, which may be JSON text. Raises ValueError."""
-    found = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or []
-    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+    if isinstance(tools, str):
+        with suppress(ValueError):
+            tools = json.loads(tools or "[]")
+    if not isinstance(tools or [], list) or not all(isinstance(tool, dict) for tool in tools or []):
         raise ValueError('"tools" must be a list of JSON objects, or JSON text of one')
-    return found
+    return tools or []
 
 
-def for_template(message: Message, *, as_server: bool, takes_parts: bool) -> Message:
+def for_template(message: Message, *, as_server: bool, as_parts: bool) -> Message:
     """Return a message as a template gets it.
 
-    As a server gives it: arguments of calls parsed, and empty text where there is no content. Otherwise (some templates
-    can only add text to text): arguments as JSON text, and None where there is no content. Content in several parts is
-    joined with line breaks, unless the template takes parts.
+    `as_server`: arguments of calls parsed, and empty text where there is no content. Otherwise, for templates that can
+    only add text to text, arguments as JSON text, and None where there is no content. `as_parts`: content as a list of
+    parts, else as text, with line breaks between its parts.
     """
-    content = message["content"]
-    if isinstance(content, list):
-        parts = [{"type": "text", "text": text} for text in content]
-        content = parts if takes_parts and len(content) > 1 else "\n".join(content)
+    texts = [message["content"]] if isinstance(message["content"], str) else message["content"]
+    content: Any = [{"type": "text", "text": text} for text in texts if text] if as_parts else "\n".join(texts)
     given = {key: value for key, value in message.items() if key != "weight"} | {"content": content}
     if "tool_calls" in message:
         given["tool_calls"] = [_call(call, parsed=as_server) for call in message["tool_calls"]]
         if not content and not as_server:
             given["content"] = None
     return given
+
+
+def reasoning_of(message: Message) -> str:
+    """Return the reasoning that a message has beside its content."""
+    found = (message.get(key) for key in (*_REASONING, "thinking"))
+    return next((text for text in found if isinstance(text, str)), "")
 
 
 def called_functions(message: Message) -> list[dict[str, Any]]:

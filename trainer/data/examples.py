@@ -16,7 +16,7 @@ from trainer.errors import DataError
 
 SKIPPED = "left out: the prompt alone reaches max_length"
 CUT = "cut at max_length: the end of the answer is not learned"
-REASONING_DROPPED = "without their reasoning_content, which the chat template does not render"
+REASONING_DROPPED = "without their separate reasoning, which the chat template does not render"
 
 
 class Examples(list[Example]):

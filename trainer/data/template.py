@@ -25,11 +25,11 @@ class Template:
     tools: list[Any] = field(default_factory=list)
     settings: Mapping[str, Any] = field(default_factory=dict)
     as_server: bool = True  # see `for_template`
-    takes_parts: bool = False
+    as_parts: bool = False
 
     def render(self, messages: Sequence[Message], *, ask: bool = False) -> str:
         """Return the conversation as text; with `ask`, with the generation prompt after it. Raises ValueError."""
-        given = [for_template(m, as_server=self.as_server, takes_parts=self.takes_parts) for m in messages]
+        given = [for_template(m, as_server=self.as_server, as_parts=self.as_parts) for m in messages]
         fixed = {"tools": self.tools or None, "tokenize": False, "add_generation_prompt": ask}
         try:
             text: str = self.tokenizer.apply_chat_template(given, **{**self.settings, **fixed})
@@ -43,8 +43,9 @@ def complete_template(template: Template, messages: Sequence[Message]) -> Templa
 
     Raises ValueError if it leaves functions, calls or results out in every form, or refuses the conversation.
     """
-    if any(isinstance(m["content"], list) and len(m["content"]) > 1 for m in messages):
-        template = replace(template, takes_parts=_renders_parts(template))
+    several = any(isinstance(m["content"], list) and len(m["content"]) > 1 for m in messages)
+    if several or not _renders(template, [_PROBE], as_parts=False):
+        template = replace(template, as_parts=_renders(template, [f"{_PROBE}1", f"{_PROBE}2"], as_parts=True))
     if any("tool_calls" in m or m["role"] == "tool" for m in messages):
         template = _with_calls(template, messages)
     if template.tools and template.render(messages) == _rendered(replace(template, tools=[]), messages):
@@ -72,11 +73,12 @@ def _rendered(template: Template, messages: Sequence[Message]) -> str | None:
         return None
 
 
-def _renders_parts(template: Template) -> bool:
-    """Return whether the template writes the texts of a list of parts, and nothing else of it."""
-    message = {"role": "user", "content": [f"{_PROBE}1", f"{_PROBE}2"]}
-    text = _rendered(replace(template, takes_parts=True), [message]) or ""
-    return f"{_PROBE}1" in text and f"{_PROBE}2" in text and "'type'" not in text and '"type": "text"' not in text
+def _renders(template: Template, texts: list[str], *, as_parts: bool) -> bool:
+    """Return whether the template writes the texts of a message, and not the list that holds them."""
+    content = texts if as_parts else "\n".join(texts)
+    plain = replace(template, as_parts=as_parts, tools=[])
+    text = _rendered(plain, [{"role": "user", "content": content}]) or ""
+    return all(part in text for part in texts) and "'type'" not in text and '"type"' not in text
 
 
 def _with_probes(message: Message) -> Message:
