@@ -64,7 +64,9 @@ class TrainConfig(BaseModel):
         {}, description="the data's column for a column of ours, such as {prompt: question}"
     )
     split: str = Field("train", description="split of a hub data set")
-    max_length: int = Field(512, ge=2, description="maximum tokens per row; longer rows are cut at the end")
+    max_length: int = Field(
+        512, ge=2, description="maximum tokens per row; longer rows are cut at the end, longer prompts left out"
+    )
     packing: bool = Field(False, description="put several short rows into one row of max_length tokens (TRL's packing)")
     eval_data: str | None = Field(None, description="held-out rows: a file or hub data set, as --data")
     eval_share: float = Field(0.0, ge=0, lt=1, description="share of --data to hold out, instead of eval_data")
