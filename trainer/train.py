@@ -158,7 +158,7 @@ def read_data(data: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
     """Return the tokenised training rows and held-out rows; a server ends answers at `stops`. Raises DataError."""
     rows = read_rows(data, config.split, config.columns)
     held_out = read_rows(config.eval_data, config.split, config.columns) if config.eval_data else []
-    labels = label_names(rows) if config.task == "classification" else []
+    labels = label_names(rows, data) if config.task == "classification" else []
     if config.task == "classification" and len(labels) < 2:
         raise DataError(f"{data} needs at least two different values of label; it has: {', '.join(labels) or 'none'}")
     make: Callable[..., Examples] = partial(language_examples, stop_tokens=stops)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from trainer.cli import main
 from trainer.errors import ConfigError
 from trainer.packing import refuse_leaking, refuse_recurrent
 
@@ -55,3 +56,17 @@ def test_packing_is_refused_where_a_row_is_measured_to_change_the_next(model_typ
     settings = {**_RECURRENT, **_POSITIONS_OF_THEIR_OWN}[model_type]
     with pytest.raises(ConfigError, match=r"would change the rows .* set packing=false"):
         refuse_leaking(tiny(model_type, settings))
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_packing_for_a_hybrid_base_gives_one_line_and_writes_nothing(tokenizer, jsonl, tmp_path, capsys, dry) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    tiny("qwen3_5_text", {**_RECURRENT["qwen3_5_text"], "vocab_size": len(tokenizer)}).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    options = ["--base", str(base), "--data", str(jsonl([{"text": "one two"}] * 4)), "--out", str(out)]
+    assert main([*options, "--packing", "true", *(["--dry-run"] if dry else [])]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == (
+        "astra-train: packing: in Qwen3_5ForCausalLM a row would change the rows that are packed after it: "
+        "set packing=false"
+    )
+    assert not out.exists()

@@ -1,7 +1,7 @@
 """Examples of the rows: token ids and labels, and how many rows were left out or cut."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -42,7 +42,9 @@ def language_examples(
     """
     examples, remarks = [], Counter[str]()
     longest = 0
-    stops = {tokenizer.eos_token_id, *stop_tokens}
+    stops = {
+        i: tokenizer.convert_ids_to_tokens(i) for i in (tokenizer.eos_token_id, *stop_tokens) if i < len(tokenizer)
+    }
     for number, row in enumerate(rows, 1):
         try:
             found = list(_tokens(row, tokenizer, stops, remarks))
@@ -85,7 +87,7 @@ def classification_examples(
 
 
 def _tokens(
-    row: Row, tokenizer: PreTrainedTokenizerBase, stops: Collection[int], remarks: Counter[str]
+    row: Row, tokenizer: PreTrainedTokenizerBase, stops: Mapping[int, str], remarks: Counter[str]
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Yield the ids of prompt and completion: one pair for each answer to learn. Raises ValueError and TypeError."""
     match row:
@@ -109,21 +111,16 @@ def _chat_tokens(
     messages: Sequence[Any],
     row: Row,
     tokenizer: PreTrainedTokenizerBase,
-    stops: Collection[int],
+    stops: Mapping[int, str],
     remarks: Counter[str],
 ) -> Iterator[tuple[list[int], list[int]]]:
     for turn in turns(messages, tokenizer, row.get("tools"), row.get("chat_template_kwargs")):
         remarks[REASONING_DROPPED] += turn.reasoning_dropped
-        answer = _until_stop(turn.answer, [str(tokenizer.convert_ids_to_tokens(stop)) for stop in stops])
+        stripped = turn.answer.rstrip()  # a server stops before white space that follows a stop token
+        answer = stripped if stripped.endswith(tuple(stops.values())) else turn.answer
         # The template has added all special tokens; a server tokenises its output in the same way.
         ids, learned = prompt_and_completion(turn.prompt, answer, tokenizer, special=False)
         yield ids, _ended(learned, tokenizer, stops)
-
-
-def _until_stop(answer: str, stops: Sequence[str]) -> str:
-    """Return the answer without white space after a stop token, where a server has stopped already."""
-    stripped = answer.rstrip()
-    return stripped if stripped.endswith(tuple(stops)) else answer
 
 
 def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase, stops: Collection[int]) -> list[int]:

@@ -15,7 +15,7 @@ from trainer.errors import DataError
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 
-def label_names(rows: Iterable[Row]) -> list[str]:
+def label_names(rows: Iterable[Row], source: str = "data") -> list[str]:
     """Return the distinct labels as text, in the order of the class numbers; rows without a label do not count.
 
     Raises DataError with the row's number for a label that is neither a word nor a number, and for a number beside the
@@ -28,11 +28,11 @@ def label_names(rows: Iterable[Row]) -> list[str]:
             continue
         text = label_text(label)
         if text is None:
-            raise DataError(f"row {number}: label must be a word or a whole number, not {_shown(label)}")
+            raise DataError(f"{source}, row {number}: label must be a word or a whole number, not {_shown(label)}")
         first = found.setdefault(text, label)
         if isinstance(first, str) != isinstance(label, str):
             raise DataError(
-                f"row {number}: label {_shown(label)} beside label {_shown(first)}: write both as text, or "
+                f"{source}, row {number}: label {_shown(label)} beside label {_shown(first)}: write both as text, or "
                 "both as numbers"
             )
     return sorted(found, key=_position)

@@ -21,7 +21,7 @@ assert _TRL is not None
 assert _TRL.origin is not None
 TEMPLATES = Path(_TRL.origin).parent / "chat_templates"
 
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "sky", "parameters": {"type": "object"}}}]
 DEEPSEEK_END = "<\uff5cend\u2581of\u2581sentence\uff5c>"
 REASONED = "<think>\nSums are easy.\n</think>\n\nho"
 

@@ -5,8 +5,9 @@ import json
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from trainer.base import stop_tokens
 from trainer.data import (
     IGNORED,
     batches,
@@ -173,3 +174,10 @@ def test_prompt_and_completion_may_be_messages(tokenizer) -> None:
         [{"messages": [question, answer]}, {"prompt": [question], "completion": [answer]}], tokenizer, 64, "rows"
     )
     assert whole == split
+
+
+def test_the_stop_tokens_are_those_of_the_generation_config(tmp_path) -> None:
+    assert stop_tokens(tmp_path) == frozenset()
+    for ids, found in ((7, {7}), ([7, 9], {7, 9}), (None, set())):
+        GenerationConfig(eos_token_id=ids).save_pretrained(tmp_path)
+        assert stop_tokens(tmp_path) == found

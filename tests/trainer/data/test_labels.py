@@ -41,8 +41,8 @@ def test_numbers_are_in_numeric_order_and_words_in_alphabetical_order(labels, na
 )
 def test_labels_that_cannot_be_told_apart_or_used_are_refused(labels, reason: str) -> None:
     with pytest.raises(DataError) as caught:
-        label_names(rows_of(*labels))
-    assert str(caught.value).startswith(reason)
+        label_names(rows_of(*labels), "data.csv")
+    assert str(caught.value).startswith(f"data.csv, {reason}")
 
 
 def test_a_row_has_the_index_of_its_label(tokenizer) -> None:
