@@ -47,7 +47,8 @@ def using(tokenizer: PreTrainedTokenizerFast, monkeypatch):
     """Give the tokenizer a published template, by its name in TRL."""
 
     def use(name: str) -> PreTrainedTokenizerFast:
-        monkeypatch.setattr(tokenizer, "chat_template", (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
+        template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+        monkeypatch.setattr(tokenizer, "chat_template", "{% set bos_token = '' %}" + template)
         return tokenizer
 
     return use
@@ -129,16 +130,21 @@ def test_reasoning_behind_a_closed_prefill_is_refused_or_opened_by_the_row(using
 
 
 def test_an_answer_is_cut_after_the_stop_token_and_otherwise_ended(using) -> None:
-    tokenizer = using("qwen3")
     row = {"messages": [user("hi"), assistant(REASONED)]}
-    rendered = "<think>\nSums are easy.\n</think>\n\nho<|im_end|>\n"
-    for stops, learned in (([], f"{rendered}<|end|>"), (tokenizer("<|im_end|>")["input_ids"][-1:], rendered)):
-        (example,) = language_examples([row], tokenizer, 512, "rows", stops)
-        assert tokenizer.decode([i for i in example["labels"] if i != IGNORED]) == learned
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|end|>")
-    (example,) = language_examples([row], tokenizer, 512, "rows")
-    learned = tokenizer.decode([i for i in example["labels"] if i != IGNORED])
-    assert learned == "<think>\nSums are easy.\n</think>\n\nho<|end|>"
+    tokenizer = using("qwen3")
+    template = tokenizer.chat_template
+
+    def learned(end: str, *stops: str) -> str:
+        tokenizer.chat_template = template.replace("<|im_end|>", end)
+        ids = [tokenizer.convert_tokens_to_ids(stop) for stop in stops]
+        (example,) = language_examples([row], tokenizer, 512, "rows", [*ids, 10**6])
+        return tokenizer.decode([label for label in example["labels"] if label != IGNORED])
+
+    answer = "<think>\nSums are easy.\n</think>\n\nho"
+    assert learned("<|end|>") == f"{answer}<|end|>"  # the tokenizer's end-of-sequence token
+    assert learned("<|user|>", "<|user|>") == f"{answer}<|user|>"  # a stop token of the generation config
+    assert learned("<|user|>") == f"{answer}<|user|>\n<|end|>"
+    assert learned("") == f"{answer}\n<|end|>"
 
 
 @pytest.mark.parametrize("template", ["qwen3", "qwen3_5_think", "gptoss", "llama3_2", "glm4moe", "nemotron_3_nano"])
