@@ -179,7 +179,9 @@ def read_data(data: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
 def _print_remarks(data: str, rows: Data, progress: Progress) -> None:
     if PartialState().is_main_process:
         for remark, n in rows.remarks.items():
-            progress.console.print(f"{data}: {n} rows {remark}", highlight=False, soft_wrap=True)
+            progress.console.print(
+                f"{data}: {n} {'row' if n == 1 else 'rows'} {remark}", highlight=False, soft_wrap=True
+            )
 
 
 def spectra_after(

@@ -218,7 +218,7 @@ def test_rows_that_are_left_out_or_cut_are_reported_and_recorded(tiny_base, json
     assert main([*options, "--dry-run", "--rank", "4"]) == 0
     planned = capsys.readouterr().out
     for remark in remarks:
-        assert f"{data}: 1 rows {remark}" in reported
+        assert f"{data}: 1 row {remark}" in reported
         assert f"1 {remark}" in card
         assert f"1 {remark}" in planned
 
