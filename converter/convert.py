@@ -102,6 +102,8 @@ def convert(folder: Path, out: Path, options: Options, progress: Progress) -> Co
             "rank": rank.stored,
             "digest": adapter_dir.lora_digest(new),
         }
+        if "id2label" in source.config:
+            provenance["id2label"] = source.config["id2label"]
         if tried:
             provenance["tried"] = sorted(tried, key=lambda row: row["rank"])
         advance = _new_bar(progress, "checking", len(source.factors))

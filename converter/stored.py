@@ -95,7 +95,8 @@ def stored_lora(source: Source, rank: Rank, dtype: torch.dtype) -> LoraAdapter:
             raise AdapterError(f"{name!r} overflows {dtype}{advice}")
         return tensor
 
-    config: Json = dict(source.config)
+    # PEFT warns about keys that it does not know; the record of the conversion has the names of the classes.
+    config: Json = {key: value for key, value in source.config.items() if key != "id2label"}
     if not unchanged:
         config |= {"rank_pattern": {}, "alpha_pattern": {}, "r": rank.stored, "lora_alpha": rank.stored}
         config["use_rslora"] = False

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -47,6 +48,15 @@ def load_tokenizer(folder: Path, config: TrainConfig) -> PreTrainedTokenizerBase
             raise BaseNotFound(f"the tokenizer in {folder} has no padding token: set pad_token in its config")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def stop_tokens(folder: Path) -> frozenset[int]:
+    """Return the ids at which a server ends an answer of this base, as its generation config lists them."""
+    try:
+        found = GenerationConfig.from_pretrained(folder).eos_token_id
+    except (OSError, ValueError):  # most often there is no such file
+        found = None
+    return frozenset([found] if isinstance(found, int) else found or ())
 
 
 def load_base(

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from converter.errors import first_line
 from trainer.errors import ConfigError
@@ -37,7 +46,8 @@ class TrainConfig(BaseModel):
     train_b: bool = Field(True, description="train B; false keeps B = Q, and the converted LoRA has rank r")
     target_modules: list[str] | Literal["all-linear"] = Field(
         "all-linear",
-        description="names, or ends of names, of the layers to adapt; all-linear is all but the output head",
+        description="names, or ends of names, of the layers to adapt, such as q_proj,v_proj; all-linear is all but the "
+        "output head",
     )
     rank_pattern: dict[str, int] = Field(
         {}, description="ranks of the layers whose names match a regular expression, such as {'q_proj|k_proj': 4}"
@@ -54,7 +64,9 @@ class TrainConfig(BaseModel):
         {}, description="the data's column for a column of ours, such as {prompt: question}"
     )
     split: str = Field("train", description="split of a hub data set")
-    max_length: int = Field(512, ge=2, description="maximum tokens per row; longer rows are cut at the end")
+    max_length: int = Field(
+        512, ge=2, description="maximum tokens per row; longer rows are cut at the end, longer prompts left out"
+    )
     packing: bool = Field(False, description="put several short rows into one row of max_length tokens (TRL's packing)")
     eval_data: str | None = Field(None, description="held-out rows: a file or hub data set, as --data")
     eval_share: float = Field(0.0, ge=0, lt=1, description="share of --data to hold out, instead of eval_data")
@@ -121,6 +133,14 @@ class TrainConfig(BaseModel):
         False, description="run the Python code in the base's folder, if transformers does not know its architecture"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="random seed; the same seed on the same CPU gives the same bytes")
+
+    @field_validator("target_modules", "report_to", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """Return a list for names that are given as text: `q_proj,v_proj`."""
+        if not isinstance(value, str) or value == "all-linear":
+            return value
+        return [name.strip() for name in value.split(",") if name.strip()]
 
     @model_validator(mode="after")
     def _combinable(self) -> "TrainConfig":

@@ -160,6 +160,18 @@ class _ExactMatchTrainer(SFTTrainer):
         return output
 
 
+class _ClassifierTrainer(Trainer):
+    """Trainer for a loss that is a mean over the rows of a micro-batch, and not over the rows of a step.
+
+    transformers assumes the latter of each model that takes further keywords, and then neither divides the loss by the
+    number of micro-batches, nor leaves its mean over the processes alone.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+
 class _RunCallback(TrainerCallback):
     """Shows progress, stops at a loss that is not finite or at SIGINT, and marks checkpoints as complete."""
 
@@ -223,7 +235,7 @@ def _trainer(
         "callbacks": [callback, *([EarlyStoppingCallback(config.patience)] if config.patience else [])],
     }
     if config.task == "classification":
-        return Trainer(
+        return _ClassifierTrainer(
             args=TrainingArguments(
                 **_arguments(config, folder, evaluated=bool(held_out)),
                 label_names=["labels"],  # not every model names it in its signature, from which it would be taken

@@ -1,6 +1,7 @@
 """The plan of a run: parameters, memory, ranks and calibration tokens, computed without the weights (`--dry-run`)."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from accelerate import PartialState
@@ -9,9 +10,10 @@ from rich.table import Table
 
 from converter import adapter_dir
 from trainer.adapter import target_layers
-from trainer.base import base_without_weights, load_tokenizer
+from trainer.base import base_without_weights, load_tokenizer, stop_tokens
 from trainer.config import TrainConfig
 from trainer.learning_rate import first_step
+from trainer.packing import refuse_recurrent
 from trainer.start.calibration import layer_groups
 from trainer.start.initialise import calibration_batches
 from trainer.start.ranks import fixed_ranks
@@ -35,6 +37,7 @@ class Plan:
     calibration_tokens: int
     converted_rank: int | None  # None for full fine-tuning
     epochs: float
+    remarks: Mapping[str, int]  # number of rows for each remark, such as rows that were left out
     widths: Counter[tuple[int, int]]  # number of layers for each (d_out, d_in)
     left_out: list[str]  # weights that are not adapted, one line for each kind
 
@@ -43,8 +46,10 @@ def plan(base: str, data: str, config: TrainConfig) -> Plan:
     """Return the plan of `train` with these arguments. Raises the errors of `train` for bad input."""
     folder = adapter_dir.find_base(base, code=config.trust_remote_code)
     tokenizer = load_tokenizer(folder, config)
-    rows = read_data(data, tokenizer, config)
+    rows = read_data(data, tokenizer, config, stop_tokens(folder))
     model = base_without_weights(folder, config, rows.labels)
+    if config.packing:
+        refuse_recurrent(model)
     rows = fit_to_base(rows, data, model, tokenizer, config)
     layers = target_layers(model, config)
     shapes = {name: layer_shape(layer) for name, layer in layers.items()}
@@ -74,6 +79,7 @@ def plan(base: str, data: str, config: TrainConfig) -> Plan:
         calibration_tokens=n_tokens,
         converted_rank=None if full else _converted_rank(config, max(ranks.values())),
         epochs=config.steps * config.batch_size / len(rows.train),
+        remarks=rows.remarks,
         widths=Counter(shapes.values()),
         left_out=[] if full else left_out(model, config),
     )
@@ -96,6 +102,7 @@ def show(found: Plan, config: TrainConfig, console: Console) -> None:
         "memory (estimate)": f"{_size(memory)}: base {_size(found.base_memory)}, adapter and optimizer "
         f"{_size(found.adapter_memory)}, and the larger of Gram matrices {_size(found.calibration_memory)} "
         f"and activations {_size(found.activation_memory)}",
+        **({"rows": "; ".join(f"{n} {remark}" for remark, n in found.remarks.items())} if found.remarks else {}),
     }
     for key, value in facts.items():
         console.print(f"{key:<21} {value}", highlight=False, soft_wrap=True)

@@ -137,9 +137,10 @@ def _plot_loss(file: Path, curve: Sequence[Point]) -> None:
 def facts(run: Run, ranks: Sequence[int]) -> dict[str, str]:
     """Return a summary of a run whose adapted layers have `ranks` (empty for full fine-tuning): label and text."""
     base, data, config, curve = run.origin["base"], run.origin["data"], run.config, run.result.curve
+    remarks = "".join(f"; {n} {remark}" for remark, n in data.get("remarks", {}).items())
     found = {
         "base": f"{base['id']}, {base['dtype']}, {base['digest']}",
-        "data": f"{data['file']}, {data['rows']} rows, {data['digest']}",
+        "data": f"{data['file']}, {data['rows']} rows, {data['digest']}{remarks}",
         "method": config.method,
         "rank": "none: full fine-tuning",
         "steps": f"{config.steps} of {config.batch_size} rows, learning rate {run.result.learning_rate:.3g}"

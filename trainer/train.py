@@ -9,7 +9,8 @@
 import hashlib
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,11 +30,12 @@ from converter.adapter_dir import AstraAdapter, Json
 from converter.errors import first_line
 from trainer import report, unfinished
 from trainer.adapter import ADAPTER, adapted_modules, adapter_layers, attach, target_layers, trained_head, whole_weight
-from trainer.base import language_model, load_base, load_tokenizer
+from trainer.base import language_model, load_base, load_tokenizer, stop_tokens
 from trainer.config import TrainConfig
 from trainer.data import (
     Batch,
     Example,
+    Examples,
     batches,
     classification_examples,
     digest,
@@ -47,6 +49,7 @@ from trainer.failures import in_one_line, is_disk_full, is_out_of_memory
 from trainer.learning_rate import automatic_rate
 from trainer.limits import check_rows, use_known_padding, with_end_tokens
 from trainer.loop import Result, check_trackers, optimise
+from trainer.packing import refuse_leaking, refuse_recurrent
 from trainer.report import Run
 from trainer.start.initialise import Initialisation, calibration_batches, initialise, spectra_of
 from trainer.targets import left_out
@@ -60,6 +63,16 @@ class Data:
     held_out: list[Example]
     labels: list[str]
     digest: str  # of the rows before tokenisation
+    remarks: Mapping[str, int]  # number of rows for each remark of `Examples`
+
+    def record(self, file: str) -> adapter_dir.Json:
+        """Return the `data` of an adapter's provenance."""
+        n = len(self.train) + len(self.held_out)
+        return {"file": file, "digest": self.digest, "rows": n, "remarks": dict(self.remarks)}
+
+    def label_record(self) -> adapter_dir.Json:
+        """Return `id2label`, as transformers' configs have it, for a classifier."""
+        return {"id2label": {str(i): name for i, name in enumerate(self.labels)}} if self.labels else {}
 
 
 def train(base: str, data: str, out: Path, config: TrainConfig, progress: Progress, *, resume: bool = False) -> Run:
@@ -82,11 +95,15 @@ def _train(base: str, data: str, out: Path, config: TrainConfig, progress: Progr
     check_trackers(config)
     folder = adapter_dir.find_base(base, code=config.trust_remote_code)
     tokenizer = load_tokenizer(folder, config)
-    rows = read_data(data, tokenizer, config)
+    rows = read_data(data, tokenizer, config, stop_tokens(folder))
+    _print_remarks(data, rows, progress)
     torch.manual_seed(config.seed)
     model = load_base(folder, config, rows.labels)
     rows = fit_to_base(rows, data, model, tokenizer, config)
     model.config.pad_token_id = tokenizer.pad_token_id
+    if config.packing:
+        refuse_recurrent(model)
+        refuse_leaking(model)
     layers = {} if config.method == "full" else target_layers(model, config)
     origin = _origin(base, folder, data, rows, str(model.dtype), config)
     identity = _identity(origin, tokenizer, config)
@@ -123,7 +140,7 @@ def _train(base: str, data: str, out: Path, config: TrainConfig, progress: Progr
             after = spectra_after(trained, calibration, config, progress) if start.eigenvalues else {}
             run = Run(origin, config, start, result, forgetting, after)
             if state.is_main_process:
-                _write(out, trained, tokenizer, run)
+                _write(out, trained, tokenizer, run, rows)
     if state.is_main_process and config.push_to_hub:
         _push(out, config.push_to_hub)
     state.wait_for_everyone()
@@ -168,12 +185,13 @@ def _removed_after_errors(out: Path, created: Sequence[Path]) -> Iterator[None]:
         raise
 
 
-def _write(out: Path, trained: nn.Module, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
+def _write(out: Path, trained: nn.Module, tokenizer: PreTrainedTokenizerBase, run: Run, rows: Data) -> None:
     """Write the adapter, or the whole model, to the new folder `out`, and remove the unfinished run."""
     with adapter_dir.new_folder(out) as finished:
         if isinstance(trained, PeftModel):
             base = run.origin["base"]["id"]
             settings = {**trained.peft_config[ADAPTER].to_dict(), "base_model_name_or_path": base}
+            settings |= rows.label_record()
             adapter = AstraAdapter(adapter_layers(trained), settings, run.provenance(), trained_head(trained))
             adapter_dir.save_astra(finished, adapter)
         else:
@@ -185,8 +203,7 @@ def _write(out: Path, trained: nn.Module, tokenizer: PreTrainedTokenizerBase, ru
 def _origin(base: str, folder: Path, data: str, rows: Data, dtype: str, config: TrainConfig) -> Json:
     """Return the adapter's provenance before training. A relative path of a base names another folder elsewhere."""
     name = os.path.abspath(base) if Path(base).is_dir() else base  # noqa: PTH100  links stay
-    source = {"file": Path(data).name, "digest": rows.digest, "rows": len(rows.train) + len(rows.held_out)}
-    return report.provenance(name, folder, dtype, source, config)
+    return report.provenance(name, folder, dtype, rows.record(Path(data).name), config) | rows.label_record()
 
 
 def _identity(origin: Json, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> Json:
@@ -196,23 +213,34 @@ def _identity(origin: Json, tokenizer: PreTrainedTokenizerBase, config: TrainCon
     return {**digests, "chat_template": f"sha256:{template}", **config.model_dump(mode="json")}
 
 
-def read_data(data: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> Data:
-    """Return the tokenised training rows and held-out rows. Raises DataError."""
+def read_data(data: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, stops: Collection[int] = ()) -> Data:
+    """Return the tokenised training rows and held-out rows; a server ends answers at `stops`. Raises DataError."""
     rows = read_rows(data, config.split, config.columns)
     held_out = read_rows(config.eval_data, config.split, config.columns) if config.eval_data else []
-    labels = label_names(rows) if config.task == "classification" else []
+    labels = label_names(rows, data) if config.task == "classification" else []
     if config.task == "classification" and len(labels) < 2:
         raise DataError(f"{data} needs at least two different values of label; it has: {', '.join(labels) or 'none'}")
-    make = partial(classification_examples, names=labels) if labels else language_examples
-    train = make(rows, tokenizer, config.max_length, data)
-    test = make(held_out, tokenizer, config.max_length, config.eval_data or "")
+    make: Callable[..., Examples] = partial(language_examples, stop_tokens=stops)
+    if labels:
+        make = partial(classification_examples, names=labels)
+    read = make(rows, tokenizer, config.max_length, data)
+    read_test = make(held_out, tokenizer, config.max_length, config.eval_data) if config.eval_data else Examples()
+    train, test = list(read), list(read_test)
     if config.eval_share:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed)).tolist()
         n = max(1, round(config.eval_share * len(train)))
         if n >= len(train):
             raise DataError(f"{data} has {len(train)} rows: too few to hold {config.eval_share:.0%} of them out")
         train, test = [train[i] for i in order[n:]], [train[i] for i in order[:n]]
-    return Data(train, test, labels, digest([*rows, *held_out]))
+    return Data(train, test, labels, digest([*rows, *held_out]), Counter(read.remarks) + read_test.remarks)
+
+
+def _print_remarks(data: str, rows: Data, progress: Progress) -> None:
+    if PartialState().is_main_process:
+        for remark, n in rows.remarks.items():
+            progress.console.print(
+                f"{data}: {n} {'row' if n == 1 else 'rows'} {remark}", highlight=False, soft_wrap=True
+            )
 
 
 def fit_to_base(

@@ -33,6 +33,22 @@ def test_an_invalid_setting_gives_one_line(override: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("q_proj", ["q_proj"]),
+        ("q_proj,v_proj", ["q_proj", "v_proj"]),
+        ("q_proj, v_proj", ["q_proj", "v_proj"]),
+        ("[q_proj]", ["q_proj"]),
+        ("all-linear", "all-linear"),
+    ],
+)
+def test_names_may_be_given_without_brackets(given: str, names) -> None:
+    assert load_config(None, [f"target_modules={given}"]).target_modules == names
+    if given != "all-linear":
+        assert load_config(None, [f"report_to={given}"]).report_to == names
+
+
 def test_an_unreadable_config_file_is_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path / "none.yaml", [])

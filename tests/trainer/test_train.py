@@ -130,6 +130,7 @@ def test_the_base_can_be_frozen_in_another_dtype(tiny_base, jsonl, rows, tmp_pat
         ({"base": "EMPTY"}, "has no config.json"),
         ({"data": "missing.jsonl"}, "cannot be read"),
         ({"rows": [{"text": "fine"}, {"foo": 1}]}, "row 2: a row must be"),
+        ({"rows": [{"prompt": "word " * 99, "completion": "x"}]}, "at least 32 tokens, the longest"),
         ({"rows": [{"messages": [{"role": "assistant", "content": "x"}]}]}, 'row 1: "messages" need a question'),
         ({"set": "rank=17"}, "rank 17 is larger than layer"),
         ({"set": "target_modules=[nothing]"}, "available: down_proj, gate_proj"),
@@ -216,6 +217,22 @@ def test_every_run_reports_its_forgetting(tiny_base, jsonl, rows, tmp_path, caps
     assert f"forgetting: {found['change']:+.3f}" in capsys.readouterr().out
 
 
+def test_rows_that_are_left_out_or_cut_are_reported_and_recorded(tiny_base, jsonl, rows, tmp_path, capsys) -> None:
+    long = [{"prompt": "word " * 99, "completion": "x"}, {"prompt": "go", "completion": " on" * 99}]
+    data = jsonl([*rows, *long])
+    assert astra_train(tiny_base, data, tmp_path / "out") == 0
+    remarks = load_astra(tmp_path / "out").provenance["data"]["remarks"]
+    assert list(remarks.values()) == [1, 1]
+    reported, card = capsys.readouterr().err, (tmp_path / "out" / "README.md").read_text()
+    options = ["--base", str(tiny_base), "--data", str(data), "--out", str(tmp_path / "dry"), "--max-length", "32"]
+    assert main([*options, "--dry-run", "--rank", "4"]) == 0
+    planned = capsys.readouterr().out
+    for remark in remarks:
+        assert f"{data}: 1 row {remark}" in reported
+        assert f"1 {remark}" in card
+        assert f"1 {remark}" in planned
+
+
 def test_packing_trains_on_full_rows(tiny_base, jsonl, rows, tmp_path) -> None:
     assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", "packing=true", "steps=3") == 0
 
@@ -228,6 +245,36 @@ def test_gradient_checkpointing_and_accumulation_do_not_change_the_result(tiny_b
     plain, saving = (load_astra(tmp_path / name).layers for name in ("plain", "saving"))
     for name in plain:
         torch.testing.assert_close(plain[name].b, saving[name].b, rtol=1e-3, atol=1e-4)
+
+
+def test_accumulation_does_not_change_the_loss_and_the_gradients_of_a_classifier(tiny_base, jsonl, tmp_path) -> None:
+    data = jsonl([{"text": f"number {i}", "label": "odd" if i % 2 else "even"} for i in range(40)])
+    for name, parts in (("whole", 1), ("parts", 4)):
+        settings = ("task=classification", "batch_size=8", "max_grad_norm=1e9", f"gradient_accumulation={parts}")
+        assert astra_train(tiny_base, data, tmp_path / name, *settings, "steps=2", "forgetting_rows=0") == 0
+    whole, parts = (
+        [json.loads(line) for line in (tmp_path / name / "loss.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    )
+    for one, other in zip(whole, parts, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+def test_label_names_are_in_the_adapter_its_record_and_the_record_of_the_lora(tiny_base, tmp_path) -> None:
+    data = tmp_path / "data.csv"
+    data.write_text("text,label\n" + "".join(f"number {i},{('None', '10', '9')[i % 3]}\n" for i in range(12)))
+    settings = ("task=classification", "steps=2", "forgetting_rows=0")
+    assert astra_train(tiny_base, data, tmp_path / "out", *settings) == 0
+    assert convert([str(tmp_path / "out"), str(tmp_path / "lora")]) == 0
+    names = {"0": "9", "1": "10", "2": "None"}
+    for file in ("out/adapter_config.json", "out/astra.json", "lora/astra.json"):
+        assert json.loads((tmp_path / file).read_text())["id2label"] == names
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=3)
+    PeftModel.from_pretrained(base, tmp_path / "lora")  # PEFT would warn about a key of ours, and a warning is an error
+    assert astra_train(tiny_base, data, tmp_path / "full", *settings, "method=full") == 0
+    for file in ("full/config.json", "full/astra.json"):
+        assert json.loads((tmp_path / file).read_text())["id2label"] == names
 
 
 def test_a_classifier_learns_and_converts_with_its_head(tiny_base, jsonl, tmp_path) -> None:

@@ -2,26 +2,23 @@
 
 import json
 
-import pandas
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from trainer.base import stop_tokens
 from trainer.data import (
     IGNORED,
-    Example,
     batches,
-    classification_examples,
-    digest,
-    label_names,
     language_examples,
     read_rows,
 )
+from trainer.data.examples import CUT, SKIPPED, Examples
 from trainer.errors import DataError
 
 
-def read_examples(file, tokenizer, max_length: int) -> list[Example]:
+def read_examples(file, tokenizer, max_length: int) -> Examples:
     return language_examples(read_rows(str(file)), tokenizer, max_length, str(file))
 
 
@@ -99,6 +96,24 @@ def test_long_rows_are_cut_at_the_end(tokenizer, jsonl) -> None:
     assert len(example["input_ids"]) == len(example["labels"]) == 10
 
 
+def test_a_row_whose_prompt_fills_the_length_is_left_out_and_counted(tokenizer, jsonl) -> None:
+    long = {"prompt": "word " * 99, "completion": "x"}
+    found = read_examples(jsonl([{"text": "good"}, long, {"prompt": "a", "completion": " b"}, long]), tokenizer, 64)
+    assert len(found) == 2
+    assert found.remarks == {SKIPPED: 2}
+    with pytest.raises(DataError, match=r"every prompt alone has at least 64 tokens, the longest .*: raise max_length"):
+        read_examples(jsonl([long]), tokenizer, 64)
+
+
+def test_cut_answers_are_counted(tokenizer) -> None:
+    row = {"prompt": "a", "completion": " b c d"}
+    n = len(language_examples([row], tokenizer, 64, "rows")[0]["input_ids"])
+    for length, cut in ((n - 1, 1), (n, 0), (n + 1, 0)):
+        found = language_examples([row, {"text": "x"}], tokenizer, length, "rows")
+        assert found.remarks[CUT] == cut
+        assert len(found[0]["input_ids"]) == min(n, length)
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -112,7 +127,6 @@ def test_long_rows_are_cut_at_the_end(tokenizer, jsonl) -> None:
         ({"messages": [{"role": "assistant", "content": "x"}]}, "need a question"),
         ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]}, "non-empty"),
         ({"text": "\ud83d"}, "unpaired surrogate"),
-        ({"prompt": "word " * 99, "completion": "x"}, "raise max_length"),
     ],
 )
 def test_an_invalid_row_is_refused_with_its_number(tokenizer, jsonl, row, reason) -> None:
@@ -162,48 +176,8 @@ def test_prompt_and_completion_may_be_messages(tokenizer) -> None:
     assert whole == split
 
 
-ROWS = [{"question": "a", "answer": " b"}, {"question": "c", "answer": " d"}]
-
-
-@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "csv"])
-def test_each_file_format_gives_the_same_rows_with_renamed_columns(tmp_path, jsonl, kind: str) -> None:
-    file = tmp_path / f"data.{kind}"
-    if kind == "json":
-        file.write_text(json.dumps(ROWS))
-    elif kind == "jsonl":
-        jsonl(ROWS, file.name)
-    else:
-        getattr(pandas.DataFrame(ROWS), f"to_{kind}")(file, index=False)
-    rows = read_rows(str(file), columns={"prompt": "question", "completion": "answer"})
-    assert rows == [{"prompt": "a", "completion": " b"}, {"prompt": "c", "completion": " d"}]
-
-
-def test_an_unknown_column_is_refused_with_the_available_columns(jsonl) -> None:
-    with pytest.raises(DataError, match="no column 'qestion' for 'prompt'; available: question, answer"):
-        read_rows(str(jsonl(ROWS)), columns={"prompt": "qestion"})
-
-
-@pytest.mark.parametrize("source", ["no_such.parquet", "no_such_data_set", "/no/such/folder", "org/name.xyz"])
-def test_a_source_that_is_neither_file_nor_data_set_is_refused(source: str, monkeypatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="is neither a readable json, jsonl, parquet or csv file nor a hub data set"):
-        read_rows(source)
-
-
-def test_labels_are_words_or_numbers_in_a_fixed_order(tokenizer) -> None:
-    assert label_names([{"label": 10}, {"label": 9}, {"label": 10}]) == ["9", "10"]
-    rows = [{"text": "x", "label": "no"}, {"text": "y", "text_pair": "z", "label": "yes"}]
-    first, second = classification_examples(rows, tokenizer, 8, "rows", label_names(rows))
-    assert (first["labels"], second["labels"]) == (0, 1)
-    assert tokenizer.decode(second["input_ids"]) == "yz"
-
-
-def test_an_unknown_label_is_refused(tokenizer) -> None:
-    with pytest.raises(DataError, match=r"row 1: .* labels no, yes; this row has: text, label, label 'maybe'"):
-        classification_examples([{"text": "x", "label": "maybe"}], tokenizer, 8, "rows", ["no", "yes"])
-
-
-def test_the_digest_depends_on_the_rows_and_their_order() -> None:
-    assert digest([{"a": 1, "b": 2}]) == digest([{"b": 2, "a": 1}])
-    assert len({digest([1, 2]), digest([2, 1]), digest([1]), digest([])}) == 4
+def test_the_stop_tokens_are_those_of_the_generation_config(tmp_path) -> None:
+    assert stop_tokens(tmp_path) == frozenset()
+    for ids, found in ((7, {7}), ([7, 9], {7, 9}), (None, set())):
+        GenerationConfig(eos_token_id=ids).save_pretrained(tmp_path)
+        assert stop_tokens(tmp_path) == found
