@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from converter.adapter_dir import AdapterError, BaseNotFound, Json, LoraAdapter, WrongBase
 from converter.errors import first_line
-from converter.sources import Factors, Source
+from converter.source import Factors, Source
 
 MAX_PROMPT_TOKENS = 512
 TOP_TOKENS = 5  # of each distribution in a probe

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from converter.adapter_dir import PROVENANCE, AdapterError, base_tensors, write_json, write_tensors
+from converter.adapter_dir import PROVENANCE, AdapterError, base_tensors, base_weights, write_json, write_tensors
+from converter.adapter_dir.base import TIED_HEAD
 from converter.adapter_dir.tensors import DTYPES
-from converter.sources import Source
+from converter.source import Source
 
 MERGED_FORMAT = "astra-merged/1"
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model")  # config, tokenizer, index of the weight files
@@ -23,6 +24,10 @@ def merge(source: Source, base: Path, out: Path, on_layer: Callable[[], None]) -
     if source.head:
         raise AdapterError("--merge cannot write a classifier's head, which the base does not have: leave --merge out")
     missing = set(source.factors)
+    if (TIED_HEAD in missing) and f"{TIED_HEAD}.weight" not in base_weights(base):
+        raise AdapterError(
+            "--merge cannot change lm_head: the output layer shares its weights with the embedding; leave --merge out"
+        )
 
     def merged(name: str, weight: torch.Tensor) -> torch.Tensor:
         module = name.removesuffix(".weight")

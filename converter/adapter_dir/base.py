@@ -1,7 +1,7 @@
 """The base model: its local folder, its digest, its dtype and its weights."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from converter.adapter_dir.folder import digest
 from converter.adapter_dir.layers import Layers
 from converter.errors import first_line
 
+TIED_HEAD = "lm_head"
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"]
 
 
@@ -47,7 +48,8 @@ def base_digest(folder: Path) -> str:
 def base_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     """Return (d_out, d_in) of every matrix of the base by module name; reads only the headers of its weight files.
 
-    Raises BaseNotFound.
+    An output layer that is tied to the embedding is not stored: `lm_head` has the embedding's shape. Raises
+    BaseNotFound.
     """
     shapes = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -56,7 +58,20 @@ def base_shapes(folder: Path) -> dict[str, tuple[int, int]]:
                 shape = tensors.get_slice(key).get_shape()
                 if len(shape) == 2:
                     shapes[key.removesuffix(".weight")] = (shape[0], shape[1])
+    if embedding := _tied_embedding(folder, shapes):
+        shapes[TIED_HEAD] = shapes[embedding]
     return shapes
+
+
+def base_tensor(folder: Path, name: str) -> torch.Tensor | None:
+    """Return one tensor of the base, None if it has none of this name; that of a tied output layer is the embedding.
+
+    Raises BaseNotFound.
+    """
+    weights = base_weights(folder)
+    if name == f"{TIED_HEAD}.weight" and name not in weights:
+        name = f"{_tied_embedding(folder, {key.removesuffix('.weight') for key in weights}) or TIED_HEAD}.weight"
+    return weights.get(name)
 
 
 def base_dtype(folder: Path) -> str:
@@ -64,11 +79,8 @@ def base_dtype(folder: Path) -> str:
 
     Raises BaseNotFound.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        found = config.get("dtype") or config.get("torch_dtype") or "float32"
-    except (OSError, ValueError, AttributeError) as error:
-        raise BaseNotFound(f"{folder / 'config.json'} cannot be read: {error}") from error
+    config = _config(folder)
+    found = config.get("dtype") or config.get("torch_dtype") or "float32"
     return str(found)
 
 
@@ -92,6 +104,31 @@ def base_weights(folder: Path) -> Layers[torch.Tensor]:
     files = [base_tensors(file) for file in sorted(folder.glob("*.safetensors"))]
     file_of = {name: tensors for tensors in files for name in tensors}
     return Layers(list(file_of), lambda name: file_of[name][name])
+
+
+def _tied_embedding(folder: Path, modules: Collection[str]) -> str | None:
+    """Return the module whose weights the output layer of a language model shares, if it is not stored itself."""
+    config = _config(folder) if (folder / "config.json").is_file() else {}
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else {}
+    architectures = [name for name in config.get("architectures") or () if isinstance(name, str)]
+    has_head = any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures)
+    if not has_head or False in (config.get("tie_word_embeddings"), text.get("tie_word_embeddings")):
+        return None
+    if any(module.rpartition(".")[2] == TIED_HEAD for module in modules):
+        return None
+    found = [module for module in modules if module.rpartition(".")[2] in ("embed_tokens", "wte")]
+    return found[0] if len(found) == 1 else None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BaseNotFound(f"{folder / 'config.json'} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise BaseNotFound(f"{folder / 'config.json'} cannot be read: it is not a JSON object")
+    return config
 
 
 @contextmanager

@@ -57,9 +57,10 @@ def untargeted(config: Json, modules: Sequence[str], where: str) -> list[str]:
     if exclude:
         targeted -= _meant(exclude, modules, f"exclude_modules in {where}")
     layers = config.get("layers_to_transform")
-    layers = [layers] if type(layers) is int else layers
+    layers = [layers] if type(layers) is int else layers if isinstance(layers, list) else []
     if layers and not config.get("layers_pattern") and not isinstance(target, str):
-        targeted = {module for module in targeted if _layer_number(module) in layers}
+        numbers = {module: _layer_number(module) for module in targeted}
+        targeted = {module for module, number in numbers.items() if number is not None and number in layers}
     return [module for module in modules if module not in targeted]
 
 
@@ -111,7 +112,7 @@ def _meant(target: str | list[str], modules: Sequence[str], where: str) -> set[s
 
 def _layer_number(module: str) -> int | None:
     """Return the first number in a module's name, as PEFT finds it: model.layers.3.mlp has 3."""
-    return next((int(part) for part in module.split(".")[2:-1] if part.isdecimal()), None)
+    return next((int(part[:10]) for part in module.split(".")[2:-1] if part.isdecimal()), None)
 
 
 def _names_or_expression(config: Json, name: str, where: str) -> str | list[str]:
@@ -134,9 +135,9 @@ def _compiled(expression: str, shown: str, where: str) -> Any:
     options = re2.Options()
     options.log_errors = False
     try:
-        if len(shown) <= MAX_LENGTH and not _READ_DIFFERENTLY.search(shown):
+        if len(shown) <= MAX_LENGTH and shown.isprintable() and not _READ_DIFFERENTLY.search(shown):
             return re2.compile(expression, options=options)
-        reason = f"longer than {MAX_LENGTH} characters" if len(shown) > MAX_LENGTH else "not read alike by all engines"
+        reason = f"longer than {MAX_LENGTH} characters" if len(shown) > MAX_LENGTH else "not read alike by re and RE2"
     except re2.error as error:
         text = error.args[0] if error.args else ""
         reason = text.decode(errors="replace") if isinstance(text, bytes) else str(text)

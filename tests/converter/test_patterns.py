@@ -80,7 +80,7 @@ def test_the_targets_are_those_of_peft(target, exclude, layers) -> None:
             "q{,3}",
             "(?<x>q)",
         ),
-        *("(?<x>q)", "q++", "((q{100}){100}){100}", "q" * 5000 + "*"),
+        *("(?<x>q)", "q\ud800*", "q++", "((q{100}){100}){100}", "q" * 5000 + "*"),
     ],
 )
 def test_an_expression_that_cannot_be_matched_in_linear_time_or_is_read_differently_is_refused(key: str) -> None:
