@@ -54,6 +54,8 @@ def open_source(
     if opened.kind != LORA:
         if initial is not None:
             raise AdapterError(f"{folder} is a {opened.kind}: --initial is for a LoRA")
+        if str(opened.config.get("init_lora_weights")).lower().startswith((*SUBTRACT_FROM_BASE, "loftq")):
+            raise AdapterError(f"{folder} is a {opened.kind} of changed weights of the base: merge it with PEFT")
         return lora_source(opened, digest, base)
     trained, shapes = adapter_dir.lora_from(opened), adapter_dir.opened_shapes(opened)
     residual = _find_residual_model(folder, trained)

@@ -52,6 +52,10 @@ def read_names(folder: Path, keys: Iterable[str], parts: Iterable[str]) -> Tenso
         elif (name := _full_name(path)) and not any(
             segment.startswith(("lora_", "hada_", "lokr_")) for segment in path
         ):
+            if "modules_to_save" in key and name in full:  # PEFT reads the one without
+                continue
+            if "modules_to_save" in full.get(name, ""):
+                del full[name]
             target, shown = full, name
         elif "original_module" in path:  # the base's own, beside the one that PEFT trained
             continue

@@ -129,6 +129,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a rank that no layer has": ({"r": 16, "rank_pattern": {".*_proj": 3}}, {}),
     "a copied embedding": ({}, {"save_embedding_layers": True}),
     "an untrained head": ({"modules_to_save": ["lm_head"]}, {}),
+    "an untrained head and a copied embedding": ({"modules_to_save": ["lm_head"]}, {"save_embedding_layers": True}),
     "the output layer": ({"target_modules": ["q_proj", "lm_head"]}, {}),
     "the output layer without its copy": ({"target_modules": ["q_proj", "lm_head"]}, {"save_embedding_layers": False}),
     "every linear layer": ({"target_modules": "all-linear"}, {}),

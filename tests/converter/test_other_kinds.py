@@ -1,6 +1,7 @@
 """DoRA, LoHa and LoKr become the LoRA that is equal or nearest to them; other kinds are refused with their reason."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -182,7 +183,9 @@ def test_other_kinds_are_refused_with_their_reason(
     tiny_base: Path, tmp_path: Path, capsys, config, reason: str
 ) -> None:
     config.task_type = "CAUSAL_LM"
-    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), config).save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), config).save_pretrained(tmp_path / "adapter")
     assert convert(tmp_path / "adapter", tmp_path / "lora", "--base", tiny_base) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert reason in line
