@@ -89,8 +89,8 @@ def _report(out: Path, done: Conversion, console: Console) -> None:
         f"{out}: LoRA of rank {stored} ({why}), {layers} layers, {found['dtype']}",
         f"relative error of delta W: {found['errors']['relative']:.2g}",
     ]
-    if dropped := done.source.dropped:
-        lines.append(f"left out, because they equal the base's tensors: {', '.join(dropped)}")
+    if copies := done.source.dropped:
+        lines.append(f"left out, because they equal the base's tensors: {', '.join(copies)}")
     if "verification" in found:
         v = found["verification"]
         lines.append(

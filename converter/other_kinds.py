@@ -124,7 +124,8 @@ def dora_delta(
     """
     base = weight.double()
     changed = base + lora_b.double() @ lora_a.double()
-    return magnitude.double().flatten()[:, None] / changed.norm(dim=1, keepdim=True) * changed - base
+    norms = torch.linalg.vector_norm(changed, dim=1)
+    return (magnitude.double().flatten() / norms)[:, None] * changed - base
 
 
 def float_weight(folder: object, name: str, weight: torch.Tensor | None) -> torch.Tensor:
@@ -168,7 +169,7 @@ def _kron_shape(opened: OpenedAdapter, module: str, name: str) -> Shape:
     found = [opened.shape(module, part) for part in (name, f"{name}_a", f"{name}_b") if part in parts]
     if all(len(shape) == 2 and 0 not in shape for shape in found):
         if len(found) == 1 and name in parts:
-            return Shape(*found[0], min(found[0]))
+            return Shape(found[0][0], found[0][1], min(found[0]))
         if len(found) == 2 and name not in parts and found[0][1] == found[1][0]:
             return Shape(found[0][0], found[1][1], min(found[0][0], *found[1]))
     raise MalformedAdapter(f"{opened.folder}: {module!r} needs the matrix {name}, or {name}_a and {name}_b: {found}")

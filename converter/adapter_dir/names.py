@@ -107,10 +107,10 @@ def _without_wrappers(key: str) -> list[str]:
     return path
 
 
-def _full_name(path: list[str]) -> str | None:
-    """Return the name of a base's tensor that is stored as a whole; None for any other."""
+def _full_name(path: list[str]) -> str:
+    """Return the name of a base's tensor that is stored as a whole; "" for any other."""
     if len(path) < 2 or path[-1] not in ("weight", "bias") or "original_module" in path:
-        return None
+        return ""
     if "modules_to_save" in path:  # lm_head.modules_to_save.default.weight
         at = path.index("modules_to_save")
         return ".".join([*path[:at], *path[at + 2 if len(path) - at > 2 else at + 1 :]])

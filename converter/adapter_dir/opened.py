@@ -132,5 +132,7 @@ def _check_kind(folder: Path, kind: str, keys: Iterable[str]) -> None:
     for key in keys:
         for mark, kinds in _MARKS.items():
             if mark in key and kind not in kinds:
-                says, shown = f"{folder / CONFIG} says that it is a {kind}", key[:200]
-                raise MalformedAdapter(f"{says}, but {shown!r} is a tensor of a {kinds[0]}: copy its own {CONFIG}")
+                says = (
+                    f"{folder / CONFIG} has peft_type={LORA if kind == DORA else kind!r}: engines serve plain LoRA only"
+                )
+                raise MalformedAdapter(f"{says}, and {key[:200]!r} is a tensor of a {kinds[0]}: copy its own {CONFIG}")

@@ -57,10 +57,17 @@ def untargeted(config: Json, modules: Sequence[str], where: str) -> list[str]:
     if exclude:
         targeted -= _meant(exclude, modules, f"exclude_modules in {where}")
     layers = config.get("layers_to_transform")
-    layers = [layers] if type(layers) is int else layers if isinstance(layers, list) else []
+    layers = (
+        [layers]
+        if type(layers) is int
+        else [one for one in layers if type(one) is int]
+        if isinstance(layers, list)
+        else []
+    )
     if layers and not config.get("layers_pattern") and not isinstance(target, str):
         numbers = {module: _layer_number(module) for module in targeted}
-        targeted = {module for module, number in numbers.items() if number is not None and number in layers}
+        named = set(target)  # by their whole names, which PEFT adapts in any layer
+        targeted = {module for module, number in numbers.items() if module in named or number in layers}
     return [module for module in modules if module not in targeted]
 
 
