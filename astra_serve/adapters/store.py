@@ -232,6 +232,8 @@ class Store:
         staged = folder.is_relative_to(self._staging)
         copy = folder if staged else Path(tempfile.mkdtemp(dir=self._staging))
         try:
+            if not staged:
+                adapter_dir.check_readable(folder)
             for name in () if staged else files_of(folder):
                 if os.path.lexists(folder / name):
                     _copy(adapter_dir.file_in(folder, name), copy / name, on_bytes)

@@ -12,6 +12,14 @@ An Astra adapter folder                              A LoRA folder (PEFT's layou
 may differ between modules. A classifier's head has no factors: its trained parameters are stored under their own names.
 
 Opening a folder checks the headers of its files. The numbers of a layer are read and checked when it is accessed.
+
+LoRA folders of other tools are read as PEFT reads them:
+
+    opened      finds the files, one or shards, and the kind of the adapter
+    names       tensors -> modules, whatever stands before and after their names
+    patterns    regular expressions of the config -> modules, in linear time
+    lora_config ranks and alphas as numbers, and the reasons to refuse an adapter
+    on_base     modules -> those of the base that is there; copies of its tensors are dropped
 """
 
 from converter.adapter_dir.astra import (
@@ -92,6 +100,7 @@ from converter.adapter_dir.opened import (
     LORA_WEIGHTS,
     WEIGHTS_INDEX,
     OpenedAdapter,
+    check_readable,
     check_there,
     open_adapter,
     shards_of,
@@ -145,6 +154,7 @@ __all__ = [
     "check_base",
     "check_init",
     "check_only_factors",
+    "check_readable",
     "check_shapes",
     "check_there",
     "check_weights",

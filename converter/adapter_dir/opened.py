@@ -75,6 +75,13 @@ def check_there(folder: Path) -> None:
     raise NotAnAdapter(f"{folder} has no {CONFIG}, but {newest.name} in it has one{others}: give {newest}")
 
 
+def check_readable(folder: Path) -> None:
+    """Raise NotAnAdapter or UnsafeAdapter, with the reason, for a folder without weights that a server may read."""
+    check_there(folder)
+    if not weight_files(folder):
+        _open(folder, allow_pickle=False)
+
+
 def weight_files(folder: Path) -> list[str]:
     """Return the names of the safetensors files of an adapter: one, or an index and its shards; none for a pickle.
 

@@ -12,7 +12,7 @@ from astra_serve.adapters.served import Served
 from astra_serve.adapters.store import FILES, files_of, version_digest
 from astra_serve.errors import CannotFetch
 from converter import adapter_dir
-from converter.adapter_dir import AdapterError, MalformedAdapter, NotAnAdapter
+from converter.adapter_dir import AdapterError, MalformedAdapter, NotAnAdapter, UnsafeAdapter
 from tests.astra_serve.adapters.test_download import Web, fetched, web  # noqa: F401 (a fixture)
 from tests.converter.foreign import (
     CONFIGS,
@@ -157,6 +157,16 @@ def test_a_refusal_names_the_source_and_not_a_folder_of_the_store(tiny_base, tmp
         digest_in(store, tmp_path / "lora")
     assert f"convert it: astra-convert {tmp_path / 'lora'} OUT_DIR" in str(refused.value)
     assert "staging" not in str(refused.value)
+
+
+def test_a_folder_without_weights_that_a_server_reads_has_its_own_reason(tiny_base, tmp_path: Path, store) -> None:
+    trained(tiny_base, tmp_path / "lora")
+    (tmp_path / "lora" / WEIGHTS).rename(tmp_path / "lora" / "adapter_model.bin")
+    with pytest.raises(UnsafeAdapter, match="is a pickle, which can run code: astra-convert --allow-pickle"):
+        digest_in(store, tmp_path / "lora")
+    (tmp_path / "lora" / "adapter_model.bin").rename(tmp_path / "lora" / "astra_weights.safetensors")
+    with pytest.raises(NotAnAdapter, match=rf"convert it first \(astra-convert {tmp_path}/lora OUT_DIR\)"):
+        digest_in(store, tmp_path / "lora")
 
 
 def test_a_source_that_has_the_adapter_in_a_checkpoint_names_it(tiny_base, tmp_path: Path, store) -> None:
