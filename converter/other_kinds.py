@@ -124,7 +124,7 @@ def dora_delta(
     """
     base = weight.double()
     changed = base + lora_b.double() @ lora_a.double()
-    norms = torch.linalg.vector_norm(changed, dim=1)
+    norms: torch.Tensor = torch.linalg.vector_norm(changed, dim=1)
     return (magnitude.double().flatten() / norms)[:, None] * changed - base
 
 
