@@ -88,7 +88,10 @@ class _Delta:
     def __init__(
         self, opened: OpenedAdapter, fitted: _Fitted, scalings: Mapping[str, float], base: Path | None
     ) -> None:
-        self._opened, self._fitted, self._scalings, self._base = opened, fitted, scalings, base
+        self._opened, self._fitted, self._scalings = opened, fitted, scalings
+        self._weights: Mapping[str, torch.Tensor] = (
+            adapter_dir.base_parameters(base) if base and self._needs_weights() else {}
+        )
 
     def shape(self, module: str) -> Shape:
         if module in self._fitted.whole:
@@ -113,14 +116,16 @@ class _Delta:
         name = self._fitted.in_folder[module]
         return product_delta(self._opened, name, self._scalings[name]) @ x
 
+    def _needs_weights(self) -> bool:
+        return self._opened.kind == DORA or bool(self._fitted.whole)
+
     def _is_whole(self, module: str) -> bool:
         return self._opened.kind == DORA or module in self._fitted.whole
 
     def _whole(self, module: str) -> torch.Tensor:
         """Return delta W (d_out, d_in) in float64."""
-        assert self._base is not None, "needs_base says that it is needed"
         name = f"{module}.weight"
-        weight = float_weight(self._opened.folder, name, adapter_dir.base_tensor(self._base, name))
+        weight = float_weight(self._opened.folder, name, self._weights.get(name))
         if module in self._fitted.whole:
             return self._fitted.whole[module].double() - weight.double()
         if self._fitted.lora.config.get("fan_in_fan_out") and not module.endswith("lm_head"):
@@ -150,11 +155,8 @@ def _fitted(folder: Path, lora: LoraAdapter, shapes: dict[str, Shape], base: Pat
     found = adapter_dir.on_base(folder, lora, base, matrices)
     heads, copies = found.lora.head, found.lora.copies
     full = Layers([*heads, *copies], lambda name: heads[name] if name in heads else copies[name])
-    whole = {
-        name.removesuffix(".weight"): name
-        for name, tensor in full.items()
-        if name.endswith("lm_head.weight") and matrices.get(name.removesuffix(".weight")) == tuple(tensor.shape)
-    }
+    heads_of = {name.removesuffix(".weight"): name for name in full if name.endswith("lm_head.weight")}
+    whole = {module: name for module, name in heads_of.items() if matrices.get(module) == tuple(full[name].shape)}
     if twice := next((module for module in whole if module in found.names.values()), None):
         raise AdapterError(f"{folder} has a LoRA of {twice!r} and another weight of it: train one of them")
     left = [name for name in found.lora.copies if name not in whole.values()]

@@ -63,15 +63,15 @@ def base_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def base_tensor(folder: Path, name: str) -> torch.Tensor | None:
-    """Return one tensor of the base, None if it has none of this name; that of a tied output layer is the embedding.
+def base_parameters(folder: Path) -> Layers[torch.Tensor]:
+    """Return the base's tensors by name, with a tied output layer, which is not stored, as `lm_head.weight`.
 
-    Raises BaseNotFound.
+    Raises BaseNotFound, here and at each access.
     """
     weights = base_weights(folder)
-    if name == f"{TIED_HEAD}.weight" and name not in weights:
-        name = f"{_tied_embedding(folder, {key.removesuffix('.weight') for key in weights}) or TIED_HEAD}.weight"
-    return weights.get(name)
+    embedding = _tied_embedding(folder, {key.removesuffix(".weight") for key in weights})
+    tied = {f"{TIED_HEAD}.weight": f"{embedding}.weight"} if embedding else {}
+    return Layers([*weights, *tied], lambda name: weights[tied.get(name, name)])
 
 
 def base_dtype(folder: Path) -> str:

@@ -18,6 +18,8 @@ from pathlib import Path
 from converter.adapter_dir.errors import MalformedAdapter, WrongBase
 
 PEFT_PREFIX = "base_model.model."
+MAX_NAME = 500  # characters; those of real models have about 100
+MAX_SEGMENTS = 40
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Modules around the layers of a text model, which a checkpoint of another class of the same model has or has not.
 _AROUND = ("base_model", "model", "language_model", "text_model", "transformer")
@@ -43,6 +45,10 @@ def read_names(folder: Path, keys: Iterable[str], parts: Iterable[str]) -> Tenso
     known = set(parts)
     for key in keys:
         path = _without_wrappers(key)
+        if len(key) > MAX_NAME or len(path) > MAX_SEGMENTS:  # each end of a name is compared with patterns
+            raise MalformedAdapter(
+                f"{folder}: tensor {key[:100]!r} has a longer name than any module: {len(key)} characters"
+            )
         at = next((i for i, segment in enumerate(path) if segment in known), None)
         rest = [] if at is None else [segment for segment in path[at + 1 :] if segment != "weight"]
         if at and all(path[:at]) and len(rest) <= 1 and rest != ["bias"]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from converter.adapter_dir.base import base_tensor
+from converter.adapter_dir.base import base_parameters
 from converter.adapter_dir.errors import MalformedAdapter
 from converter.adapter_dir.folder import CONFIG
 from converter.adapter_dir.layers import Layers
@@ -39,7 +39,9 @@ def on_base(folder: Path, lora: LoraAdapter, base: Path, shapes: Mapping[str, tu
         modules = {name.rpartition(".")[0] for name in tensors}
         in_base = names_in_base(folder, modules, shapes)
         full |= {new: (tensors, old) for new, old in renamed({name: name for name in tensors}, in_base).items()}
-    dropped = [name for name, (tensors, old) in full.items() if _equals(tensors[old], base_tensor(base, name))]
+    parameters: Mapping[str, torch.Tensor] = base_parameters(base) if full else {}
+    there = ((name, tensors[old]) for name, (tensors, old) in full.items() if name in parameters)
+    dropped = {name for name, tensor in there if _equals(tensor, parameters[name])}
     left = {name: where for name, where in full.items() if name not in dropped}
 
     def of(kind: Mapping[str, torch.Tensor]) -> Layers[torch.Tensor]:
@@ -68,6 +70,6 @@ def check_only_factors(folder: Path, lora: LoraAdapter) -> None:
         )
 
 
-def _equals(tensor: torch.Tensor, base: torch.Tensor | None) -> bool:
+def _equals(tensor: torch.Tensor, base: torch.Tensor) -> bool:
     """Return whether a tensor is the base's, rounded to the tensor's dtype."""
-    return base is not None and base.shape == tensor.shape and torch.equal(base.to(tensor.dtype), tensor)
+    return base.shape == tensor.shape and torch.equal(base.to(tensor.dtype), tensor)

@@ -20,6 +20,7 @@ V = TypeVar("V")
 
 MAX_LENGTH = 4000  # characters of an expression
 MAX_MATCHES = 200_000  # expressions x modules: RE2 needs about 10 microseconds for each, called from Python
+MAX_COMPARED = 2 * 10**7  # characters of names that are compared with keys of the same length: about 2 s
 # Syntax that both libraries accept with different meanings, or only RE2: classes by name, \Q...\E, {,n}, global flags.
 _READ_DIFFERENTLY = re.compile(r"\\[pPQECzx]|\[:|\{,|\(\?[a-zA-Z^-]+\)|\(\?<|\(\?[a-zA-Z-]*U[a-zA-Z-]*:")
 _NAME = re.compile(r"\^?[\w.-]+")
@@ -37,7 +38,7 @@ def first_matches(keys: Collection[str], modules: Sequence[str], where: str) -> 
     _check_number(len(expressions), modules, where)
     compiled = [(key, _compiled(rf"(.*\.)?({key})$", key, where)) for key in expressions]
     found = {}
-    for module, candidates in _by_name(names, modules):
+    for module, candidates in _by_name(names, modules, where):
         candidates += [key for key, expression in compiled if expression.match(module)]
         if candidates:
             found[module] = min(candidates, key=position.__getitem__)
@@ -85,25 +86,30 @@ def pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) 
     return (pattern or {})[found[0]] if found else default
 
 
-def _by_name(names: Sequence[str], modules: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield each module with the keys of `names` that mean it; a dot in a key is any character, as in PEFT."""
+def _by_name(names: Sequence[str], modules: Sequence[str], where: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield each module with the keys of `names` that mean it; a dot in a key is any character, as in PEFT.
+
+    Raises MalformedAdapter.
+    """
     groups: dict[int, dict[tuple[int, ...], set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
         plain = name.removeprefix("^")
         dots = tuple(i for i, character in enumerate(plain) if character == ".")
         groups[len(plain)][dots].add(name)
+    compared = 0
     for module in modules:
         found = []
-        starts = [0, *(i + 1 for i, character in enumerate(module) if character == ".")]
-        for start in starts:
-            end = module[start:]
+        for end in _ends(module):
+            compared += len(end) * len(groups.get(len(end), {}))
+            if compared > MAX_COMPARED:
+                raise MalformedAdapter(f"{where} has {len(names)} keys, too many for {len(modules)} modules")
             for dots, keys in groups.get(len(end), {}).items():
                 masked = list(end)
                 for i in dots:
                     masked[i] = "."
                 key = "".join(masked)
                 found += [key] if key in keys else []
-                found += [f"^{key}"] if start == 0 and f"^{key}" in keys else []
+                found += [f"^{key}"] if end == module and f"^{key}" in keys else []
         yield module, found
 
 
@@ -113,13 +119,20 @@ def _meant(target: str | list[str], modules: Sequence[str], where: str) -> set[s
         expression = _compiled(target, target, where)
         return {module for module in modules if expression.fullmatch(module)}
     names = set(target)
-    ends = {module: [module, *(module[i + 1 :] for i, c in enumerate(module) if c == ".")] for module in modules}
-    return {module for module, found in ends.items() if not names.isdisjoint(found)}
+    return {module for module in modules if any(end in names for end in _ends(module))}
 
 
 def _layer_number(module: str) -> int | None:
     """Return the first number in a module's name, as PEFT finds it: model.layers.3.mlp has 3."""
     return next((int(part[:10]) for part in module.split(".")[2:-1] if part.isdecimal()), None)
+
+
+def _ends(module: str) -> Iterator[str]:
+    """Yield a module's name, and each end of it after a dot."""
+    yield module
+    for i, character in enumerate(module):
+        if character == ".":
+            yield module[i + 1 :]
 
 
 def _names_or_expression(config: Json, name: str, where: str) -> str | list[str]:

@@ -74,8 +74,11 @@ class TensorFiles(Mapping[str, torch.Tensor]):
     def __init__(self, folder: Path, files: Iterable[str], weight_map: Mapping[str, str]) -> None:
         opened = {name: TensorFile(folder, name) for name in files}
         self._file_of = {key: opened[name] for key, name in weight_map.items()}
+        keys_of: dict[str, set[str]] = {name: set() for name in opened}
+        for key, name in weight_map.items():
+            keys_of[name].add(key)
         for name, file in opened.items():
-            for key in file.keys() ^ {key for key, there in weight_map.items() if there == name}:
+            for key in file.keys() ^ keys_of[name]:
                 where = "the index" if key in file else "the file"
                 raise MalformedAdapter(f"{file.file}: {key[:200]!r} is not in {where}: copy the adapter again")
         self.shapes = {key: file.shapes[key] for key, file in self._file_of.items()}

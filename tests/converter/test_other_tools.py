@@ -225,3 +225,18 @@ def test_a_bias_of_a_factor_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     rename(tmp_path / "lora", lambda key: key.replace("layers.1.self_attn.q_proj.lora_B.weight", "x.lora_B.bias"))
     with pytest.raises(MalformedAdapter, match="is not a lora_A or lora_B of a linear layer"):
         adapter_dir.load_lora(tmp_path / "lora")
+
+
+def test_a_name_that_no_module_has_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    trained(tiny_base, tmp_path / "lora")
+    rename(tmp_path / "lora", lambda key: key.replace("layers.1.", 200 * "a." + "layers.1."))
+    with pytest.raises(MalformedAdapter, match="has a longer name than any module"):
+        adapter_dir.load_lora(tmp_path / "lora")
+
+
+def test_tensors_that_the_base_does_not_have_are_refused_by_name(tiny_base: Path, tmp_path: Path) -> None:
+    trained(tiny_base, tmp_path / "lora")
+    tensors = load_file(tmp_path / "lora" / WEIGHTS)
+    save_file({**tensors, **{f"x{n}.weight": torch.ones(1) for n in range(3)}}, tmp_path / "lora" / WEIGHTS)
+    with pytest.raises(MalformedAdapter, match=r"'x\d\.weight' is no copy of the base's tensor"):
+        adapter_dir.check_only_factors(tmp_path / "lora", fitted(tmp_path / "lora", tiny_base).lora)

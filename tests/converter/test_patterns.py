@@ -1,5 +1,6 @@
 """Patterns of a config mean the modules that they mean in PEFT, and none can take long."""
 
+import random
 import time
 
 import pytest
@@ -107,3 +108,12 @@ def test_thousands_of_names_take_no_time_and_as_many_expressions_are_refused() -
     assert time.monotonic() - began < 5
     with pytest.raises(MalformedAdapter, match="has 1000 regular expressions for 10000 modules: give module names"):
         first_matches([f"(x{n})+" for n in range(1000)], modules, "config")
+
+
+def test_names_made_to_be_compared_for_hours_are_refused() -> None:
+    modules = [f"{n:06}{'x' * 30}" for n in range(5000)]
+    names = ["".join(random.Random(n).choices("x.", k=36)) for n in range(20_000)]
+    began = time.monotonic()
+    with pytest.raises(MalformedAdapter, match=r"has .* keys, too many for 5000 modules"):
+        first_matches(names, modules, "rank_pattern in DIR/adapter_config.json")
+    assert time.monotonic() - began < 15
