@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from converter.adapter_dir import AdapterError, LoraAdapter
-from converter.sources import Source
+from converter.source import Source
 from converter.stored import Rank
 
 N_VECTORS = 64

@@ -18,9 +18,9 @@ from transformers.utils import logging
 
 from converter.adapter_dir import AdapterError, BaseNotFound, Json, LoraAdapter, WrongBase
 from converter.adapter_dir.base import without_stray_files
-from converter.adapter_dir.names import language_model_class
+from converter.adapter_dir.base_names import language_model_class
 from converter.errors import first_line
-from converter.sources import Factors, Source
+from converter.source import Factors, Source
 
 MAX_PROMPT_TOKENS = 512
 # Ends of the names of causal language models: GPT-2's is GPT2LMHeadModel, a multimodal one is for "conditional

@@ -67,7 +67,7 @@ def _inspect(argv: list[str]) -> int:
 
 def _report(out: Path, done: Conversion, console: Console, *, general_prompts: bool) -> None:
     """Print the rank and the errors of the LoRA in `out`."""
-    found, layers = done.provenance, len(done.source.factors)
+    found, shapes, layers = done.provenance, done.source.shapes, len(done.source.factors)
     if done.rank is None:
         console.print(Text(f"{out}: the whole model, with {layers} layers changed"), soft_wrap=True)
         return
@@ -81,16 +81,21 @@ def _report(out: Path, done: Conversion, console: Console, *, general_prompts: b
     elif done.rank.dropped:
         table = Table("layer", "rank before", "energy dropped", title=f"compressed to rank {stored}")
         for module, dropped in done.rank.dropped.items():
-            table.add_row(Text(module), str(len(done.source.factors[module][0])), f"{dropped:.3%}")
+            before = len(done.source.factors[module][0]) if done.source.is_product else shapes[module].rank
+            table.add_row(Text(module), str(before), f"{dropped:.3%}")
         table.add_row("all layers", str(exact), f"{done.rank.total_dropped:.3%}")
         console.print(table)
-    trained = max(shape.rank for shape in done.source.shapes.values())
+    trained = max(shape.rank for shape in shapes.values())
     how = {trained: "the trained rank", 2 * trained: f"twice the trained rank {trained}"}
+    if not done.source.is_product:
+        how = {exact: "the exact rank"}
     why = how.get(stored, f"trained with rank {trained}") if stored == exact else f"{exact} without compression"
     lines = [
         f"{out}: LoRA of rank {stored} ({why}), {layers} layers, {found['dtype']}",
         f"relative error of delta W: {found['errors']['relative']:.2g}",
     ]
+    if copies := done.source.dropped:
+        lines.append(f"left out, because they equal the base's tensors: {', '.join(copies)}")
     if "verification" in found:
         v = found["verification"]
         lines.append(

@@ -15,10 +15,11 @@ import torch
 from rich.progress import Progress
 
 from converter import adapter_dir
-from converter.adapter_dir import AdapterError, BaseNotFound, Json, WrongBase
+from converter.adapter_dir import ENGINE_RANKS, AdapterError, BaseNotFound, Json, WrongBase
 from converter.check_factors import VerificationFailed, check_factors
 from converter.merge import merge, save_merged_provenance
-from converter.sources import Source, open_source
+from converter.source import Source
+from converter.sources import open_source
 from converter.stored import DTYPES, Auto, Rank, choose_rank, stored_lora
 
 if TYPE_CHECKING:
@@ -60,8 +61,14 @@ def convert(folder: Path, out: Path, options: Options, progress: Progress) -> Co
     Raises AdapterError and OSError.
     """
     adapter_dir.refuse_existing(out)
-    source = open_source(folder, initial=options.initial, allow_pickle=options.allow_pickle)
+    opened = partial(open_source, folder, initial=options.initial, allow_pickle=options.allow_pickle)
+    source = opened()
     base = local_base(source, options)
+    if base is not None:
+        source = opened(base=base)
+    if source.needs_base:
+        raise AdapterError(f"{folder}: {source.needs_base}: give it with --base, a model folder or a hub id")
+    _check_rank(source, options)
     identity = source.base
     if base is not None:
         digest = adapter_dir.base_digest(base)
@@ -104,6 +111,8 @@ def convert(folder: Path, out: Path, options: Options, progress: Progress) -> Co
         }
         if "id2label" in source.config:
             provenance["id2label"] = source.config["id2label"]
+        if source.dropped:
+            provenance["dropped"] = list(source.dropped)
         if tried:
             provenance["tried"] = sorted(tried, key=lambda row: row["rank"])
         advance = _new_bar(progress, "checking", len(source.factors))
@@ -202,7 +211,7 @@ def local_base(source: Source, options: Options) -> Path | None:
         raise BaseNotFound(
             "the adapter does not name its base, or names a residual model: give the original base with --base"
         )
-    if not options.verify:
+    if not options.verify and not source.needs_base:
         return None
     try:
         return adapter_dir.find_base(named, download=False)
@@ -214,8 +223,8 @@ def check_base(folder: Path, source: Source, base: Path, digest: str) -> None:
     """Raise WrongBase unless the adapter belongs to `base`: by digest, by shapes, and by the residual model, if any."""
     adapter_dir.check_base(folder, source.base.get("digest"), digest)
     shapes = adapter_dir.base_shapes(base)
-    if source.config.get("fan_in_fan_out"):  # GPT-2's layers store transposed weights
-        shapes = {module: (d_out, d_in) for module, (d_in, d_out) in shapes.items()}
+    if source.config.get("fan_in_fan_out"):  # GPT-2's layers store transposed weights, its output layer does not
+        shapes = {m: shape if m.endswith("lm_head") else (shape[1], shape[0]) for m, shape in shapes.items()}
     adapter_dir.check_shapes(folder, {m: (shape.d_out, shape.d_in) for m, shape in source.shapes.items()}, shapes)
     if source.residual is not None:
         originals, residuals = (adapter_dir.base_weights(model) for model in (base, source.residual.folder))
@@ -229,6 +238,17 @@ def check_base(folder: Path, source: Source, base: Path, digest: str) -> None:
             bound = _RESIDUAL_TOLERANCE * float(weight.norm())
             if not same_shape or not float((weight - residual - initial).norm()) <= bound:
                 raise WrongBase(f"{module!r}: residual model and initial adapter do not add up to the weight in {base}")
+
+
+def _check_rank(source: Source, options: Options) -> None:
+    """Raise AdapterError where no engine can serve the exact LoRA of a DoRA, LoHa, LoKr or whole layer."""
+    exact = max(shape.rank for shape in source.shapes.values())
+    chosen = options.rank or options.energy or options.fit_engine or options.merge
+    if not source.is_product and exact > ENGINE_RANKS[-1] and not chosen:
+        raise AdapterError(
+            f"the exact LoRA has rank {exact}, and engines serve at most {ENGINE_RANKS[-1]}: give --rank K, --rank "
+            "auto or --energy E; the loss is measured and recorded"
+        )
 
 
 def _dtype(source: Source, identity: Json, option: str) -> torch.dtype:

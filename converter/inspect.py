@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from converter import adapter_dir
-from converter.adapter_dir import ASTRA_WEIGHTS, LORA_WEIGHTS, AstraAdapter, Json, LoraAdapter
+from converter.adapter_dir import ASTRA_WEIGHTS, AstraAdapter, Json, LoraAdapter
 
 # Fields of a record that are shown only if they have this type: a record of another tool may have any.
 _RECORD_TYPES: dict[str, type] = {"base": dict, "source": dict, "errors": dict, "verification": dict, "probe": dict}
@@ -19,10 +19,14 @@ def inspect(folder: Path) -> Json:
     """Return the properties and the record of the Astra adapter or LoRA in `folder`. Raises AdapterError."""
     adapter: AstraAdapter | LoraAdapter
     if (folder / ASTRA_WEIGHTS).is_file():
-        adapter, kind, weights = adapter_dir.load_astra(folder), "Astra adapter", ASTRA_WEIGHTS
+        adapter, kind, weights = adapter_dir.load_astra(folder), "Astra adapter", [folder / ASTRA_WEIGHTS]
         shapes, digest = adapter_dir.astra_shapes(folder), adapter_dir.astra_digest(folder)
     else:
-        adapter, kind, weights = adapter_dir.load_lora(folder), "LoRA", LORA_WEIGHTS
+        adapter, kind, weights = (
+            adapter_dir.load_lora(folder),
+            "LoRA",
+            [folder / n for n in adapter_dir.weight_files(folder)],
+        )
         shapes, digest = adapter_dir.lora_shapes(folder), adapter_dir.lora_digest(folder)
     recorded = {
         key: value for key, value in adapter.provenance.items() if isinstance(value, _RECORD_TYPES.get(key, object))
@@ -30,7 +34,7 @@ def inspect(folder: Path) -> Json:
     return {
         "kind": kind,
         "rank": max(shape.rank for shape in shapes.values()),
-        "bytes": (folder / weights).stat().st_size,
+        "bytes": sum(file.stat().st_size for file in weights),
         "base": recorded.get("base") or {"id": adapter.config.get("base_model_name_or_path")},
         "digest": digest,
         "digest_is_the_recorded_one": None if "digest" not in recorded else recorded["digest"] == digest,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from converter.adapter_dir import PROVENANCE, AdapterError, base_tensors, write_json, write_tensors
-from converter.adapter_dir.base import is_stray, stored_shapes, weight_files
-from converter.adapter_dir.names import stored_names
+from converter.adapter_dir import PROVENANCE, AdapterError, base_tensors, base_weights, write_json, write_tensors
+from converter.adapter_dir.base import TIED_HEAD, is_stray, stored_shapes, weight_files
+from converter.adapter_dir.base_names import stored_names
 from converter.adapter_dir.tensors import DTYPES
-from converter.sources import Source
+from converter.source import Source
 
 MERGED_FORMAT = "astra-merged/1"
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model")  # config, tokenizer, index of the weight files
@@ -28,6 +28,10 @@ def merge(source: Source, base: Path, out: Path, on_layer: Callable[[], None]) -
     on_disk = stored_names(base, stored_shapes(base))
     module_of = {on_disk.get(f"{module}.weight", f"{module}.weight"): module for module in source.factors}
     missing = set(source.factors)
+    if (TIED_HEAD in missing) and f"{TIED_HEAD}.weight" not in base_weights(base):
+        raise AdapterError(
+            "--merge cannot change lm_head: the output layer shares its weights with the embedding; leave --merge out"
+        )
 
     def merged(name: str, weight: torch.Tensor) -> torch.Tensor:
         module = module_of.get(name)

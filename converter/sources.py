@@ -1,11 +1,10 @@
 """Read adapters of several kinds as the LoRA that each one is against the original base.
 
-Supported are Astra adapters; plain LoRAs; and LoRAs whose initial product B0 A0 was subtracted from the base before
-training (PiSSA, OLoRA, CorDA, LoRA-GA, MiLoRA, the paper's reference code), which need their initial adapter, too.
+Supported are Astra adapters; plain LoRAs; DoRA, LoHa and LoKr; and LoRAs whose initial product B0 A0 was subtracted
+from the base before training (PiSSA, OLoRA, CorDA, LoRA-GA, MiLoRA, the paper's reference code), which need their
+initial adapter, too.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +12,8 @@ import torch
 from converter import adapter_dir
 from converter.adapter_dir import (
     ASTRA_WEIGHTS,
+    LORA,
+    SUBTRACT_FROM_BASE,
     AdapterError,
     AstraAdapter,
     AstraLayer,
@@ -24,43 +25,22 @@ from converter.adapter_dir import (
     Shape,
 )
 from converter.delta import lora_factors
+from converter.lora_source import base_of, lora_source
+from converter.source import Factors, Residual, Source
 
-Factors = tuple[torch.Tensor, torch.Tensor]  # lora_A (k, d_in), lora_B (d_out, k)
-
-# Values of PEFT's init_lora_weights that subtract B0 A0 from the base's weights.
-_SUBTRACT_FROM_BASE = ("pissa", "olora", "corda", "lora_ga", "milora", "astra")
 _INIT_SETTINGS = ("corda_config", "lora_ga_config", "eva_config", "loftq_config")  # of PEFT: a plain LoRA has none
 _INITIAL_FOLDERS = tuple(f"{name}_init" for name in ("astra", "corda", "pissa", "olora", "milora", "lora_ga"))
 
 
-@dataclass(frozen=True)
-class Residual:
-    """A model whose weights are W - s B0 A0: the base without the initial product of the adapter."""
-
-    folder: Path
-    initial: Mapping[str, Factors]  # by module, float32: s B0 A0 = lora_B lora_A
-
-
-@dataclass(frozen=True)
-class Source:
-    """An adapter to be converted; its layers are read when they are accessed."""
-
-    factors: Mapping[str, Factors]  # by module, float32: delta W = lora_B lora_A, computed without cancellation
-    apply_delta: Callable[[str, torch.Tensor], torch.Tensor]  # (module, x (d_in, n)) -> float64 delta W x
-    shapes: dict[str, Shape]  # by module
-    config: Json
-    base: Json  # id, and the recorded digest and dtype, if any
-    origin: Json  # kind, method and digests, for the provenance
-    head: Mapping[str, torch.Tensor]
-    plain_lora: LoraAdapter | None = None  # the adapter itself if it is a plain LoRA
-    residual: Residual | None = None  # the model that was trained in place of the base, if it is available locally
-
-
-def open_source(folder: Path, *, initial: Path | None = None, allow_pickle: bool = False) -> Source:
+def open_source(
+    folder: Path, *, initial: Path | None = None, allow_pickle: bool = False, base: Path | None = None
+) -> Source:
     """Return the adapter in `folder`, whose kind is detected from its files. Raises AdapterError.
 
     `initial` is the folder of the adapter as it was saved before training. Without it, a folder such as `astra_init` is
-    searched in `folder`, beside it and in its base, as the reference code writes it.
+    searched in `folder`, beside it and in its base, as the reference code writes it. With `base`, the folder of the
+    base, a LoRA's layers have the base's names, and copies of its tensors are dropped. A source that needs the base
+    says so in `needs_base`; its layers can be read only with it.
     """
     if (folder / ASTRA_WEIGHTS).is_file():
         if initial is not None:
@@ -69,9 +49,15 @@ def open_source(folder: Path, *, initial: Path | None = None, allow_pickle: bool
     found = [folder / name for name in _INITIAL_FOLDERS if (folder / name).is_dir()]
     if found and not (folder / adapter_dir.CONFIG).is_file():
         folder, initial = _trained_adapter_in(folder, found[0]), initial or found[0]
-    trained = adapter_dir.load_lora(folder, allow_pickle=allow_pickle)
-    shapes = adapter_dir.lora_shapes(folder, allow_pickle=allow_pickle)
+    opened = adapter_dir.open_adapter(folder, allow_pickle=allow_pickle)
     digest = {"digest": adapter_dir.lora_digest(folder)}
+    if opened.kind != LORA:
+        if initial is not None:
+            raise AdapterError(f"{folder} is a {opened.kind}: --initial is for a LoRA")
+        if str(opened.config.get("init_lora_weights")).lower().startswith((*SUBTRACT_FROM_BASE, "loftq")):
+            raise AdapterError(f"{folder} is a {opened.kind} of changed weights of the base: merge it with PEFT")
+        return lora_source(opened, digest, base)
+    trained, shapes = adapter_dir.lora_from(opened), adapter_dir.opened_shapes(opened)
     residual = _find_residual_model(folder, trained)
     if initial is None and residual is not None:
         initial = next(residual / name for name in _INITIAL_FOLDERS if (residual / name).is_dir())
@@ -81,19 +67,19 @@ def open_source(folder: Path, *, initial: Path | None = None, allow_pickle: bool
         raise AdapterError(f"{folder} was trained with LoftQ: it belongs to the quantised base, not to the original")
     if initial is not None:
         untrained = adapter_dir.load_lora(initial, allow_pickle=allow_pickle)
-        named = (name for name in _SUBTRACT_FROM_BASE if init.startswith(name) or name in initial.name)
+        named = (name for name in SUBTRACT_FROM_BASE if init.startswith(name) or name in initial.name)
         method = next(named, "unknown")
         origin = {"kind": "lora-and-start", "method": method, **digest, "initial": adapter_dir.lora_digest(initial)}
         # PEFT's own methods subtract B0 A0 in memory, and the config names the original base. A saved residual model is
         # trained like any base, and the config names the residual model.
-        base = _base_of(trained) if init.startswith(_SUBTRACT_FROM_BASE) and residual is None else {}
-        return _trained_from(folder, trained, untrained, shapes, origin, base, residual)
-    if init.startswith(_SUBTRACT_FROM_BASE):
+        recorded = base_of(trained) if init.startswith(SUBTRACT_FROM_BASE) and residual is None else {}
+        return _trained_from(folder, trained, untrained, shapes, origin, recorded, residual)
+    if init.startswith(SUBTRACT_FROM_BASE):
         raise AdapterError(
             f"{folder} was trained with init_lora_weights={init!r}, which subtracts the initial adapter from the base: "
             "give the adapter as it was saved before training with --initial DIR"
         )
-    return _plain(trained, shapes, {"kind": "lora", "method": "lora", **digest})
+    return lora_source(opened, digest, base)
 
 
 def _astra(folder: Path) -> Source:
@@ -155,19 +141,6 @@ def _trained_from(
     )
 
 
-def _plain(lora: LoraAdapter, shapes: dict[str, Shape], origin: Json) -> Source:
-    def factors(module: str) -> Factors:
-        a, b = lora.layers[module]
-        return a.float(), lora.scaling(module, len(a)) * b.float()
-
-    def apply_delta(module: str, x: torch.Tensor) -> torch.Tensor:
-        a, b = lora.layers[module]
-        return lora.scaling(module, len(a)) * (b.double() @ (a.double() @ x))
-
-    layers = Layers(list(lora.layers), factors)
-    return Source(layers, apply_delta, shapes, lora.config, _base_of(lora), origin, lora.head, plain_lora=lora)
-
-
 def _apply_delta(layer: AstraLayer, scaling: float, x: torch.Tensor) -> torch.Tensor:
     """Return delta W x = s (B A - B0 A0) x by definition; in float64 the cancellation is harmless."""
     a, b, a0, b0 = (t.double() for t in (layer.a, layer.b, layer.a0, layer.b0))
@@ -192,10 +165,3 @@ def _find_residual_model(folder: Path, trained: LoraAdapter) -> Path | None:
     named = [Path(base)] if isinstance(base, str) and "\0" not in base else []
     models = (path for path in (*named, folder.resolve().parent) if list(path.glob("*.safetensors")))
     return next((path for path in models for name in _INITIAL_FOLDERS if (path / name).is_dir()), None)
-
-
-def _base_of(lora: LoraAdapter) -> Json:
-    recorded, named = lora.provenance.get("base"), lora.config.get("base_model_name_or_path")
-    if isinstance(recorded, dict) and isinstance(recorded.get("id"), str):
-        return {key: recorded[key] for key in ("id", "digest", "dtype") if isinstance(recorded.get(key), str)}
-    return {"id": named} if isinstance(named, str) and named else {}

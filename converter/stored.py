@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from converter.adapter_dir import ENGINE_RANKS, AdapterError, Json, Layers, LoraAdapter
 from converter.compress import dropped_energy, singular_values, smallest_rank, total_dropped, truncate
-from converter.sources import Factors, Source
+from converter.source import Factors, Source
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Auto = Literal["auto"]

@@ -24,7 +24,7 @@ from transformers import (
 
 from converter.adapter_dir import BaseNotFound
 from converter.adapter_dir.base import stored_shapes, without_stray_files
-from converter.adapter_dir.names import language_model_class, parameters_from, without_messages
+from converter.adapter_dir.base_names import language_model_class, parameters_from, without_messages
 from converter.errors import first_line
 from trainer.config import TrainConfig
 from trainer.failures import is_out_of_memory

@@ -9,7 +9,7 @@ from pathlib import Path
 from astra_serve.document.desired import NAME
 from astra_serve.errors import ServeError
 from converter import adapter_dir
-from converter.adapter_dir import ENGINE_RANKS, LoraHeader
+from converter.adapter_dir import ENGINE_RANKS, LoraAdapter
 
 
 class WeightsDigest:
@@ -23,6 +23,25 @@ class WeightsDigest:
         with self._reading:
             self._found = self._found or adapter_dir.base_digest(self._folder)
             return self._found
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """An adapter that the engine may read."""
+
+    rank: int
+    modules: list[str]  # by their names in the base
+    unmatched: list[str]  # keys of rank_pattern and alpha_pattern that decide for no module
+    dropped: list[str]  # tensors that equal those of the base; the engine does not get them
+    rewritten: LoraAdapter | None  # the LoRA that the engine has to read in place of the folder; None: the folder
+
+    def notes(self) -> list[str]:
+        """Return what an operator should know of how the adapter is read, a line each."""
+        found = {
+            "keys of rank_pattern or alpha_pattern match no module": self.unmatched,
+            "left out, because they equal the base's tensors": self.dropped,
+        }
+        return [f"{what}: {', '.join(names[:8])}" for what, names in found.items() if names]
 
 
 @dataclass(frozen=True)
@@ -40,15 +59,20 @@ class Base:
         """Return the digest of its weights. Raises AdapterError."""
         return self.weights.read()
 
-    def check(self, folder: Path) -> LoraHeader:
-        """Return the header of the LoRA in `folder`, if the engine can serve it on this base; reads all weights.
+    def check(self, folder: Path) -> Admitted:
+        """Return how the engine reads the LoRA in `folder`, if it can serve it on this base; reads all weights.
 
         Raises ServeError and AdapterError.
         """
         header = adapter_dir.read_lora_header(folder)
         if header.base_digest is not None:  # otherwise the base's weights need not be read
             adapter_dir.check_base(folder, header.base_digest, self.digest)
-        adapter_dir.check_shapes(folder, header.shapes, self.shapes)
+        lora = adapter_dir.load_lora(folder)
+        adapter_dir.check_init(folder, lora.config)
+        fitted = adapter_dir.on_base(folder, lora, self.folder, self.shapes)
+        adapter_dir.check_only_factors(folder, fitted.lora)
+        shapes = {fitted.names[module]: shape for module, shape in header.shapes.items()}
+        adapter_dir.check_shapes(folder, shapes, self.shapes)
         if header.rank > self.max_rank:
             raise ServeError(f"{folder} has rank {header.rank}; the engine serves at most {self.max_rank}")
         if len(header.patterns) > 2 * len(self.shapes):
@@ -57,7 +81,10 @@ class Base:
                 f"{len(self.shapes)} layers"
             )
         adapter_dir.check_weights(folder)
-        return header
+        has_bases_names = all(old == new for old, new in fitted.names.items())
+        as_it_is = has_bases_names and not fitted.dropped and adapter_dir.is_plainly_written(folder)
+        rewritten = None if as_it_is else fitted.lora
+        return Admitted(header.rank, list(shapes), header.unmatched, fitted.dropped, rewritten)
 
 
 def parse_adapter(text: str) -> tuple[str, Path]:

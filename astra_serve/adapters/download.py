@@ -1,8 +1,9 @@
 """Downloads one adapter, in a process of its own: `python -m astra_serve.adapters.download`, the order on stdin.
 
 A source that accepts a connection and sends nothing cannot be interrupted in a thread; a process can be ended. The
-order is JSON, {"source", "folder", "files": {name: most bytes}, "optional": [name]}: a source may hold a password, and
-arguments are public. Each line on stdout is the number of bytes that are here.
+order is JSON, {"source", "folder", "files": {name: most bytes}, "optional": [name], "split"}: a source may hold a
+password, and arguments are public. "split" is {"file", "index", "most"}: where the source does not have that file, it
+may have an index of its shards. Each line on stdout is the number of bytes that are here.
 
 An optional file is absent only if the source says so: any other error fails the download, because an adapter without
 its record is served without its checks. The kernel refuses to write a file that is too large, whatever library writes
@@ -12,6 +13,7 @@ it.
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import sys
@@ -30,6 +32,8 @@ from converter.errors import first_line
 TOO_LARGE = errno.EFBIG  # exit statuses; ENOSPC for a full disk, 1 for everything else
 TELL_S = 0.5  # between two numbers of bytes
 ABSENT = (404, 410)
+SHARD = re.compile(r"adapter_model-\d{1,6}-of-\d{1,6}\.safetensors")
+MAX_SHARDS = 1000
 
 Get = Callable[[str, Path, int], None]  # name, target, most bytes; raises FileNotFoundError where there is no such file
 
@@ -83,13 +87,36 @@ def main() -> int:
                 get(name, folder / name, most)
             except FileNotFoundError:
                 (folder / name).unlink(missing_ok=True)
-                if name not in order["optional"]:
-                    raise
+                if name in order["optional"] or (name == order["split"]["file"] and _shards(get, order, most)):
+                    continue
+                raise
     except Exception as error:  # each file system has errors of its own
         status, reason = _failure(name, most, error)
         print(reason, file=sys.stderr)
         return status
     return 0
+
+
+def _shards(get: Get, order: dict[str, Any], most: int) -> bool:
+    """Fetch the index of a split file and its shards, `most` bytes in all; return False if there is no index."""
+    folder, split = Path(order["folder"]), order["split"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (split["most"], resource.RLIM_INFINITY))
+    try:
+        get(split["index"], folder / split["index"], split["most"])
+    except FileNotFoundError:
+        (folder / split["index"]).unlink(missing_ok=True)
+        return False
+    with (folder / split["index"]).open(encoding="utf-8-sig") as stream:
+        found = json.load(stream)
+    weight_map = found.get("weight_map") if isinstance(found, dict) else None
+    names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
+    if not names or len(names) > MAX_SHARDS or not all(map(SHARD.fullmatch, names)):
+        raise ValueError(f"{split['index']} names no shards, or others than adapter_model-X-of-Y.safetensors")
+    for name in sorted(names):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+        get(name, folder / name, most)
+        most = max(0, most - (folder / name).stat().st_size)
+    return True
 
 
 def _hub(order: dict[str, Any], watched: list[Path]) -> Get:
@@ -102,7 +129,7 @@ def _hub(order: dict[str, Any], watched: list[Path]) -> Get:
     cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
     watched.append(cache / "blobs")
     if constants.HF_HUB_OFFLINE:
-        patterns = list(order["files"])
+        patterns = [*order["files"], order["split"]["index"], "adapter_model-*.safetensors"]
         found = snapshot_download(repository, revision=revision or None, allow_patterns=patterns, local_files_only=True)
         return lambda name, target, _: _copy(Path(found) / name, target)
     # Not snapshot_download: where the hub fails it returns what its cache has, with or without the record.

@@ -22,9 +22,16 @@ import fsspec
 from astra_serve.adapters import download
 from astra_serve.adapters.pool import Slots, Threads
 from astra_serve.adapters.progress import FetchLimits, Progress
-from astra_serve.adapters.store import FILES, Store
+from astra_serve.adapters.store import FILES, Store, files_of
 from astra_serve.errors import CannotFetch, CannotStore
-from converter.adapter_dir import LORA_WEIGHTS, MAX_JSON_BYTES, PROVENANCE, MalformedAdapter
+from converter.adapter_dir import (
+    LORA_WEIGHTS,
+    MAX_JSON_BYTES,
+    PROVENANCE,
+    WEIGHTS_INDEX,
+    MalformedAdapter,
+    check_there,
+)
 from converter.errors import without_secrets
 
 T = TypeVar("T")
@@ -152,9 +159,12 @@ def _fingerprint(source: str, timeout_s: float) -> list[Any]:
     system, path = fsspec.core.url_to_fs(source if "://" in source else str(Path(source).expanduser()), **options)
     system.invalidate_cache()
     found: list[Any] = []
-    for name in FILES:
+    folder, names = path.rstrip("/"), [*FILES, WEIGHTS_INDEX]
+    for name in names:
         with suppress(FileNotFoundError):
-            found.append((name, system.checksum(f"{path.rstrip('/')}/{name}")))
+            found.append((name, system.checksum(f"{folder}/{name}")))
+            if name == WEIGHTS_INDEX:
+                names += sorted(Path(shard).name for shard in system.glob(f"{folder}/adapter_model-*.safetensors"))
     return found
 
 
@@ -162,13 +172,16 @@ def _local(path: Path, roots: tuple[Path, ...], max_bytes: int, _: Callable[[int
     try:
         real = path.expanduser().resolve()
         is_folder = real.is_dir()
-        sizes = {name: (real / name).stat().st_size for name in FILES if (real / name).exists()}
     except (RuntimeError, ValueError, OSError) as error:  # a user or a name that cannot be
         raise CannotFetch(f"{str(path)!r} is no folder: {error}") from error
     if roots and not any(real.is_relative_to(root.resolve()) for root in roots):
         raise CannotFetch(f"{path} is outside of the folders that adapters may be in (--adapter-root)")
     if not is_folder:
         raise CannotFetch(f"there is no folder {path} on the server")
+    check_there(real)
+    sizes = {name: (real / name).stat().st_size for name in files_of(real) if (real / name).exists()}
+    shards = [size for name, size in sizes.items() if name not in (*FILES, WEIGHTS_INDEX)]
+    sizes[LORA_WEIGHTS] = sizes.get(LORA_WEIGHTS, 0) + sum(shards)
     for name, most in _most(max_bytes).items():
         if sizes.get(name, 0) > most:
             raise MalformedAdapter(f"{path}: {download.too_large(name, most)}")
@@ -192,6 +205,7 @@ async def _download(source: str, folder: Path, sources: Sources) -> None:
         "folder": str(folder),
         "files": _most(sources.limits.max_bytes),
         "optional": [PROVENANCE],
+        "split": {"file": LORA_WEIGHTS, "index": WEIGHTS_INDEX, "most": MAX_JSON_BYTES},
     }
     pipe = asyncio.subprocess.PIPE
     command = [sys.executable, "-m", "astra_serve.adapters.download"]

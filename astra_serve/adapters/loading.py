@@ -10,6 +10,7 @@ from astra_serve.adapters.events import Event, Events
 from astra_serve.adapters.probe import Prover
 from astra_serve.adapters.protocol import Engine
 from astra_serve.adapters.schedule import Residence, State
+from astra_serve.adapters.served import Served
 from astra_serve.adapters.store import Store
 from astra_serve.adapters.version import Version
 from astra_serve.errors import ServeError
@@ -22,8 +23,8 @@ class Loader:
     """Loads versions of one store into one engine."""
 
     def __init__(self, engine: Engine, store: Store, base: Base, events: Events, clock: Clock) -> None:
-        self._engine, self._store, self._base, self._events, self._clock = engine, store, base, events, clock
-        self._prover = Prover(engine)
+        self._engine, self._store, self._events, self._clock = engine, store, events, clock
+        self._served, self._prover = Served(store, base), Prover(engine)
 
     async def load(self, residence: Residence) -> dict[str, float]:
         """Load and prove a version, set its handle and proof, and return the seconds of its parts.
@@ -36,24 +37,25 @@ class Loader:
             return await self._load(residence)
         except AstraError as error:
             digest, text = residence.version.digest, str(error)
-            folder = str(self._store.folder(digest))
-            if folder not in text:
+            folders = [str(self._store.folder(digest)), str(self._store.engine_folder(digest))]
+            if not any(folder in text for folder in folders):
                 raise
             source = await asyncio.to_thread(self._store.source, digest)
             shown = without_secrets(source) if source else residence.version.name
-            raise type(error)(text.replace(folder, shown)) from error
+            for folder in folders:
+                text = text.replace(folder, shown)
+            raise type(error)(text) from error
 
     async def _load(self, residence: Residence) -> dict[str, float]:
         version = residence.version
         self._events.emit(Event(version.alias, "loading", version.name))
         began = self._clock.now()
-        folder = await asyncio.to_thread(self._store.verify, version.digest)
-        if residence.proof is None:
-            header = await asyncio.to_thread(self._base.check, folder)
-            if header.unmatched:
-                some = ", ".join(header.unmatched[:8])
-                logger.warning("%s: keys of rank_pattern or alpha_pattern match no module: %s", version.name, some)
-            residence.adapts_head = any(module.endswith("lm_head") for module in header.shapes)
+        read = self._served.folder
+        folder, admitted = await asyncio.to_thread(read, version.digest, admit=residence.proof is None)
+        if admitted is not None:
+            for note in admitted.notes():
+                logger.warning("%s: %s", version.name, note)
+            residence.adapts_head = any(module.endswith("lm_head") for module in admitted.modules)
         residence.handle = await self._engine.load(version.name, folder)
         loaded = self._clock.now()
         residence.state = State.PROBING
@@ -69,7 +71,7 @@ class Loader:
                 )
             allowed = residence.allow_no_effect
             residence.proof = await self._prover.prove(
-                residence.handle, folder, may_change_nothing=allowed, urgent=urgent
+                residence.handle, self._store.folder(version.digest), may_change_nothing=allowed, urgent=urgent
             )
         elif any(waiter.publication for waiter in residence.waiters):
             await self._prover.again(residence.handle, residence.proof, urgent=urgent)

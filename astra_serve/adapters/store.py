@@ -2,8 +2,10 @@
 
     ROOT/lock                   locked by the one server that uses the store
     ROOT/staging/...            publications in progress; emptied when a server starts
-    ROOT/versions/HEX/          a LoRA folder whose `version_digest` is sha256:HEX
+    ROOT/versions/HEX/          a LoRA folder as it was published, whose `version_digest` is sha256:HEX
     ROOT/sources/HEX            the source of that version, as the document named it
+    ROOT/engine/HEX/            that LoRA as engines read it, where they cannot read the version itself (`served`);
+                                emptied when a server starts
 
 The engine reads from here alone. Adapters are copied, not linked: a link to somebody's file would change with the file.
 A download of the server itself is in the staging folder already, and is moved.
@@ -41,6 +43,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self._versions, self._staging, self._sources = root / "versions", root / "staging", root / "sources"
+        self._engine = root / "engine"
         try:
             for folder in (self._versions, self._sources):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -60,8 +63,9 @@ class Store:
         self._ended: list[list[str]] = []  # of these, the ones whose block has ended
         self._spare: set[str] = set()  # versions that nothing needed when `collect` was called last
         try:
-            shutil.rmtree(self._staging, ignore_errors=True)  # left by a server that was killed
-            self._staging.mkdir(exist_ok=True)
+            for folder in (self._staging, self._engine):
+                shutil.rmtree(folder, ignore_errors=True)  # left by a server that was killed
+                folder.mkdir(exist_ok=True)
             self._there = {f"sha256:{path.name}" for path in self._versions.iterdir()}
             self._source_of = {f"sha256:{path.name}": _text(path) for path in self._sources.iterdir()}
         except OSError as error:
@@ -135,6 +139,10 @@ class Store:
         """Return the folder of a version, which may be absent."""
         return self._versions / digest.removeprefix("sha256:")
 
+    def engine_folder(self, digest: str) -> Path:
+        """Return the folder for a version as engines read it, which may be absent."""
+        return self._engine / digest.removeprefix("sha256:")
+
     def __contains__(self, digest: str) -> bool:
         """Return whether the store has a version, as far as it knows without asking the disk."""
         return digest in self._there
@@ -175,6 +183,7 @@ class Store:
             folder.chmod(0o755)
             folder.rename(removed)  # gone in one step
         shutil.rmtree(removed, ignore_errors=True)
+        shutil.rmtree(self.engine_folder(digest), ignore_errors=True)
         self._there.discard(digest)
         self._sources.joinpath(folder.name).unlink(missing_ok=True)
         self._source_of.pop(digest, None)
@@ -223,7 +232,9 @@ class Store:
         staged = folder.is_relative_to(self._staging)
         copy = folder if staged else Path(tempfile.mkdtemp(dir=self._staging))
         try:
-            for name in () if staged else FILES:
+            if not staged:
+                adapter_dir.check_readable(folder)
+            for name in () if staged else files_of(folder):
                 if os.path.lexists(folder / name):
                     _copy(adapter_dir.file_in(folder, name), copy / name, on_bytes)
             adapter_dir.load_lora(copy)  # the copy is checked: the original may change
@@ -249,8 +260,9 @@ class Store:
         return digest
 
     def _publish(self, folder: Path, digest: str, kept: list[str]) -> None:
+        files = files_of(folder)
         for path in folder.iterdir():
-            if path.name not in FILES or path.is_symlink():
+            if path.name not in files or path.is_symlink():
                 _remove(path)
                 continue
             with path.open("rb") as stream:
@@ -291,8 +303,16 @@ def version_digest(folder: Path, on_bytes: Callable[[int], None] = lambda _: Non
 
     `on_bytes` is called with the number of bytes of each block. Raises AdapterError and OSError.
     """
-    files = [adapter_dir.file_in(folder, name) for name in FILES if os.path.lexists(folder / name)]
+    files = [adapter_dir.file_in(folder, name) for name in files_of(folder) if os.path.lexists(folder / name)]
     return adapter_dir.digest(files, on_bytes)
+
+
+def files_of(folder: Path) -> tuple[str, ...]:
+    """Return the names of the files of a version: FILES, or an index and shards in place of the weights.
+
+    Raises AdapterError.
+    """
+    return (*(adapter_dir.weight_files(folder) or [LORA_WEIGHTS]), CONFIG, PROVENANCE)
 
 
 def _is(expected: str | None, digest: str, folder: Path) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any
 
-from converter.adapter_dir.lora import pattern_value
+from converter.adapter_dir.patterns import pattern_value
 
 
 class WorkerExtension:

@@ -12,11 +12,18 @@ An Astra adapter folder                              A LoRA folder (PEFT's layou
 may differ between modules. A classifier's head has no factors: its trained parameters are stored under their own names.
 
 Opening a folder checks the headers of its files. The numbers of a layer are read and checked when it is accessed.
+
+LoRA folders of other tools are read as PEFT reads them:
+
+    opened      finds the files, one or shards, and the kind of the adapter
+    names       tensors -> modules, whatever stands before and after their names
+    patterns    regular expressions of the config -> modules, in linear time
+    lora_config ranks and alphas as numbers, and the reasons to refuse an adapter
+    on_base     modules -> those of the base that is there; copies of its tensors are dropped
 """
 
 from converter.adapter_dir.astra import (
     ASTRA_FORMAT,
-    ASTRA_WEIGHTS,
     AstraAdapter,
     AstraLayer,
     astra_digest,
@@ -24,7 +31,15 @@ from converter.adapter_dir.astra import (
     load_astra,
     save_astra,
 )
-from converter.adapter_dir.base import base_digest, base_dtype, base_shapes, base_tensors, base_weights, find_base
+from converter.adapter_dir.base import (
+    base_digest,
+    base_dtype,
+    base_parameters,
+    base_shapes,
+    base_tensors,
+    base_weights,
+    find_base,
+)
 from converter.adapter_dir.errors import (
     AdapterError,
     BaseNotFound,
@@ -51,18 +66,47 @@ from converter.adapter_dir.layers import Layers, Shape
 from converter.adapter_dir.lora import (
     ENGINE_RANKS,
     LORA_FORMAT,
-    LORA_WEIGHTS,
     LoraAdapter,
     LoraHeader,
     check_base,
     check_shapes,
+    full_tensors,
+    is_plainly_written,
     load_lora,
     lora_digest,
+    lora_from,
     lora_shapes,
+    opened_shapes,
     read_lora_header,
     save_lora,
+    save_lora_config,
     save_lora_provenance,
+    write_plainly,
 )
+from converter.adapter_dir.lora_config import (
+    DORA,
+    LOHA,
+    LOKR,
+    LORA,
+    MAGNITUDE,
+    SUBTRACT_FROM_BASE,
+    check_init,
+    resolved,
+)
+from converter.adapter_dir.names import names_in_base
+from converter.adapter_dir.on_base import FittedLora, check_only_factors, on_base
+from converter.adapter_dir.opened import (
+    ASTRA_WEIGHTS,
+    LORA_WEIGHTS,
+    WEIGHTS_INDEX,
+    OpenedAdapter,
+    check_readable,
+    check_there,
+    open_adapter,
+    shards_of,
+    weight_files,
+)
+from converter.adapter_dir.patterns import pattern_value
 from converter.adapter_dir.tensors import write_tensors
 from converter.adapter_dir.weights import check_weights
 
@@ -70,22 +114,31 @@ __all__ = [
     "ASTRA_FORMAT",
     "ASTRA_WEIGHTS",
     "CONFIG",
+    "DORA",
     "ENGINE_RANKS",
+    "LOHA",
+    "LOKR",
+    "LORA",
     "LORA_FORMAT",
     "LORA_WEIGHTS",
+    "MAGNITUDE",
     "MAX_JSON_BYTES",
     "PROVENANCE",
+    "SUBTRACT_FROM_BASE",
+    "WEIGHTS_INDEX",
     "AdapterError",
     "AstraAdapter",
     "AstraLayer",
     "BaseNotFound",
     "CannotWrite",
+    "FittedLora",
     "Json",
     "Layers",
     "LoraAdapter",
     "LoraHeader",
     "MalformedAdapter",
     "NotAnAdapter",
+    "OpenedAdapter",
     "OutputExists",
     "Shape",
     "UnsafeAdapter",
@@ -94,26 +147,44 @@ __all__ = [
     "astra_shapes",
     "base_digest",
     "base_dtype",
+    "base_parameters",
     "base_shapes",
     "base_tensors",
     "base_weights",
     "check_base",
+    "check_init",
+    "check_only_factors",
+    "check_readable",
     "check_shapes",
+    "check_there",
     "check_weights",
     "digest",
     "file_in",
     "find_base",
+    "full_tensors",
+    "is_plainly_written",
     "load_astra",
     "load_lora",
     "lora_digest",
+    "lora_from",
     "lora_shapes",
+    "names_in_base",
     "new_folder",
+    "on_base",
+    "open_adapter",
+    "opened_shapes",
+    "pattern_value",
     "read_json",
     "read_lora_header",
     "refuse_existing",
+    "resolved",
     "save_astra",
     "save_lora",
+    "save_lora_config",
     "save_lora_provenance",
+    "shards_of",
+    "weight_files",
     "write_json",
+    "write_plainly",
     "write_tensors",
 ]

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from converter.adapter_dir.errors import MalformedAdapter, NotAnAdapter
 from converter.adapter_dir.folder import CONFIG, PROVENANCE, Json, digest, file_in, read_json, write_json
 from converter.adapter_dir.layers import Layers, Shape
-from converter.adapter_dir.lora import LORA_WEIGHTS, check_config, scaling_of
+from converter.adapter_dir.lora_config import check_config, scaling_of
+from converter.adapter_dir.opened import ASTRA_WEIGHTS, LORA_WEIGHTS
 from converter.adapter_dir.tensors import TensorFile
 
-ASTRA_WEIGHTS = "astra_weights.safetensors"
 ASTRA_FORMAT = "astra-adapter/1"
 _PARTS = ("A", "B", "A0", "B0")
 
@@ -70,7 +70,7 @@ def load_astra(folder: Path) -> AstraAdapter:
             pass
         case base:
             raise MalformedAdapter(f"{folder / PROVENANCE} needs base: id, digest and dtype, not {base!r}")
-    check_config(folder, config)
+    config = check_config(folder, config)
     file = TensorFile(folder, ASTRA_WEIGHTS)
     head = [name for name in file if name.rpartition(".")[2] not in _PARTS]
     modules = sorted({name.rpartition(".")[0] for name in file if name not in head})

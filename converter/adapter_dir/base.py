@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
+from converter.adapter_dir.base_names import loaded_shapes, stored_names
 from converter.adapter_dir.errors import BaseNotFound
 from converter.adapter_dir.folder import digest
 from converter.adapter_dir.layers import Layers
-from converter.adapter_dir.names import loaded_shapes, stored_names
 from converter.errors import first_line
 
 WEIGHTS = "model.safetensors"
+TIED_HEAD = "lm_head"
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"]
 # Files of other kinds that may lie beside a base's own: an adapter saved there, and Mistral's copy of the weights.
 _STRAY = ("adapter_", "consolidated")
@@ -109,11 +110,25 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def base_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     """Return (d_out, d_in) of every matrix of the base, by its name on disk and by its name in the loaded model.
 
-    GPT-2's matrices are transposed: (d_in, d_out). Reads only the headers of the weight files. Raises BaseNotFound.
+    GPT-2's matrices are transposed: (d_in, d_out). An output layer that is tied to the embedding is not stored:
+    `lm_head` has the embedding's shape. Reads only the headers of the weight files. Raises BaseNotFound.
     """
     stored = stored_shapes(folder)
     matrices = {name.removesuffix(".weight"): (s[0], s[1]) for name, s in stored.items() if len(s) == 2}
-    return matrices | loaded_shapes(folder, stored)
+    embedding = _tied_embedding(folder, matrices)
+    tied = {TIED_HEAD: matrices[embedding]} if embedding else {}
+    return matrices | loaded_shapes(folder, stored) | tied
+
+
+def base_parameters(folder: Path) -> Layers[torch.Tensor]:
+    """Return the base's tensors by name, with a tied output layer, which is not stored, as `lm_head.weight`.
+
+    Raises BaseNotFound, here and at each access.
+    """
+    weights = base_weights(folder)
+    embedding = _tied_embedding(folder, {name.removesuffix(".weight") for name in stored_shapes(folder)})
+    tied = {f"{TIED_HEAD}.weight": f"{embedding}.weight"} if embedding else {}
+    return Layers([*weights, *tied], lambda name: weights[tied.get(name, name)])
 
 
 def base_dtype(folder: Path) -> str:
@@ -121,11 +136,8 @@ def base_dtype(folder: Path) -> str:
 
     Raises BaseNotFound.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        found = config.get("dtype") or config.get("torch_dtype") or "float32"
-    except (OSError, ValueError, AttributeError) as error:
-        raise BaseNotFound(f"{folder / 'config.json'} cannot be read: {error}") from error
+    config = _config(folder)
+    found = config.get("dtype") or config.get("torch_dtype") or "float32"
     return str(found)
 
 
@@ -153,6 +165,31 @@ def base_weights(folder: Path) -> Layers[torch.Tensor]:
     file_of = {name: tensors for tensors in files for name in tensors}
     stored = stored_names(folder, file_of) | {name: name for name in file_of}
     return Layers(list(stored), lambda name: file_of[stored[name]][stored[name]])
+
+
+def _tied_embedding(folder: Path, modules: Collection[str]) -> str | None:
+    """Return the module whose weights the output layer of a language model shares, if it is not stored itself."""
+    config = _config(folder) if (folder / "config.json").is_file() else {}
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else {}
+    architectures = [name for name in config.get("architectures") or () if isinstance(name, str)]
+    has_head = any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures)
+    if not has_head or False in (config.get("tie_word_embeddings"), text.get("tie_word_embeddings")):
+        return None
+    if any(module.rpartition(".")[2] == TIED_HEAD for module in modules):
+        return None
+    found = [module for module in modules if module.rpartition(".")[2] in ("embed_tokens", "wte")]
+    return found[0] if len(found) == 1 else None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BaseNotFound(f"{folder / 'config.json'} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise BaseNotFound(f"{folder / 'config.json'} cannot be read: it is not a JSON object")
+    return config
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def read_json(folder: Path, name: str) -> Json:
     try:
         if file.stat().st_size > limit:
             raise MalformedAdapter(f"{file} is larger than {limit >> 20} MiB, the limit for {name}")
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))  # editors of Windows write a byte order mark
     except MalformedAdapter:
         raise
     except (ValueError, RecursionError) as error:

@@ -1,134 +1,129 @@
-"""Names of a base's tensors: on disk, and in the model that transformers makes of them.
+"""The names of tensors in adapter files, whatever tool wrote them, as modules of the base model.
 
-transformers renames tensors while it loads a checkpoint: Gemma 3's `language_model.model.layers.0...` becomes
-`model.language_model.layers.0...`, GPT-2's `h.0...` becomes `transformer.h.0...`. An adapter names the modules of the
-loaded model. The renaming rules are transformers' own (`transformers.conversion_mapping`).
+    base_model.model.model.layers.0.q_proj.lora_A.weight            PEFT
+    base_model.model.model.layers.0.q_proj.lora_A.default.weight    a raw state dict, with the adapter's name
+    base_model.model.base_model.model.model.layers.0 ...            a model that was wrapped twice
+    model.layers.0 ...                                              without PEFT's wrapper
+    module. ... , ._orig_mod. ... , ._fsdp_wrapped_module. ...      a model of DDP, torch.compile, FSDP
+    base_model.model.model.language_model.layers.0 ...              the text model of a multimodal one
+    base_model.model.layers.0 ...                                   trained on the model without its output layer
 
-transformers is imported at the first call: its import takes seconds.
+The first five can be read without the base; the last two need the names of its modules.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+from converter.adapter_dir.errors import MalformedAdapter, WrongBase
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-class Parameter(NamedTuple):
-    """A parameter of a model, and the tensor on disk from which transformers fills it."""
-
-    name: str
-    is_stored: bool  # the parameter is that tensor; else it is computed, as experts are stacked and fused layers split
+PEFT_PREFIX = "base_model.model."
+MAX_NAME = 500  # characters; those of real models have about 100
+MAX_SEGMENTS = 40
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Modules around the layers of a text model, which a checkpoint of another class of the same model has or has not.
+_AROUND = ("base_model", "model", "language_model", "text_model", "transformer")
 
 
-def parameters_from(model: "PreTrainedModel", stored: Iterable[str]) -> dict[str, list[Parameter]]:
-    """Return the parameters of `model` that transformers fills from each of the tensors `stored` on disk.
+@dataclass(frozen=True)
+class TensorNames:
+    """The tensors of an adapter file by what they are."""
 
-    A tensor that the model does not use has none. `model` may be on the meta device.
+    parts: dict[str, dict[str, str]]  # by module and part, such as lora_A: the key in the file; sorted by module
+    full: dict[str, str]  # by the name of a base's tensor that is stored as a whole: the key in the file
+
+
+def read_names(folder: Path, keys: Iterable[str], parts: Iterable[str]) -> TensorNames:
+    """Sort the tensors of an adapter file; `parts` are the names of a layer's parts, such as lora_A and lora_B.
+
+    Raises MalformedAdapter for a tensor that is neither a part nor a weight or bias of the base, and where a file has
+    two tensors for one part, such as those of two adapters.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    found: dict[str, dict[str, str]] = {}
+    full: dict[str, str] = {}
+    adapters = set()
+    known = set(parts)
+    for key in keys:
+        path = _without_wrappers(key)
+        if len(key) > MAX_NAME or len(path) > MAX_SEGMENTS:  # each end of a name is compared with patterns
+            raise MalformedAdapter(
+                f"{folder}: tensor {key[:100]!r} has a longer name than any module: {len(key)} characters"
+            )
+        at = next((i for i, segment in enumerate(path) if segment in known), None)
+        rest = [] if at is None else [segment for segment in path[at + 1 :] if segment != "weight"]
+        if at and all(path[:at]) and len(rest) <= 1 and rest != ["bias"]:
+            adapters |= {*rest}
+            module, name = ".".join(path[:at]), path[at]
+            target, shown = found.setdefault(module, {}), f"{module}.{name}"
+        elif (name := _full_name(path)) and not any(
+            segment.startswith(("lora_", "hada_", "lokr_")) for segment in path
+        ):
+            if "modules_to_save" in key and name in full:  # PEFT reads the one without
+                continue
+            if "modules_to_save" in full.get(name, ""):
+                del full[name]
+            target, shown = full, name
+        elif "original_module" in path:  # the base's own, beside the one that PEFT trained
+            continue
+        else:
+            raise MalformedAdapter(
+                f"{folder}: tensor {key[:200]!r} is not a {' or '.join(sorted(known)[:2])} of a linear layer"
+            )
+        if name in target or len(adapters) > 1:
+            names = f" ({', '.join(sorted(adapters))})"[:100] if len(adapters) > 1 else ""
+            raise MalformedAdapter(f"{folder} has two adapters in one file{names}: {shown[:200]!r} is there twice")
+        target[name] = key
+    return TensorNames(dict(sorted(found.items())), full)
 
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    prefix, state = model.base_model_prefix, model.state_dict()
-    found: dict[str, list[Parameter]] = {}
-    for tensor in sorted(stored, key=dot_natural_key):  # some rules depend on the order, which is transformers' own
-        name, source = rename_source_key(tensor, renamings, converters, prefix, state)
-        if name not in state and tensor in state:  # it had the right name; transformers gives it another chance, too
-            name, source = rename_source_key(tensor, [], [], prefix, state)
-        names = [name]
-        if source is not None:
-            targets = next(rule.target_patterns for rule in converters if source in rule.source_patterns)
-            names = [name.replace(targets[0], target) for target in targets]
-        found[tensor] = [Parameter(name, source is None) for name in names if name in state]
+
+def names_in_base(folder: Path, modules: Iterable[str], base: Iterable[str]) -> dict[str, str]:
+    """Return the base's name of each module of an adapter; a module that the base does not have keeps its name.
+
+    Names are the same where they differ only in the modules around the layers, such as `language_model`, and the base
+    has one such name. Raises WrongBase where two modules would be one of the base.
+    """
+    known = set(base)
+    by_tail: dict[str, list[str]] = {}
+    for name in known:
+        by_tail.setdefault(_tail(name), []).append(name)
+    found: dict[str, str] = {}
+    for module in modules:
+        same = by_tail.get(_tail(module), [])
+        found[module] = module if module in known or len(same) != 1 else same[0]
+    if len(set(found.values())) != len(found):
+        twice = next(name for name in found.values() if list(found.values()).count(name) > 1)
+        raise WrongBase(f"{folder} has two layers for {twice!r} of this base: its names mix two models")
     return found
 
 
-def loaded_shapes(folder: Path, stored: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Return the shape of every matrix of the loaded base, by module name; `stored` are the names of its tensors.
-
-    A base that transformers cannot build without code of its own has none.
-    """
-    shapes: dict[str, tuple[int, int]] = {}
-    stored = list(stored)
-    for model in _models(folder):
-        filled = {parameter.name for found in parameters_from(model, stored).values() for parameter in found}
-        for name, tensor in model.named_parameters():
-            if tensor.ndim == 2 and name in filled:
-                shapes.setdefault(name.removesuffix(".weight"), (tensor.shape[0], tensor.shape[1]))
-    return shapes
+def renamed(names: Mapping[str, str], base: Mapping[str, str]) -> dict[str, str]:
+    """Return `names` of tensors (module.weight) by their names in the base; `base` maps modules."""
+    return {_join(base, name): key for name, key in names.items()}
 
 
-def stored_names(folder: Path, stored: Iterable[str]) -> dict[str, str]:
-    """Return the name on disk of each parameter of the loaded base that is one of the tensors `stored`."""
-    names: dict[str, str] = {}
-    stored = list(stored)
-    for model in _models(folder):
-        for tensor, parameters in parameters_from(model, stored).items():
-            for parameter in parameters:
-                if parameter.is_stored:
-                    names.setdefault(parameter.name, tensor)
-    return names
+def _join(base: Mapping[str, str], name: str) -> str:
+    module, dot, last = name.rpartition(".")
+    return f"{base.get(module, module)}{dot}{last}"
 
 
-def language_model_class(config: Any) -> Any:
-    """Return the automatic class of transformers that loads a causal language model of `config`, or None.
-
-    Some multimodal models have no class for text alone.
-    """
-    import transformers
-
-    if config.is_encoder_decoder:
-        return None
-    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        return transformers.AutoModelForCausalLM
-    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return transformers.AutoModelForImageTextToText
-    return None
+def _without_wrappers(key: str) -> list[str]:
+    path = [segment for segment in key.split(".") if segment not in _WRAPPERS]
+    while path[:1] == ["module"] or path[:2] == ["base_model", "model"]:
+        path = path[1:] if path[0] == "module" else path[2:]
+    return path
 
 
-def _models(folder: Path) -> Iterator["PreTrainedModel"]:
-    """Yield the models, on the meta device, as which transformers loads the base: names and shapes without data.
-
-    They are the language model, the classes that the base's config names, and the classifier; an adapter may have been
-    trained on any of them.
-    """
-    import transformers
-
-    with without_messages():
-        try:
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except Exception:  # the checks by the names on disk remain; a config may make transformers raise anything
-            return
-        named = [getattr(transformers, name, None) for name in config.architectures or ()]
-        classes = [language_model_class(config), *named, transformers.AutoModelForSequenceClassification]
-        seen = set()
-        for kind in filter(None, classes):
-            try:
-                with torch.device("meta"):
-                    model = kind._from_config(config) if kind in named else kind.from_config(config)
-            except Exception:  # noqa: S112  the base has no such model
-                continue
-            if type(model) not in seen:
-                seen.add(type(model))
-                yield model
+def _full_name(path: list[str]) -> str:
+    """Return the name of a base's tensor that is stored as a whole; "" for any other."""
+    if len(path) < 2 or path[-1] not in ("weight", "bias") or "original_module" in path:
+        return ""
+    if "modules_to_save" in path:  # lm_head.modules_to_save.default.weight
+        at = path.index("modules_to_save")
+        return ".".join([*path[:at], *path[at + 2 if len(path) - at > 2 else at + 1 :]])
+    return ".".join(segment for segment in path if segment != "base_layer")
 
 
-@contextmanager
-def without_messages() -> Iterator[None]:
-    """Silence transformers' warnings and progress bars: what is wrong is said in one line of ours."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
+def _tail(name: str) -> str:
+    path = name.split(".")
+    at = next((i for i, segment in enumerate(path) if segment not in _AROUND), len(path))
+    return ".".join(path[at:])

@@ -64,6 +64,36 @@ class TensorFile(Mapping[str, torch.Tensor]):
         return len(self.shapes)
 
 
+class TensorFiles(Mapping[str, torch.Tensor]):
+    """The tensors of an adapter whose safetensors file is split, as one mapping; otherwise as a TensorFile.
+
+    `weight_map` is that of the index: the file of each tensor. Opening the files raises NotAnAdapter, UnsafeAdapter and
+    MalformedAdapter, also where index and files contradict each other.
+    """
+
+    def __init__(self, folder: Path, files: Iterable[str], weight_map: Mapping[str, str]) -> None:
+        opened = {name: TensorFile(folder, name) for name in files}
+        self._file_of = {key: opened[name] for key, name in weight_map.items()}
+        keys_of: dict[str, set[str]] = {name: set() for name in opened}
+        for key, name in weight_map.items():
+            keys_of[name].add(key)
+        for name, file in opened.items():
+            for key in file.keys() ^ keys_of[name]:
+                where = "the index" if key in file else "the file"
+                raise MalformedAdapter(f"{file.file}: {key[:200]!r} is not in {where}: copy the adapter again")
+        self.shapes = {key: file.shapes[key] for key, file in self._file_of.items()}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Return a copy, as a TensorFile does."""
+        return self._file_of[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
 class PickledTensors(dict[str, torch.Tensor]):
     """The tensors of a PyTorch checkpoint by name, all in memory, read by PyTorch's weights-only unpickler.
 

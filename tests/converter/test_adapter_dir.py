@@ -162,9 +162,12 @@ def test_each_fault_of_a_lora_folder_has_its_own_error(lora_folder: Path, damage
     assert "\n" not in str(caught.value)
 
 
-def test_the_rank_of_a_header_is_the_largest_in_the_config(lora_folder: Path) -> None:
+def test_the_rank_of_a_header_is_that_of_the_tensors_which_the_config_must_name(lora_folder: Path) -> None:
+    change_config(lora_folder, r=64, rank_pattern={"q_proj": 8})
+    assert adapter_dir.read_lora_header(lora_folder).rank == 8
     change_config(lora_folder, rank_pattern={"q_proj": 64})
-    assert adapter_dir.read_lora_header(lora_folder).rank == 64
+    with pytest.raises(MalformedAdapter, match=r"has rank 8, but adapter_config\.json says 64"):
+        adapter_dir.read_lora_header(lora_folder)
 
 
 def test_an_unreadable_base_file_is_named(tmp_path: Path) -> None:
