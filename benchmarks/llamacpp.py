@@ -5,7 +5,7 @@
 The model is SmolLM2-135M-Instruct: bfloat16 here; for llama.cpp the same weights as F16, and the original GGUF file
 (Q4_1), from which both were made. Adapters are LoRAs of rank 16 on every linear layer with random weights, which
 llama.cpp gets as its own adapter files; a client chooses one of them for each request, in turn. Clients send prompts of
-about 25 tokens and get exactly 64 tokens. The servers run side by side and take turns; a ratio is the median of the
+about 25 tokens and get exactly 32 tokens. The servers run side by side and take turns; a ratio is the median of the
 ratios of the repetitions. The answers of the base are compared, too: they should begin alike.
 
 llama.cpp comes with the package xllamacpp (pip install xllamacpp==2026.10.11549), whose code is built for AVX2.
@@ -41,7 +41,7 @@ from converter.adapter_dir import load_lora
 from tests.support.server import Server, astra_serve, llama_cpp
 from trainer import smollm2
 
-SEED, RANK, TOKENS = 0, 16, 64
+SEED, RANK, TOKENS = 0, 16, 32
 OURS, F16, Q4 = "astra-serve", "llama.cpp F16", "llama.cpp Q4_1"
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
