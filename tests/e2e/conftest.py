@@ -17,8 +17,16 @@ from tests.support import demo
 from tests.support.server import Server, astra_serve, free_port
 from trainer.embedded import tasks
 
-# A completion and a chat; the demo trains the third, too, and all of them on more rows.
-TASKS, SETTINGS = ("sql", "intent"), ("steps=80", "batch_size=8", "learning_rate=4e-3")
+# A completion and a chat; the demo trains the third, too, and all of them on more rows and with all measurements.
+TASKS = ("sql", "intent")
+SETTINGS = (
+    "steps=80",
+    "batch_size=8",
+    "learning_rate=4e-3",
+    "calibration_rows=32",
+    "forgetting_rows=0",
+    "spectra=false",
+)
 
 
 @pytest.fixture(scope="session")

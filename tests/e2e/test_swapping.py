@@ -192,7 +192,7 @@ def metrics(server: Server) -> dict[str, float]:
 
 
 def test_every_request_has_a_line_of_json_in_the_log_with_its_id_adapter_and_version(server: Server) -> None:
-    body = {"model": "sql", "prompt": "x", "max_tokens": 3}
+    body = {"model": "sql", "prompt": "x", "max_tokens": 3, "ignore_eos": True}
     answer = httpx.post(f"{server.url}/v1/completions", json=body, headers={"X-Request-Id": "find-me"}, timeout=60)
     assert answer.headers["x-request-id"] == "find-me"
     (line,) = until(lambda: lines_of(server, "find-me"))
