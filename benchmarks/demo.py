@@ -38,6 +38,8 @@ def main() -> int:
     parser.add_argument("--real", action="store_true", help="SmolLM2-135M-Instruct instead of the embedded base")
     parser.add_argument("--trained", type=Path, metavar="DIR", help="ask the adapters of the earlier run in DIR")
     args = parser.parse_args()
+    if args.trained and not (args.trained / "lora").is_dir():
+        parser.error(f"--trained: {args.trained} has no folder lora: give the folder of a finished run")
     # Not in the same folder: commands of the README use the newest run in demo-out.
     out = args.out or Path("demo-real-out" if args.real else "demo-out") / time.strftime("%Y%m%d-%H%M%S")
     try:

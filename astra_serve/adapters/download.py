@@ -2,8 +2,9 @@
 
 A source that accepts a connection and sends nothing cannot be interrupted in a thread; a process can be ended. The
 order is JSON, {"source", "folder", "files": {name: most bytes}, "optional": [name], "split"}: a source may hold a
-password, and arguments are public. "split" is {"file", "index", "most"}: where the source does not have that file, it
-may have an index of its shards. Each line on stdout is the number of bytes that are here.
+password, and arguments are public. "split" is {"file", "index", "most", "shard", "shards"}: where the source does not
+have that file, it may have an index of up to so many shards, whose names match that expression. Each line on stdout is
+the number of bytes that are here.
 
 An optional file is absent only if the source says so: any other error fails the download, because an adapter without
 its record is served without its checks. The kernel refuses to write a file that is too large, whatever library writes
@@ -32,8 +33,6 @@ from converter.errors import first_line
 TOO_LARGE = errno.EFBIG  # exit statuses; ENOSPC for a full disk, 1 for everything else
 TELL_S = 0.5  # between two numbers of bytes
 ABSENT = (404, 410)
-SHARD = re.compile(r"adapter_model-\d{1,6}-of-\d{1,6}\.safetensors")
-MAX_SHARDS = 1000
 
 Get = Callable[[str, Path, int], None]  # name, target, most bytes; raises FileNotFoundError where there is no such file
 
@@ -110,7 +109,7 @@ def _shards(get: Get, order: dict[str, Any], most: int) -> bool:
         found = json.load(stream)
     weight_map = found.get("weight_map") if isinstance(found, dict) else None
     names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
-    if not names or len(names) > MAX_SHARDS or not all(map(SHARD.fullmatch, names)):
+    if not 0 < len(names) <= split["shards"] or not all(re.fullmatch(split["shard"], name) for name in names):
         raise ValueError(f"{split['index']} names no shards, or others than adapter_model-X-of-Y.safetensors")
     for name in sorted(names):
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))

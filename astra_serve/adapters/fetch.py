@@ -27,7 +27,9 @@ from astra_serve.errors import CannotFetch, CannotStore
 from converter.adapter_dir import (
     LORA_WEIGHTS,
     MAX_JSON_BYTES,
+    MAX_SHARDS,
     PROVENANCE,
+    SHARD,
     WEIGHTS_INDEX,
     MalformedAdapter,
     check_there,
@@ -205,7 +207,13 @@ async def _download(source: str, folder: Path, sources: Sources) -> None:
         "folder": str(folder),
         "files": _most(sources.limits.max_bytes),
         "optional": [PROVENANCE],
-        "split": {"file": LORA_WEIGHTS, "index": WEIGHTS_INDEX, "most": MAX_JSON_BYTES},
+        "split": {
+            "file": LORA_WEIGHTS,
+            "index": WEIGHTS_INDEX,
+            "most": MAX_JSON_BYTES,
+            "shard": SHARD,
+            "shards": MAX_SHARDS,
+        },
     }
     pipe = asyncio.subprocess.PIPE
     command = [sys.executable, "-m", "astra_serve.adapters.download"]

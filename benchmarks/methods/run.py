@@ -3,7 +3,6 @@
 import math
 import tempfile
 import time
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, logging
 from benchmarks import report
 from benchmarks.methods import bases, starts, tasks
 from benchmarks.methods.trial import Outcome, Trial, config_of
-from trainer.adapter import Start, attach, target_layers, whole_weight
+from trainer.adapter import attach, target_layers, whole_weight
 from trainer.base import language_model, load_base, load_tokenizer
 from trainer.config import TrainConfig
 from trainer.data import Batch, Example, Row, batches, classification_examples, digest, language_examples
@@ -33,7 +32,6 @@ ROWS: dict[tasks.Split, int] = {"train": 2000, "validation": 128, "test": 256}
 ROWS_SMOLLM2: dict[tasks.Split, int] = {"train": 2000, "validation": 64, "test": 128}  # 30 times as large
 # The task whose text is used for the calibration "other".
 OTHER_TEXT = {"math": "cpp", "cpp": "math", "intent": "math", "python": "cpp"}
-_last_start: dict[Trial, dict[str, Start]] = {}  # at most one
 
 
 def prepare(threads: int) -> None:
@@ -64,7 +62,7 @@ def execute(trial: Trial) -> tuple[Outcome, dict[str, Any]]:
     calibration = calibration_batches(examples(text, "train", sizes["train"], tokenizer, config), tokenizer, config)
     before = _effective_ranks(model, layers, calibration, config) if trial.spectra else {}
 
-    trained = adapted(model, layers, calibration, tokenizer, config, trial)
+    trained = adapted(model, layers, calibration, tokenizer, config, trial.method)
     with tempfile.TemporaryDirectory() as checkpoints:
         hidden = Progress(disable=True)
         try:
@@ -103,12 +101,11 @@ def adapted(
     calibration: list[Batch],
     tokenizer: PreTrainedTokenizerBase,
     config: TrainConfig,
-    trial: Trial,
+    method: str,
 ) -> nn.Module:
     """Return the model to train: with the method's adapter, or with trainable target layers for full fine-tuning.
 
-    All methods train the new head of a classifier. The start of a trial is kept for the next one, which is often the
-    same with another learning rate; the start of a classifier depends on its new head, and is the same for a seed.
+    All methods train the new head of a classifier.
     """
     if config.method == "full":
         model.requires_grad_(False)
@@ -117,15 +114,9 @@ def adapted(
         for layer in layers.values():
             layer.requires_grad_(True)
         return model
-    key = replace(trial, learning_rate=0.0)
-    if key not in _last_start:
-        _last_start.clear()
-        if trial.method in starts.TRIED:
-            found = starts.tried_starts(trial.method, model, layers, calibration, tokenizer, config)
-        else:
-            found = initialise(model, layers, calibration, config, "", Progress(disable=True)).starts
-        _last_start[key] = found
-    return attach(model, _last_start[key], config)
+    if method in starts.TRIED:
+        return attach(model, starts.tried_starts(method, model, layers, calibration, tokenizer, config), config)
+    return attach(model, initialise(model, layers, calibration, config, "", Progress(disable=True)).starts, config)
 
 
 def examples(

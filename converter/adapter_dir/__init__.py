@@ -98,6 +98,8 @@ from converter.adapter_dir.on_base import FittedLora, check_only_factors, on_bas
 from converter.adapter_dir.opened import (
     ASTRA_WEIGHTS,
     LORA_WEIGHTS,
+    MAX_SHARDS,
+    SHARD,
     WEIGHTS_INDEX,
     OpenedAdapter,
     check_readable,
@@ -123,7 +125,9 @@ __all__ = [
     "LORA_WEIGHTS",
     "MAGNITUDE",
     "MAX_JSON_BYTES",
+    "MAX_SHARDS",
     "PROVENANCE",
+    "SHARD",
     "SUBTRACT_FROM_BASE",
     "WEIGHTS_INDEX",
     "AdapterError",

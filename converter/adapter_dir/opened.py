@@ -16,7 +16,7 @@ LORA_WEIGHTS = "adapter_model.safetensors"
 WEIGHTS_INDEX = "adapter_model.safetensors.index.json"
 ASTRA_WEIGHTS = "astra_weights.safetensors"
 MAX_SHARDS = 1000
-_SHARD = re.compile(r"adapter_model-\d{1,6}-of-\d{1,6}\.safetensors")
+SHARD = r"adapter_model-\d{1,6}-of-\d{1,6}\.safetensors"  # the name of each
 _PICKLED_WEIGHTS = "adapter_model.bin"
 # Parts of the names of tensors, and the kinds of adapter that have them.
 _MARKS = {".lora_A": (LORA, DORA), ".lora_magnitude_vector": (DORA,), ".hada_": (LOHA,), ".lokr_": (LOKR,)}
@@ -97,7 +97,7 @@ def shards_of(folder: Path) -> list[str]:
     where, weight_map = folder / WEIGHTS_INDEX, read_json(folder, WEIGHTS_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise MalformedAdapter(f"{where} has no weight_map from tensors to files")
-    names = {name for name in weight_map.values() if isinstance(name, str) and _SHARD.fullmatch(name)}
+    names = {name for name in weight_map.values() if isinstance(name, str) and re.fullmatch(SHARD, name)}
     if len(names) > MAX_SHARDS or not all(isinstance(name, str) and name in names for name in weight_map.values()):
         raise MalformedAdapter(
             f"{where}: weight_map may name up to {MAX_SHARDS} files adapter_model-X-of-Y.safetensors"
