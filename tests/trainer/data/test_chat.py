@@ -1,4 +1,4 @@
-"""What is learned of a conversation: the text that the chat template renders after the prompt of a server.
+"""The learned part of a conversation: the text that the chat template renders after the prompt of a server.
 
 The templates are published ones, as TRL's package has them.
 """
