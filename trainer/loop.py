@@ -1,7 +1,7 @@
 """The optimisation: TRL's SFTTrainer for language models, transformers' Trainer for classifiers.
 
-Only this module imports TRL. The trainers get tokenised rows and a PEFT model with its adapter. They do checkpoints,
-packing, trackers, evaluation and data parallelism.
+The trainers get tokenised rows and a PEFT model with its adapter. They do checkpoints, packing, trackers, evaluation and
+data parallelism.
 """
 
 import math
@@ -34,23 +34,14 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_utils import EvalLoopOutput
 
 from trainer.config import TrainConfig
 from trainer.data import Example
 from trainer.errors import ConfigError, Interrupted, TrainingError
-from trainer.evaluate import answers_match
+from trainer.sft import SELECTION, ExactMatchTrainer, SFTConfig, SFTTrainer
 from trainer.unfinished import mark_complete
 
 _TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
-_SELECTION = "selection"  # the metric by which _ExactMatchTrainer selects the best checkpoint
-_VLLM_LOGGING = "VLLM_LOGGING_LEVEL"
-_vllm_level = os.environ.get(_VLLM_LOGGING)
-from trl import SFTConfig, SFTTrainer  # noqa: E402
-
-if _vllm_level is None:
-    # The import of TRL sets this variable, which would silence vLLM servers started by this process.
-    os.environ.pop(_VLLM_LOGGING, None)
 
 
 @dataclass(frozen=True)
@@ -140,24 +131,6 @@ def _tensorboard_folder(folder: Path) -> Iterator[None]:
     finally:
         if not set_by_user:
             del os.environ[_TENSORBOARD]
-
-
-class _ExactMatchTrainer(SFTTrainer):
-    """SFTTrainer whose evaluation also has the share of rows with an exactly correct greedy answer.
-
-    Checkpoints are selected by this share; among those without any correct answer, by the loss.
-    """
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        hits = [
-            self.accelerator.gather_for_metrics(answers_match(self.model, batch))
-            for batch in self.get_eval_dataloader()
-        ]
-        share = float(torch.cat(hits).float().mean())
-        output.metrics[f"{metric_key_prefix}_exact_match"] = share
-        output.metrics[f"{metric_key_prefix}_{_SELECTION}"] = share or -output.metrics[f"{metric_key_prefix}_loss"]
-        return output
 
 
 class _ClassifierTrainer(Trainer):
@@ -251,7 +224,7 @@ def _trainer(
         eval_packing=False,
         dataset_kwargs=None if config.packing else {"skip_prepare_dataset": True},
     )
-    kind: Callable[..., Trainer] = _ExactMatchTrainer if config.eval_metric == "exact_match" else SFTTrainer
+    kind: Callable[..., Trainer] = ExactMatchTrainer if config.eval_metric == "exact_match" else SFTTrainer
     return kind(args=arguments, **common)
 
 
@@ -279,7 +252,7 @@ def _arguments(config: TrainConfig, folder: Path, *, evaluated: bool) -> dict[st
         "eval_strategy": "steps",
         "eval_steps": eval_steps,
         "load_best_model_at_end": True,
-        "metric_for_best_model": f"eval_{_SELECTION if config.eval_metric == 'exact_match' else config.eval_metric}",
+        "metric_for_best_model": f"eval_{SELECTION if config.eval_metric == 'exact_match' else config.eval_metric}",
         "greater_is_better": config.eval_metric != "loss",
     }
     return {
