@@ -1,7 +1,7 @@
 """The optimisation: TRL's SFTTrainer for language models, transformers' Trainer for classifiers.
 
-The trainers get tokenised rows and a PEFT model with its adapter. They do checkpoints, packing, trackers, evaluation and
-data parallelism.
+The trainers get tokenised rows and a PEFT model with its adapter. They do checkpoints, packing, trackers, evaluation
+and data parallelism.
 """
 
 import math
