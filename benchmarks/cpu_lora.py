@@ -62,6 +62,11 @@ class Case:
     headline: bool  # the case of the summary: the largest rank, 4 adapters, decode, 32 requests
 
     @property
+    def profiled(self) -> bool:
+        """True for one request and for many, where one client and many spend their time differently."""
+        return self.kind == "decode" and self.adapters == 4
+
+    @property
     def repeats(self) -> int:
         return 3 if (self.kind, self.concurrency) == ("prefill", 32) else REPEATS
 
@@ -167,8 +172,8 @@ def measure(
                 task, description=f"{model}, rank {rank}: {case.adapters} adapters, {case.kind}, {case.concurrency}"
             )
             speeds = run(case, engines, loras[: case.adapters])
-            rows.append(row(case, speeds, sizes[0], machine))
-            if case.headline:
+            rows.append(row(case, speeds, sizes[0], stored_bytes(base), machine))
+            if case.profiled:
                 rows[-1]["operators_ms_per_step"] = profile(case, engines, loras[: case.adapters])
             bar.advance(task)
     return rows
@@ -199,11 +204,18 @@ def profile(case: Case, engines: dict[str, Engine], loras: list[Path]) -> dict[s
     return found
 
 
-def row(case: Case, speeds: dict[str, list[Speed]], lora_parameters: int, machine: dict[str, float]) -> dict[str, Any]:
+def stored_bytes(base: Path) -> int:
+    """Return the bytes of a model's weights."""
+    return sum(file.stat().st_size for file in base.glob("*.safetensors"))
+
+
+def row(
+    case: Case, speeds: dict[str, list[Speed]], lora_parameters: int, base_bytes: int, machine: dict[str, float]
+) -> dict[str, Any]:
     """Return the results of a case: medians, ratios, every repetition, and the shortest possible decoding step.
 
-    That floor is the time to read each adapter once, or the time of the arithmetic if it is longer, at the machine's
-    peak speeds (`peaks`).
+    The floor of the base's step is the time to read its weights once. That of the adapters is the time to read each
+    once, or the time of the arithmetic if it is longer, both at the machine's peak speeds (`peaks`).
     """
     rates = {kind: [case.rate(speed) for speed in found] for kind, found in speeds.items()}
     ttft = {kind: [speed.ttft for speed in found] for kind, found in speeds.items()}
@@ -229,6 +241,7 @@ def row(case: Case, speeds: dict[str, list[Speed]], lora_parameters: int, machin
         computing = 2 * lora_parameters * case.concurrency / machine["bf16_gflop_s"] / 1e6
         floor = max(reading, computing)
         result["base_step_ms"] = round(step, 2)
+        result["base_step_floor_ms"] = round(base_bytes / machine["read_gb_s"] / 1e6, 2)
         result["lora_step_ms"] = round(1e3 * case.concurrency / result["ours_tok_s"] - step, 2)
         result["lora_step_floor_ms"] = round(floor, 2)
         result["floor_vs_base"] = round(step / (step + floor), 3)

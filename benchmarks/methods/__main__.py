@@ -7,7 +7,7 @@ is not at the edge); then three seeds run at the best rate. Data and their order
 steps are the same for all methods. A run is one line of DIR/runs.jsonl; runs that are in the file are not repeated, so
 the same command continues where it was stopped. Tables and figures are made from that file; --redraw does only that.
 The suite real asks the question on real models and public tasks (`benchmarks.methods.real`); it needs the packages gguf
-and reasoning-gym, runs on the CPU or, if torch finds one, on a GPU, and its parts are core, nlu, fixed, rest.
+and reasoning-gym, and runs on the CPU or, if torch finds one, on a GPU.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.methods import bases, pool, real, summary
+from benchmarks.methods import bases, pool, real, real_tables, summary
 from benchmarks.methods.suite import PARTS, SUITES, missing
 from benchmarks.methods.trial import Results
 
@@ -48,7 +48,7 @@ def main() -> int:
     results, failed = Results(args.out / "runs.jsonl"), 0
     if args.suite == "real":
         still_missing = partial(real.missing, args.only or known)
-        write = partial(real.write, args.out)
+        write = partial(real_tables.write, args.out)
     else:
         still_missing = partial(missing, args.only or known, SUITES[args.suite])
         write = partial(summary.write, args.out, SUITES[args.suite])

@@ -8,24 +8,17 @@ the loss on its task against what it has forgotten, over the learning rates. Par
     nlu     the same methods on a classification task of the encoder, and on one of ours
     fixed   the core at one rate for all, as in the paper
     rest    the other methods on the core's tasks, B frozen at the rank with as many trained weights, and a task of ours
+    spectra      the effective rank of every layer's outputs before and after training, at each method's best rate
+    calibration  the tail from 4 to 1,024 calibration rows, at its best rate
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
-from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks import report
-from benchmarks.methods import panels
-from benchmarks.methods.sweep import SEEDS, Sweep, at_best, at_rate, power_of, rate, with_seeds
-from benchmarks.methods.trial import Outcome, Results, Trial
+from benchmarks.methods.sweep import SEEDS, Sweep, at_best, power_of, with_seeds
+from benchmarks.methods.trial import Results, Trial
 
 TASKS = ("chain_sum", "sentence_reordering", "gsm_symbolic")
 NLU = ("syllogism", "topic")  # not family_relationships: nothing is learned in 100 steps
@@ -33,6 +26,7 @@ OURS = "intent"
 CORE = ("lora", "pissa", "lora_ga", "tail", "tail_frozen", "principal")
 REST = ("milora", "eva", "random", "full")
 RANK = 8
+CALIBRATION_ROWS = (4, 16, 256, 1024)  # and the 64 of the core
 FIXED = -1  # the one rate of the paper's protocol: 1e-3 x 2^FIXED
 # The lowest rate of a search, as a power of two around 1e-3; the best rates differ by a factor of a hundred.
 FIRST = {"principal": -6, "pissa": -5, "lora_ga": -5, "tail_frozen": -1, "full": -7, "milora": -2, "eva": -3}
@@ -71,11 +65,26 @@ def rest(results: Results) -> list[Trial]:
     return _swept(results, TASKS, REST) + frozen + _swept(results, [OURS], CORE)
 
 
+def with_spectra(results: Results) -> list[Trial]:
+    """Return a run of each method at its best rate that also measures effective ranks."""
+    best = [trial for task in TASKS for method in CORE for trial, _ in at_best(sweep(task, method), results, SEEDS[:1])]
+    return [replace(trial, spectra=True) for trial in best]
+
+
+def calibrated(results: Results) -> list[Trial]:
+    """Return the tail's trials at its best rate on the first task, with other numbers of calibration rows."""
+    best = sweep(TASKS[0], "tail").best(results)
+    rows_and_seeds = [(rows, seed) for rows in CALIBRATION_ROWS for seed in SEEDS]
+    return [replace(best, calibration_rows=rows, seed=seed) for rows, seed in rows_and_seeds] if best else []
+
+
 PARTS: dict[str, Callable[[Results], list[Trial]]] = {
     "core": core,
     "nlu": nlu,
     "fixed": fixed,
     "rest": rest,
+    "spectra": with_spectra,
+    "calibration": calibrated,
 }
 
 
@@ -85,21 +94,11 @@ def missing(parts: Iterable[str], results: Results) -> list[Trial]:
     return [trial for trial in wanted if trial not in results]
 
 
-def write(out: Path, results: Results, console: Console) -> None:
-    """Print a table per task, and write `summary.json`, `frontier.json` and `frontier.png` into the folder `out`."""
-    cases = [case for task in (*TASKS, *NLU, OURS) for case in _cases(task, results)]
-    for task in (*TASKS, *NLU, OURS):
-        _print(task, [case for case in cases if case["task"] == task], console)
-    headline = {"runs": len(results)} | {
-        f"{case['task']}.{case['method']}.{key}": case[key]
-        for case in cases
-        for key in ("test", "metric", "forgetting")
+def searches_of(task: str) -> dict[str, Sweep]:
+    """Return the searches of a task by the name of the method in the tables."""
+    return {method: sweep(task, method) for method in (*CORE, *REST)} | {
+        "tail_frozen, equal weights": sweep(task, "tail_frozen", 2 * RANK)
     }
-    machines = {(env["machine"], env["device"], env["commit"]): env for env in results.environments}
-    report.write(out / "summary.json", headline, cases, {"runs_on": list(machines.values())})
-    panels.write("frontier", [_frontier(task, results) for task in (*TASKS, OURS)], out)
-    seconds = sum(results[trial].seconds for trial in results)
-    console.print(f"{len(results)} runs ({seconds / 3600:.1f} hours); tables and figures are in {out}")
 
 
 def _swept(results: Results, tasks: Sequence[str], methods: Sequence[str]) -> list[Trial]:
@@ -117,72 +116,3 @@ def _swept(results: Results, tasks: Sequence[str], methods: Sequence[str]) -> li
 
 def _distance_from_middle(search: Sweep, trial: Trial) -> tuple[int, int]:
     return trial.seed, abs(power_of(trial.learning_rate) - search.first - 2)
-
-
-def _cases(task: str, results: Results) -> list[dict[str, Any]]:
-    """Return the finished methods of a task, the lowest loss first, each with the mean and spread over its seeds."""
-    searches = {method: sweep(task, method) for method in (*CORE, *REST)}
-    searches["tail_frozen, equal weights"] = sweep(task, "tail_frozen", 2 * RANK)
-    found = []
-    for method, search in searches.items():
-        best = at_best(search, results)
-        outcomes = [outcome for _, outcome in best if math.isfinite(outcome.test)]
-        if len(best) < len(SEEDS) or not outcomes:
-            continue
-        at_fixed = at_rate(search.at(FIXED), results)
-        found.append(
-            {
-                "task": task,
-                "method": method,
-                "rate": best[0][0].learning_rate,
-                "parameters": outcomes[0].parameters,
-                **_measured("test", [o.test for o in outcomes]),
-                **_measured("metric", [o.metric for o in outcomes if o.metric is not None]),
-                **_measured("forgetting", [o.forgetting for o in outcomes]),
-                **_measured("fixed", [o.test for o in at_fixed]),
-                **_measured("fixed_forgetting", [o.forgetting for o in at_fixed]),
-            }
-        )
-    return sorted(found, key=lambda case: case["test"])
-
-
-def _measured(name: str, values: list[float]) -> dict[str, float | None]:
-    finite = [value for value in values if math.isfinite(value)]
-    return {name: fmean(finite) if finite else None, f"{name}_spread": stdev(finite) if len(finite) > 1 else None}
-
-
-def _print(task: str, cases: list[dict[str, Any]], console: Console) -> None:
-    if not cases:
-        return
-    columns = ("best rate", "test loss", "right answers", "forgetting", f"loss at {rate(FIXED):g}", "forgetting")
-    table = Table("method", *columns, title=f"{task}: means of {len(SEEDS)} seeds, losses in nats")
-    for case in cases:
-        keys = ("test", "metric", "forgetting", "fixed", "fixed_forgetting")
-        table.add_row(case["method"], f"{case['rate']:g}", *(_cell(case, key) for key in keys))
-    console.print(table)
-
-
-def _cell(case: dict[str, Any], key: str) -> str:
-    value, spread = case[key], case[f"{key}_spread"]
-    if value is None:
-        return ""
-    return f"{value:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
-
-
-def _frontier(task: str, results: Results) -> panels.Panel:
-    """Return test loss against forgetting, over the learning rates of each method, its best rate marked."""
-    lines = {}
-    for method in (*CORE, *REST):
-        search = sweep(task, method)
-        best = search.best(results)
-        done = [results[trial] for trial in search.trials(results) if trial in results]
-        marked = [results[best]] if best else []
-        path = [(o.forgetting, o.test) for o in (*sorted(done, key=_forgotten), *marked) if math.isfinite(o.test)]
-        if path:
-            lines[method] = path
-    label = "forgetting: loss on the base's own text, after - before"
-    return panels.Panel(f"{task}: test loss and forgetting", label, "test loss", lines, "xy", style="path")
-
-
-def _forgotten(outcome: Outcome) -> float:
-    return outcome.forgetting

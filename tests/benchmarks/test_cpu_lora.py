@@ -20,7 +20,7 @@ def speeds(decode: list[float]) -> list[Speed]:
 @pytest.fixture
 def row() -> dict:
     measured = {"base": speeds([400, 100, 320]), "ours": speeds([200, 90, 240]), "stock": speeds([10, 10])}
-    return cpu_lora.row(HEADLINE, measured, lora_parameters=10**7, machine=MACHINE)
+    return cpu_lora.row(HEADLINE, measured, lora_parameters=10**7, base_bytes=10**8, machine=MACHINE)
 
 
 def test_a_ratio_is_the_median_of_the_ratios_of_the_turns(row: dict) -> None:
@@ -36,7 +36,7 @@ def test_the_shortest_step_is_the_longer_one_of_reading_and_arithmetic(row: dict
     assert row["lora_step_floor_ms"] == 4.0  # four adapters of 20 MB at 20 GB/s; 0.64 GFLOP take 1.6 ms
     assert row["floor_vs_base"] == pytest.approx(100 / 104, abs=1e-3)
     many = Case("300M", rank=64, adapters=1, kind="decode", concurrency=32, headline=True)
-    found = cpu_lora.row(many, {k: speeds([320]) for k in ("base", "ours", "stock")}, 10**7, MACHINE)
+    found = cpu_lora.row(many, {k: speeds([320]) for k in ("base", "ours", "stock")}, 10**7, 10**8, MACHINE)
     assert found["lora_step_floor_ms"] == 1.6
 
 
