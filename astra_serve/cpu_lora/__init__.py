@@ -8,6 +8,7 @@ at the adapter's true rank, and tokens without an adapter are not touched.
     __init__          switches it on in the engine
     wrapper           the class that the engine calls
     finite_cache      one adapter's overflow does not reach other requests
+    compile_cache     the compiled model is loaded at the next start
     ops               the same calls as PyTorch operators, so that compiled models can hold them
     grouped_lora.cpp  the operator that matters for speed, for CPUs with AVX-512 BF16
 
@@ -42,6 +43,9 @@ def register() -> None:
     _allow_amx()
     if os.environ.get("ASTRA_CPU_LORA", "1") == "0":
         return
+    from astra_serve.cpu_lora import compile_cache
+
+    compile_cache.load_compiled_models()
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
     for method, names in _EXPECTED.items():
@@ -74,7 +78,10 @@ def _keeping_compilation(check: Any) -> Any:
     so does a machine without the C++ compiler that it takes.
     """
 
+    from astra_serve.cpu_lora import compile_cache
+
     def check_and_update_config(_: type, vllm_config: Any) -> None:
+        compile_cache.separate_by_cpu(vllm_config)
         if not shutil.which(os.environ.get("CXX", "g++")):  # one name, without options: so PyTorch's compiler reads it
             check(vllm_config)
             return

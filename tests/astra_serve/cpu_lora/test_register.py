@@ -73,7 +73,7 @@ def test_models_with_adapters_are_compiled_as_the_base_is(platform, monkeypatch)
     once = platform.check_and_update_config.__func__
     cpu_lora.register()  # the engine loads plugins more than once
     assert platform.check_and_update_config.__func__ is once
-    config = SimpleNamespace(lora_config="lora")
+    config = SimpleNamespace(lora_config="lora", additional_config={})
     platform.check_and_update_config(config)
     assert seen == [None]
     assert config.lora_config == "lora"
@@ -84,7 +84,7 @@ def test_without_a_compiler_models_with_adapters_stay_uncompiled_and_start(platf
     monkeypatch.setattr(type(platform), "check_and_update_config", classmethod(lambda _, c: seen.append(c.lora_config)))
     monkeypatch.setenv("CXX", "/nonexistent/g++")
     cpu_lora.register()
-    platform.check_and_update_config(SimpleNamespace(lora_config="lora"))
+    platform.check_and_update_config(SimpleNamespace(lora_config="lora", additional_config={}))
     assert seen == ["lora"]
 
 
@@ -94,7 +94,7 @@ def test_a_check_that_fails_leaves_the_configuration_as_it_was(platform, monkeyp
 
     monkeypatch.setattr(type(platform), "check_and_update_config", classmethod(check))
     cpu_lora.register()
-    config = SimpleNamespace(lora_config="lora")
+    config = SimpleNamespace(lora_config="lora", additional_config={})
     with pytest.raises(ValueError):  # noqa: PT011
         platform.check_and_update_config(config)
     assert config.lora_config == "lora"
