@@ -148,7 +148,7 @@ def _library_rows(source: str, split: str, *, is_file: bool) -> list[Row]:
             found = load_dataset(source, split=split, **_as_text(source))
         classes = _classes(found.features)
         return [{key: _value(value, classes.get(key)) for key, value in row.items()} for row in found]
-    except (DatasetsError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError, csv.Error) as error:
         raise DataError(
             f"{source} is neither a readable json, jsonl, parquet or csv file nor a hub data set: {first_line(error)}"
         ) from error
@@ -169,7 +169,8 @@ def _as_text(source: str) -> dict[str, Any]:
         return {}
     names = builder.config.column_names
     if names is None:
-        with fsspec.open(files[0], "rt", encoding="utf-8-sig", newline="", compression="infer") as stream:
+        encoding = builder.config.encoding or "utf-8-sig"
+        with fsspec.open(files[0], "rt", encoding=encoding, newline="", compression="infer") as stream:
             names = next(csv.reader(stream, delimiter=builder.config.sep), [])
     return {"features": Features({name: Value("string") for name in names}), "na_filter": False}
 
