@@ -35,10 +35,11 @@ class FittedLora:
 def on_base(
     folder: Path, lora: LoraAdapter, base: Path, modules: BaseModules, *, for_engine: bool = False
 ) -> FittedLora:
-    """Return the LoRA of `folder` for the model in `base`, which has these `modules`; see the module.
+    """Return the LoRA of `folder` with the names of the base in the folder `base`, for PEFT or for an engine.
 
-    A tensor that is stored as a whole and equals the base's is dropped, read one at a time. Those that differ, and
-    those that the base does not have, stay in `head` and `copies`. Raises WrongBase, BaseNotFound and MalformedAdapter.
+    `modules` are those of the base. A tensor that is stored as a whole and equals the base's is dropped, read one at a
+    time. Those that differ, and those that the base does not have, stay in `head` and `copies`. Raises WrongBase,
+    BaseNotFound and MalformedAdapter.
     """
     models = _models(lora, modules, for_engine=for_engine)
     names = names_in_base(folder, lora.layers, models, modules.shapes)
