@@ -8,7 +8,7 @@ import pandas
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from trainer.data import digest, read_rows
+from trainer.data import digest, label_names, read_rows
 from trainer.errors import DataError
 
 ROWS = [{"question": "a", "answer": " b"}, {"question": "c", "answer": " d"}]
@@ -66,7 +66,9 @@ def test_named_classes_of_a_data_set_are_their_names(tmp_path) -> None:
     rows = {"text": ["a", "b", "c"], "label": [2, 0, -1]}
     data = Dataset.from_dict(rows, features=Features({"text": Value("string"), "label": label}))
     data.to_parquet(tmp_path / "data.parquet")
-    assert [row["label"] for row in read_rows(str(tmp_path / "data.parquet"))] == ["art", "world", None]
+    found = read_rows(str(tmp_path / "data.parquet"))
+    assert [row["label"] for row in found] == ["art", "world", None]
+    assert label_names(found) == ["world", "art"]  # in the order of their numbers
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path) -> None:
