@@ -2,7 +2,7 @@
 # make demo   train three adapters, convert them, serve them from one engine, and ask them held-out questions
 # make demo-real   the same with SmolLM2-135M-Instruct, a real chat model that PyPI has (93 MB): about 25 minutes
 # make test   the test suite
-# make slow-test    training that is killed, resumed, and spread over processes
+# make slow-test    training that is killed, resumed, and spread over processes; other tools' adapters on the engine
 # make docs-test    the commands, links and options of all README files, and the wheel in an environment of its own
 # make chart-test   the Helm chart's, and three servers over one document: fetches Helm 3 and 4, promtool, checkov, hadolint
 # make attack  hostile requests, adapters, sources and documents against a server, and a storm: about 8 minutes

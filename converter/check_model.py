@@ -4,7 +4,7 @@ Three models are computed in the dtype that will be served: the base with the ex
 model, the base with the stored LoRA as the served model, and the base alone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from converter.adapter_dir import AdapterError, BaseNotFound, Json, LoraAdapter, WrongBase
 from converter.adapter_dir.base import without_stray_files
-from converter.adapter_dir.base_names import language_model_class
+from converter.adapter_dir.base_names import language_model_class, loadable_models
 from converter.errors import first_line
 from converter.source import Factors, Source
 
@@ -80,7 +80,7 @@ class Comparison:
         """
         logging.disable_progress_bar()
         try:
-            kind = language_model_class(AutoConfig.from_pretrained(base, trust_remote_code=False))
+            kind = _model_class(base, source.factors)
             with without_stray_files(base) as own_files:
                 self._model = kind.from_pretrained(own_files, dtype=dtype, trust_remote_code=False).eval()
             tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
@@ -178,6 +178,14 @@ def _add_delta(
     lora_a, lora_b = layers[module]
     change = inputs[0].to(lora_a.dtype) @ lora_a.T @ lora_b.T
     return (output + scaling(module, len(lora_a)) * change).to(output.dtype)
+
+
+def _model_class(base: Path, modules: Iterable[str]) -> Any:
+    """Return the class of the base's models that has all these modules, else that of its language model."""
+    for model in loadable_models(base):
+        if model.get_output_embeddings() is not None and {*modules} <= {name for name, _ in model.named_modules()}:
+            return type(model)
+    return language_model_class(AutoConfig.from_pretrained(base, trust_remote_code=False))
 
 
 def _layer(model: nn.Module, module: str) -> nn.Module:

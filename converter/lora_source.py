@@ -151,8 +151,9 @@ def _fitted(folder: Path, lora: LoraAdapter, shapes: dict[str, Shape], base: Pat
     """
     if base is None:
         return _Fitted(lora, shapes, {module: module for module in shapes})
-    matrices = adapter_dir.base_shapes(base)
-    found = adapter_dir.on_base(folder, lora, base, matrices)
+    modules = adapter_dir.base_modules(base)
+    matrices = modules.shapes
+    found = adapter_dir.on_base(folder, lora, base, modules)
     heads, copies = found.lora.head, found.lora.copies
     full = Layers([*heads, *copies], lambda name: heads[name] if name in heads else copies[name])
     heads_of = {name.removesuffix(".weight"): name for name in full if name.endswith("lm_head.weight")}

@@ -9,7 +9,7 @@ from pathlib import Path
 from astra_serve.document.desired import NAME
 from astra_serve.errors import ServeError
 from converter import adapter_dir
-from converter.adapter_dir import ENGINE_RANKS, LoraAdapter
+from converter.adapter_dir import ENGINE_RANKS, BaseModules, LoraAdapter
 
 
 class WeightsDigest:
@@ -51,13 +51,18 @@ class Base:
     name: str  # the `model` of requests for it
     folder: Path
     weights: WeightsDigest
-    shapes: dict[str, tuple[int, int]]
+    modules: BaseModules
     max_rank: int = ENGINE_RANKS[-1]
 
     @property
     def digest(self) -> str:
         """Return the digest of its weights. Raises AdapterError."""
         return self.weights.read()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return the shape (d_out, d_in) of every matrix, by each of its names."""
+        return self.modules.shapes
 
     def check(self, folder: Path) -> Admitted:
         """Return how the engine reads the LoRA in `folder`, if it can serve it on this base; reads all weights.
@@ -69,7 +74,7 @@ class Base:
             adapter_dir.check_base(folder, header.base_digest, self.digest)
         lora = adapter_dir.load_lora(folder)
         adapter_dir.check_init(folder, lora.config)
-        fitted = adapter_dir.on_base(folder, lora, self.folder, self.shapes)
+        fitted = adapter_dir.on_base(folder, lora, self.folder, self.modules, for_engine=True)
         adapter_dir.check_only_factors(folder, fitted.lora)
         shapes = {fitted.names[module]: shape for module, shape in header.shapes.items()}
         adapter_dir.check_shapes(folder, shapes, self.shapes)
@@ -107,7 +112,7 @@ def base_name(base: str) -> str:
 def open_base(base: str) -> Base:
     """Return the base that adapters are checked against; `base` is a folder or a hub id. Raises AdapterError."""
     folder = adapter_dir.find_base(base)
-    return Base(base_name(base), folder, WeightsDigest(folder), adapter_dir.base_shapes(folder))
+    return Base(base_name(base), folder, WeightsDigest(folder), adapter_dir.base_modules(folder))
 
 
 def engine_rank(ranks: Iterable[int]) -> int:

@@ -1,10 +1,11 @@
 """Downloads one adapter, in a process of its own: `python -m astra_serve.adapters.download`, the order on stdin.
 
 A source that accepts a connection and sends nothing cannot be interrupted in a thread; a process can be ended. The
-order is JSON, {"source", "folder", "files": {name: most bytes}, "optional": [name], "split"}: a source may hold a
-password, and arguments are public. "split" is {"file", "index", "most", "shard", "shards"}: where the source does not
-have that file, it may have an index of up to so many shards, whose names match that expression. Each line on stdout is
-the number of bytes that are here.
+order is JSON, {"source", "folder", "files": {name: most bytes}, "optional": [name], "split", "instead"}: a source may
+hold a password, and arguments are public. "split" is {"file", "index", "most", "shard", "shards"}: where the source
+does not have that file, it may have an index of up to so many shards, whose names match that expression. "instead" is
+the reason of the refusal by the name of a file that a source may have in its place; such a file is not fetched. Each
+line on stdout is the number of bytes that are here.
 
 An optional file is absent only if the source says so: any other error fails the download, because an adapter without
 its record is served without its checks. The kernel refuses to write a file that is too large, whatever library writes
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 from fsspec.callbacks import Callback
 
@@ -34,10 +35,19 @@ TOO_LARGE = errno.EFBIG  # exit statuses; ENOSPC for a full disk, 1 for everythi
 TELL_S = 0.5  # between two numbers of bytes
 ABSENT = (404, 410)
 
-Get = Callable[[str, Path, int], None]  # name, target, most bytes; raises FileNotFoundError where there is no such file
+
+class _Source(NamedTuple):
+    """How the files of a source are read."""
+
+    get: Callable[[str, Path, int], None]  # name, target, most bytes; raises FileNotFoundError where there is none
+    has: Callable[[str], bool]  # name
 
 
 class _TooLarge(Exception):
+    pass
+
+
+class _Refused(Exception):
     pass
 
 
@@ -79,14 +89,14 @@ def main() -> int:
     Thread(target=_tell, args=(watched,), daemon=True).start()
     name, most = "", 0
     try:
-        get = (_hub if order["source"].startswith("hf://") else _url)(order, watched)
+        source = (_hub if order["source"].startswith("hf://") else _url)(order, watched)
         for name, most in order["files"].items():
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
             try:
-                get(name, folder / name, most)
+                source.get(name, folder / name, most)
             except FileNotFoundError:
                 (folder / name).unlink(missing_ok=True)
-                if name in order["optional"] or (name == order["split"]["file"] and _shards(get, order, most)):
+                if name in order["optional"] or (name == order["split"]["file"] and _shards(source, order, most)):
                     continue
                 raise
     except Exception as error:  # each file system has errors of its own
@@ -96,14 +106,19 @@ def main() -> int:
     return 0
 
 
-def _shards(get: Get, order: dict[str, Any], most: int) -> bool:
-    """Fetch the index of a split file and its shards, `most` bytes in all; return False if there is no index."""
+def _shards(source: _Source, order: dict[str, Any], most: int) -> bool:
+    """Fetch the index of a split file and its shards, `most` bytes in all; return False if there is no index.
+
+    Raises _Refused with the reason where the source has another file instead.
+    """
     folder, split = Path(order["folder"]), order["split"]
     resource.setrlimit(resource.RLIMIT_FSIZE, (split["most"], resource.RLIM_INFINITY))
     try:
-        get(split["index"], folder / split["index"], split["most"])
-    except FileNotFoundError:
+        source.get(split["index"], folder / split["index"], split["most"])
+    except FileNotFoundError as error:
         (folder / split["index"]).unlink(missing_ok=True)
+        if reason := next((reason for name, reason in order["instead"].items() if source.has(name)), None):
+            raise _Refused(reason) from error
         return False
     with (folder / split["index"]).open(encoding="utf-8-sig") as stream:
         found = json.load(stream)
@@ -113,12 +128,12 @@ def _shards(get: Get, order: dict[str, Any], most: int) -> bool:
         raise ValueError(f"{split['index']} names no shards, or others than adapter_model-X-of-Y.safetensors")
     for name in sorted(names):
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
-        get(name, folder / name, most)
+        source.get(name, folder / name, most)
         most = max(0, most - (folder / name).stat().st_size)
     return True
 
 
-def _hub(order: dict[str, Any], watched: list[Path]) -> Get:
+def _hub(order: dict[str, Any], watched: list[Path]) -> _Source:
     """Return how a file of a hub's repository is fetched: of the commit as it is now, into the hub's own cache."""
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download  # half a second
@@ -130,7 +145,9 @@ def _hub(order: dict[str, Any], watched: list[Path]) -> Get:
     if constants.HF_HUB_OFFLINE:
         patterns = [*order["files"], order["split"]["index"], "adapter_model-*.safetensors"]
         found = snapshot_download(repository, revision=revision or None, allow_patterns=patterns, local_files_only=True)
-        return lambda name, target, _: _copy(Path(found) / name, target)
+        return _Source(
+            lambda name, target, _: _copy(Path(found) / name, target), lambda name: (Path(found) / name).exists()
+        )
     # Not snapshot_download: where the hub fails it returns what its cache has, with or without the record.
     commit = HfApi().repo_info(repository, revision=revision or None).sha
     sizes = {one.path: getattr(one, "size", None) for one in HfApi().list_repo_tree(repository, revision=commit)}
@@ -147,10 +164,10 @@ def _hub(order: dict[str, Any], watched: list[Path]) -> Get:
             raise OSError("the repository was changed while it was read")
         _copy(here, target)
 
-    return get
+    return _Source(get, sizes.__contains__)
 
 
-def _url(order: dict[str, Any], _: list[Path]) -> Get:
+def _url(order: dict[str, Any], _: list[Path]) -> _Source:
     """Return how a file below a URL is fetched."""
     import fsspec
 
@@ -172,7 +189,12 @@ def _url(order: dict[str, Any], _: list[Path]) -> Get:
                 raise FileNotFoundError(name) from error
             raise
 
-    return get
+    def has(name: str) -> bool:
+        with suppress(Exception):  # each file system has errors of its own
+            return bool(system.exists(f"{path.rstrip('/')}/{name}"))
+        return False
+
+    return _Source(get, has)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -181,6 +203,8 @@ def _copy(source: Path, target: Path) -> None:
 
 def _failure(name: str, most: int, error: Exception) -> tuple[int, str]:
     """Return the exit status and the reason, in one line."""
+    if isinstance(error, _Refused):
+        return 1, str(error)
     what = f"{name}: " if name else ""
     number = getattr(error, "errno", None)
     if isinstance(error, _TooLarge) or number == errno.EFBIG:

@@ -25,9 +25,11 @@ from astra_serve.adapters.progress import FetchLimits, Progress
 from astra_serve.adapters.store import FILES, Store, files_of
 from astra_serve.errors import CannotFetch, CannotStore
 from converter.adapter_dir import (
+    ASTRA_WEIGHTS,
     LORA_WEIGHTS,
     MAX_JSON_BYTES,
     MAX_SHARDS,
+    PICKLED_WEIGHTS,
     PROVENANCE,
     SHARD,
     WEIGHTS_INDEX,
@@ -37,6 +39,12 @@ from converter.adapter_dir import (
 from converter.errors import without_secrets
 
 T = TypeVar("T")
+INSTEAD = {  # of weights that a server reads: what a source may have, and what helps
+    PICKLED_WEIGHTS: f"it has only {PICKLED_WEIGHTS}, a pickle, which can run code: download it, convert it with "
+    "astra-convert DIR OUT_DIR --allow-pickle, and publish OUT_DIR",
+    ASTRA_WEIGHTS: "it is an Astra adapter: download it, convert it with astra-convert DIR OUT_DIR, and publish "
+    "OUT_DIR",
+}
 
 
 class Sources:
@@ -214,6 +222,7 @@ async def _download(source: str, folder: Path, sources: Sources) -> None:
             "shard": SHARD,
             "shards": MAX_SHARDS,
         },
+        "instead": INSTEAD,
     }
     pipe = asyncio.subprocess.PIPE
     command = [sys.executable, "-m", "astra_serve.adapters.download"]

@@ -19,7 +19,7 @@ LoRA folders of other tools are read as PEFT reads them:
     names       tensors -> modules, whatever stands before and after their names
     patterns    regular expressions of the config -> modules, in linear time
     lora_config ranks and alphas as numbers, and the reasons to refuse an adapter
-    on_base     modules -> those of the base that is there; copies of its tensors are dropped
+    on_base     modules -> those of the base that is there, for PEFT or for an engine; copies of its tensors are dropped
 """
 
 from converter.adapter_dir.astra import (
@@ -32,8 +32,10 @@ from converter.adapter_dir.astra import (
     save_astra,
 )
 from converter.adapter_dir.base import (
+    BaseModules,
     base_digest,
     base_dtype,
+    base_modules,
     base_parameters,
     base_shapes,
     base_tensors,
@@ -99,6 +101,7 @@ from converter.adapter_dir.opened import (
     ASTRA_WEIGHTS,
     LORA_WEIGHTS,
     MAX_SHARDS,
+    PICKLED_WEIGHTS,
     SHARD,
     WEIGHTS_INDEX,
     OpenedAdapter,
@@ -126,6 +129,7 @@ __all__ = [
     "MAGNITUDE",
     "MAX_JSON_BYTES",
     "MAX_SHARDS",
+    "PICKLED_WEIGHTS",
     "PROVENANCE",
     "SHARD",
     "SUBTRACT_FROM_BASE",
@@ -133,6 +137,7 @@ __all__ = [
     "AdapterError",
     "AstraAdapter",
     "AstraLayer",
+    "BaseModules",
     "BaseNotFound",
     "CannotWrite",
     "FittedLora",
@@ -151,6 +156,7 @@ __all__ = [
     "astra_shapes",
     "base_digest",
     "base_dtype",
+    "base_modules",
     "base_parameters",
     "base_shapes",
     "base_tensors",

@@ -5,13 +5,13 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from converter.adapter_dir.base_names import loaded_shapes, stored_names
+from converter.adapter_dir.base_names import loaded_modules, stored_names
 from converter.adapter_dir.errors import BaseNotFound
 from converter.adapter_dir.folder import digest
 from converter.adapter_dir.layers import Layers
@@ -22,6 +22,14 @@ TIED_HEAD = "lm_head"
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"]
 # Files of other kinds that may lie beside a base's own: an adapter saved there, and Mistral's copy of the weights.
 _STRAY = ("adapter_", "consolidated")
+
+
+class BaseModules(NamedTuple):
+    """The modules of a base by name, as adapters, PEFT and engines name them; see `base_names.LoadedModules`."""
+
+    shapes: dict[str, tuple[int, int]]  # (d_out, d_in) of every matrix, by each of its names
+    models: tuple[frozenset[str], ...]
+    served: frozenset[str]
 
 
 def find_base(base: str, *, download: bool = True, code: bool = False) -> Path:
@@ -107,17 +115,24 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def base_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return (d_out, d_in) of every matrix of the base, by its name on disk and by its name in the loaded model.
+def base_modules(folder: Path) -> BaseModules:
+    """Return the modules of the base, with the shape (d_out, d_in) of every matrix.
 
-    GPT-2's matrices are transposed: (d_in, d_out). An output layer that is tied to the embedding is not stored:
-    `lm_head` has the embedding's shape. Reads only the headers of the weight files. Raises BaseNotFound.
+    A matrix is there by its name on disk and by its names in the loaded models. GPT-2's matrices are transposed:
+    (d_in, d_out). An output layer that is tied to the embedding is not stored: `lm_head` has the embedding's shape.
+    Reads only the headers of the weight files. Raises BaseNotFound.
     """
     stored = stored_shapes(folder)
     matrices = {name.removesuffix(".weight"): (s[0], s[1]) for name, s in stored.items() if len(s) == 2}
     embedding = _tied_embedding(folder, matrices)
     tied = {TIED_HEAD: matrices[embedding]} if embedding else {}
-    return matrices | loaded_shapes(folder, stored) | tied
+    loaded = loaded_modules(folder, stored)
+    return BaseModules(matrices | loaded.shapes | tied, loaded.models, loaded.served)
+
+
+def base_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return the shapes of `base_modules`. Raises BaseNotFound."""
+    return base_modules(folder).shapes
 
 
 def base_parameters(folder: Path) -> Layers[torch.Tensor]:

@@ -18,6 +18,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class LoadedModules(NamedTuple):
+    """The modules of a base by their names in the models that transformers makes of it.
+
+    One base may have several names for a layer: Qwen3.5's `model.language_model.layers.0` is `model.layers.0` in its
+    language model, which PEFT adapts, and engines serve the multimodal model. Unknown classes have no names here.
+    """
+
+    shapes: dict[str, tuple[int, int]]  # of every matrix of these models that is filled from disk
+    models: tuple[frozenset[str], ...]  # all modules with parameters of each model; the language model first
+    served: frozenset[str]  # those of the model that config.json names, if it has an output layer: engines know these
+
+
 class Parameter(NamedTuple):
     """A parameter of a model, and the tensor on disk from which transformers fills it."""
 
@@ -50,26 +62,31 @@ def parameters_from(model: "PreTrainedModel", stored: Iterable[str]) -> dict[str
     return found
 
 
-def loaded_shapes(folder: Path, stored: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Return the shape of every matrix of the loaded base, by module name; `stored` are the names of its tensors.
+def loaded_modules(folder: Path, stored: Iterable[str]) -> LoadedModules:
+    """Return the modules of the loaded base; `stored` are the names of its tensors.
 
     A base that transformers cannot build without code of its own has none.
     """
     shapes: dict[str, tuple[int, int]] = {}
+    models, served = [], frozenset[str]()
     stored = list(stored)
-    for model in _models(folder):
+    for model in loadable_models(folder):
         filled = {parameter.name for found in parameters_from(model, stored).values() for parameter in found}
         for name, tensor in model.named_parameters():
             if tensor.ndim == 2 and name in filled:
                 shapes.setdefault(name.removesuffix(".weight"), (tensor.shape[0], tensor.shape[1]))
-    return shapes
+        with_tied = model.named_parameters(remove_duplicate=False)
+        models.append(frozenset(name.rpartition(".")[0] for name, _ in with_tied))
+        if type(model).__name__ in (model.config.architectures or ()) and model.get_output_embeddings() is not None:
+            served = served or models[-1]
+    return LoadedModules(shapes, tuple(models), served)
 
 
 def stored_names(folder: Path, stored: Iterable[str]) -> dict[str, str]:
     """Return the name on disk of each parameter of the loaded base that is one of the tensors `stored`."""
     names: dict[str, str] = {}
     stored = list(stored)
-    for model in _models(folder):
+    for model in loadable_models(folder):
         for tensor, parameters in parameters_from(model, stored).items():
             for parameter in parameters:
                 if parameter.is_stored:
@@ -93,7 +110,7 @@ def language_model_class(config: Any) -> Any:
     return None
 
 
-def _models(folder: Path) -> Iterator["PreTrainedModel"]:
+def loadable_models(folder: Path) -> Iterator["PreTrainedModel"]:
     """Yield the models, on the meta device, as which transformers loads the base: names and shapes without data.
 
     They are the language model, the classes that the base's config names, and the classifier; an adapter may have been

@@ -8,10 +8,11 @@
     base_model.model.model.language_model.layers.0 ...              the text model of a multimodal one
     base_model.model.layers.0 ...                                   trained on the model without its output layer
 
-The first five can be read without the base; the last two need the names of its modules.
+The first five can be read without the base; the last two need the names of its modules. A base may have several: those
+of its language model, of the multimodal model around it, and those on disk (see `on_base`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,20 +77,26 @@ def read_names(folder: Path, keys: Iterable[str], parts: Iterable[str]) -> Tenso
     return TensorNames(dict(sorted(found.items())), full)
 
 
-def names_in_base(folder: Path, modules: Iterable[str], base: Iterable[str]) -> dict[str, str]:
+def names_in_base(
+    folder: Path, modules: Iterable[str], models: Iterable[Collection[str]], known: Collection[str]
+) -> dict[str, str]:
     """Return the base's name of each module of an adapter; a module that the base does not have keeps its name.
 
-    Names are the same where they differ only in the modules around the layers, such as `language_model`, and the base
-    has one such name. Raises WrongBase where two modules would be one of the base.
+    Names are the same where they differ only in the modules around the layers, such as `language_model`. Of the
+    `models` of the base, whose modules are given, the one that has most of the adapter's modules names them; then the
+    others; then all names that are `known` of the base, where it has one such name. Raises WrongBase where two modules
+    would be one of the base.
     """
-    known = set(base)
-    by_tail: dict[str, list[str]] = {}
-    for name in known:
-        by_tail.setdefault(_tail(name), []).append(name)
+    modules = list(modules)
+    tails = {module: _tail(module) for module in modules}
+    by_tail = sorted(map(_by_tail, models), key=lambda names: -sum(tail in names for tail in tails.values()))
+    of_all = _by_tail(known)
     found: dict[str, str] = {}
-    for module in modules:
-        same = by_tail.get(_tail(module), [])
-        found[module] = module if module in known or len(same) != 1 else same[0]
+    for module, tail in tails.items():
+        same = next((names[tail] for names in by_tail if len(names.get(tail, ())) == 1), None)
+        if same is None:
+            same = [module] if module in known else of_all.get(tail, [])
+        found[module] = same[0] if len(same) == 1 else module
     if len(set(found.values())) != len(found):
         twice = next(name for name in found.values() if list(found.values()).count(name) > 1)
         raise WrongBase(f"{folder} has two layers for {twice!r} of this base: its names mix two models")
@@ -121,6 +128,13 @@ def _full_name(path: list[str]) -> str:
         at = path.index("modules_to_save")
         return ".".join([*path[:at], *path[at + 2 if len(path) - at > 2 else at + 1 :]])
     return ".".join(segment for segment in path if segment != "base_layer")
+
+
+def _by_tail(names: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(_tail(name), []).append(name)
+    return found
 
 
 def _tail(name: str) -> str:

@@ -1,12 +1,18 @@
-"""A LoRA on the base that it is served with: the base's names, and without the unchanged copies of its tensors."""
+"""A LoRA on the base that it is served with: the base's names, and without the unchanged copies of its tensors.
 
-from collections.abc import Mapping
+Names differ between the models that can be made of one base. PEFT finds layers by the names of the model that was
+trained, most often `AutoModelForCausalLM`'s: a LoRA for PEFT keeps the names of any such model, and gets those of the
+language model where it has others. Engines know the names of the model that config.json names: a LoRA for an engine
+gets those. They are the same but for a base such as Qwen3.5, whose language model is a model of its own.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from converter.adapter_dir.base import base_parameters
+from converter.adapter_dir.base import BaseModules, base_parameters
 from converter.adapter_dir.errors import MalformedAdapter
 from converter.adapter_dir.folder import CONFIG
 from converter.adapter_dir.layers import Layers
@@ -26,18 +32,22 @@ class FittedLora:
     dropped: list[str]  # tensors that equal those of the base; the LoRA is without them
 
 
-def on_base(folder: Path, lora: LoraAdapter, base: Path, shapes: Mapping[str, tuple[int, int]]) -> FittedLora:
-    """Return the LoRA of `folder` for the model in `base`, whose matrices have `shapes`.
+def on_base(
+    folder: Path, lora: LoraAdapter, base: Path, modules: BaseModules, *, for_engine: bool = False
+) -> FittedLora:
+    """Return the LoRA of `folder` with the names of the base in the folder `base`, for PEFT or for an engine.
 
-    A tensor that is stored as a whole and equals the base's is dropped, read one at a time. Those that differ, and
-    those that the base does not have, stay in `head` and `copies`. Raises WrongBase, BaseNotFound and MalformedAdapter.
+    `modules` are those of the base. A tensor that is stored as a whole and equals the base's is dropped, read one at a
+    time. Those that differ, and those that the base does not have, stay in `head` and `copies`. Raises WrongBase,
+    BaseNotFound and MalformedAdapter.
     """
-    names = names_in_base(folder, lora.layers, shapes)
+    models = _models(lora, modules, for_engine=for_engine)
+    names = names_in_base(folder, lora.layers, models, modules.shapes)
     in_folder = {new: old for old, new in names.items()}
     full: dict[str, tuple[Mapping[str, torch.Tensor], str]] = {}
     for tensors in (lora.head, lora.copies):
-        modules = {name.rpartition(".")[0] for name in tensors}
-        in_base = names_in_base(folder, modules, shapes)
+        owners = {name.rpartition(".")[0] for name in tensors}
+        in_base = names_in_base(folder, owners, models, modules.shapes)
         full |= {new: (tensors, old) for new, old in renamed({name: name for name in tensors}, in_base).items()}
     parameters: Mapping[str, torch.Tensor] = base_parameters(base) if full else {}
     there = ((name, tensors[old]) for name, (tensors, old) in full.items() if name in parameters)
@@ -58,6 +68,14 @@ def on_base(folder: Path, lora: LoraAdapter, base: Path, shapes: Mapping[str, tu
     layers = Layers(list(in_folder), lambda module: lora.layers[in_folder[module]])
     fitted = replace(lora, layers=layers, config=config, head=of(lora.head), copies=of(lora.copies))
     return FittedLora(fitted, names, sorted(dropped))
+
+
+def _models(lora: LoraAdapter, modules: BaseModules, *, for_engine: bool) -> Sequence[Collection[str]]:
+    """Return the models of which a LoRA may have the names, by their modules, in the order of preference."""
+    if for_engine and modules.served:
+        return [modules.served]
+    trained = [model for model in modules.models if model.issuperset(lora.layers)]
+    return trained[:1] or modules.models
 
 
 def check_only_factors(folder: Path, lora: LoraAdapter) -> None:

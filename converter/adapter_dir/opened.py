@@ -17,7 +17,7 @@ WEIGHTS_INDEX = "adapter_model.safetensors.index.json"
 ASTRA_WEIGHTS = "astra_weights.safetensors"
 MAX_SHARDS = 1000
 SHARD = r"adapter_model-\d{1,6}-of-\d{1,6}\.safetensors"  # the name of each
-_PICKLED_WEIGHTS = "adapter_model.bin"
+PICKLED_WEIGHTS = "adapter_model.bin"
 # Parts of the names of tensors, and the kinds of adapter that have them.
 _MARKS = {".lora_A": (LORA, DORA), ".lora_magnitude_vector": (DORA,), ".hada_": (LOHA,), ".lokr_": (LOKR,)}
 
@@ -110,7 +110,7 @@ def adapter_files(folder: Path) -> list[Path]:
 
     Raises NotAnAdapter, UnsafeAdapter and MalformedAdapter.
     """
-    names = weight_files(folder) or [_PICKLED_WEIGHTS if (folder / _PICKLED_WEIGHTS).exists() else LORA_WEIGHTS]
+    names = weight_files(folder) or [PICKLED_WEIGHTS if (folder / PICKLED_WEIGHTS).exists() else LORA_WEIGHTS]
     return [file_in(folder, name) for name in (*names, CONFIG)]
 
 
@@ -123,15 +123,16 @@ def _open(folder: Path, allow_pickle: bool) -> Tensors:
         return TensorFiles(folder, names[1:], weight_map)
     if (folder / ASTRA_WEIGHTS).is_file():
         raise NotAnAdapter(f"{folder} is an Astra adapter: convert it first (astra-convert {folder} OUT_DIR)")
-    if not (folder / _PICKLED_WEIGHTS).is_file():
+    if not (folder / PICKLED_WEIGHTS).is_file():
         if shards := sorted(path.name for path in folder.glob("adapter_model-*.safetensors")):
             raise NotAnAdapter(f"{folder} has {shards[0]} without {WEIGHTS_INDEX}: copy the index, too")
         return TensorFile(folder, LORA_WEIGHTS)  # raises NotAnAdapter
     if not allow_pickle:
         raise UnsafeAdapter(
-            f"{folder / _PICKLED_WEIGHTS} is a pickle, which can run code: astra-convert --allow-pickle reads it"
+            f"{folder / PICKLED_WEIGHTS} is a pickle, which can run code: convert it with astra-convert {folder} "
+            "OUT_DIR --allow-pickle"
         )
-    return PickledTensors(folder, _PICKLED_WEIGHTS)
+    return PickledTensors(folder, PICKLED_WEIGHTS)
 
 
 def _check_kind(folder: Path, kind: str, keys: Iterable[str]) -> None:

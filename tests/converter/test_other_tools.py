@@ -42,7 +42,7 @@ def bases(tiny_base: Path, tmp_path_factory) -> dict[bool, Path]:
 
 
 def fitted(folder: Path, base: Path) -> adapter_dir.FittedLora:
-    return adapter_dir.on_base(folder, adapter_dir.load_lora(folder), base, adapter_dir.base_shapes(base))
+    return adapter_dir.on_base(folder, adapter_dir.load_lora(folder), base, adapter_dir.base_modules(base))
 
 
 def computed(folder: Path, base: Path) -> torch.Tensor:

@@ -194,7 +194,10 @@ def test_a_bin_checkpoint_is_read_only_with_allow_pickle(plain, tiny_base, tmp_p
     folder, expected = plain()
     as_bin(folder, load_file(folder / "adapter_model.safetensors"))
     assert run(folder, tmp_path / "lora", "--base", tiny_base) == 2
-    assert "is a pickle, which can run code: astra-convert --allow-pickle reads it" in capsys.readouterr().err
+    assert (
+        f"a pickle, which can run code: convert it with astra-convert {folder} OUT_DIR --allow"
+        in capsys.readouterr().err
+    )
     assert run(folder, tmp_path / "lora", "--base", tiny_base, "--allow-pickle") == 0
     torch.testing.assert_close(converted(tiny_base, tmp_path / "lora"), expected, rtol=1e-4, atol=1e-5)
 

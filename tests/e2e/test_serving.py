@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e.conftest import TASKS
 from tests.support import demo
+from tests.support.prompts import learned
 from tests.support.server import Server
 from trainer.embedded import tasks
 
@@ -27,6 +28,13 @@ def question(row: tasks.Row, tokenizer) -> str:
     if "messages" in row:
         return tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, tokenize=False)
     return row["prompt"]
+
+
+def whole(row: tasks.Row, tokenizer) -> str:
+    if "messages" in row:
+        text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        return text.rstrip("\n").removesuffix(tokenizer.eos_token)
+    return (row["prompt"] + row["completion"]).rstrip("\n")
 
 
 def assert_greedy(model, prompt: list[int], served: list[int]) -> bool:
@@ -66,6 +74,18 @@ def test_greedy_tokens_equal_those_of_transformers_and_peft(
         assert served
         same += assert_greedy(model, prompt, served)
     assert same >= 20
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_prompts_of_training_rows_have_the_ids_that_the_server_makes(server: Server, task: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo.BASE)
+    for row in tasks.rows(task, test=True, n=10):
+        asked = {"messages": row["messages"][:-1]} if "messages" in row else {"prompt": row["prompt"]}
+        prompt, ids = learned(row, tokenizer)
+        made = httpx.post(f"{server.url}/tokenize", json={"model": task, **asked}).json()["tokens"]
+        assert made == prompt
+        assert tokenizer.decode(prompt) == question(row, tokenizer)
+        assert tokenizer.decode(ids).removesuffix(tokenizer.eos_token).rstrip("\n") == whole(row, tokenizer)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from astra_serve.adapters.admission import open_base
@@ -49,6 +50,36 @@ def test_an_adapter_names_modules_and_is_converted(name, copy_of, jsonl, rows, t
     check_against_peft(base, tmp_path / "out", tmp_path / "lora", model_class(name))
     if name != "gpt2":  # its matrices are transposed, and engines do not serve LoRA on it
         assert open_base(str(base)).check(tmp_path / "lora").rank == 8  # the server's admission
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", "model.", ""])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_5", "llava"])
+def test_a_lora_has_the_names_of_the_model_that_peft_adapts_and_the_server_reads_the_engines(
+    name: str, prefix: str, base_of, tmp_path
+) -> None:
+    """Gemma 3's language model is the multimodal one, Qwen3.5's is a model of its own; the engine serves the former."""
+    base, layer = base_of(name), "layers.1.mlp.down_proj"
+    torch.manual_seed(0)
+    factors = torch.randn(4, 48) / 7, torch.randn(32, 4) / 2
+    config = {"r": 4, "lora_alpha": 4, "target_modules": [f"{prefix}{layer}"]}
+    (tmp_path / "lora").mkdir()
+    adapter_dir.save_lora(tmp_path / "lora", adapter_dir.LoraAdapter({f"{prefix}{layer}": factors}, config, {}))
+    assert convert([str(tmp_path / "lora"), str(tmp_path / "out"), "--base", str(base)]) == 0
+    known = {"model.", "model.language_model."} if name == "qwen3_5" else {"model.language_model."}
+    (module,) = load_lora(tmp_path / "out").layers
+    assert module == f"{prefix if prefix in known else NAMES[name].partition('layers')[0]}{layer}"
+    kind = AutoModelForImageTextToText if "language_model" in module else AutoModelForCausalLM
+    ids = torch.arange(10, 30)[None]
+    with torch.no_grad():
+        plain = kind.from_pretrained(base, dtype=torch.float32).eval()
+        before = plain(input_ids=ids).logits
+        plain.get_submodule(module).weight += factors[1] @ factors[0]
+        expected = plain(input_ids=ids).logits
+        loaded = PeftModel.from_pretrained(kind.from_pretrained(base, dtype=torch.float32), tmp_path / "out").eval()
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected, atol=1e-3, rtol=1e-3)
+    assert (expected - before).abs().max() > 1e-2
+    for folder in (tmp_path / "lora", tmp_path / "out"):
+        assert open_base(str(base)).check(folder).modules == [f"model.language_model.{layer}"]
 
 
 @pytest.mark.parametrize("name", NAMES)

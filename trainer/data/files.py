@@ -4,7 +4,9 @@
     .csv .tsv               a header, then rows; every value is text, as it is written (`NA`, `None` and `007` too)
     .parquet                columns with types
 
-Names may be in capitals, and all but .parquet may end in `.gz`. Any other name is that of a hub data set.
+Names may be in capitals, and all but .parquet may end in `.gz`. Any other name is that of a hub data set, or of a
+folder with its files. The values of its CSV files are text, too, unless the data set declares other types. Its named
+classes (`datasets.ClassLabel`) are stored as numbers; their rows have the names.
 """
 
 import csv
@@ -13,7 +15,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,18 @@ def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
         raise DataError(f"{path}, line {reader.line_num}: {first_line(error)}") from error
 
 
+class NamedClass(str):
+    """The name of a class of a data set, with its number there."""
+
+    number: int
+
+    def __new__(cls, name: str, number: int) -> "NamedClass":
+        """Return the name as text that knows its number."""
+        found = super().__new__(cls, name)
+        found.number = number
+        return found
+
+
 def _library_rows(source: str, split: str, *, is_file: bool) -> list[Row]:
     from datasets import load_dataset  # its import takes a second, and text formats do not need it
     from datasets.exceptions import DatasetsError
@@ -131,12 +145,48 @@ def _library_rows(source: str, split: str, *, is_file: bool) -> list[Row]:
         if is_file:
             found = load_dataset("parquet", data_files=source, split="train")
         else:
-            found = load_dataset(source, split=split)
-        return [{key: _without_none(value) for key, value in row.items()} for row in found]
-    except (DatasetsError, OSError, ValueError) as error:
+            found = load_dataset(source, split=split, **_as_text(source))
+        classes = _classes(found.features)
+        return [{key: _value(value, classes.get(key)) for key, value in row.items()} for row in found]
+    except (DatasetsError, OSError, ValueError, csv.Error) as error:
         raise DataError(
             f"{source} is neither a readable json, jsonl, parquet or csv file nor a hub data set: {first_line(error)}"
         ) from error
+
+
+def _as_text(source: str) -> dict[str, Any]:
+    """Return the settings of `load_dataset` with which the values of a data set of CSV files stay text.
+
+    None are needed for other files, and for columns whose types the data set declares. Raises as `datasets` does.
+    """
+    import fsspec
+    from datasets import Features, Value, load_dataset_builder
+    from datasets.packaged_modules.csv.csv import Csv
+
+    builder = load_dataset_builder(source)
+    files = [file for files in (builder.config.data_files or {}).values() for file in files]
+    if not isinstance(builder, Csv) or builder.info.features or not files:
+        return {}
+    names = builder.config.column_names
+    if names is None:
+        encoding = builder.config.encoding or "utf-8-sig"
+        with fsspec.open(files[0], "rt", encoding=encoding, newline="", compression="infer") as stream:
+            names = next(csv.reader(stream, delimiter=builder.config.sep), [])
+    return {"features": Features({name: Value("string") for name in names}), "na_filter": False}
+
+
+def _classes(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the names of the classes, by their numbers, of each column that has named classes."""
+    from datasets import ClassLabel
+
+    return {name: feature.names for name, feature in features.items() if isinstance(feature, ClassLabel)}
+
+
+def _value(value: Any, names: Sequence[str] | None) -> Any:
+    if names is None:
+        return _without_none(value)
+    is_class = isinstance(value, int) and 0 <= value < len(names)  # -1: the label is hidden, as in tests of contests
+    return NamedClass(names[value], value) if is_class else None
 
 
 def _without_none(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """The names of a classifier's labels.
 
 A label is a word, or a number without a fraction. The class numbers follow the numbers in numeric order, whether the
-data has them as numbers or as text, then the words in alphabetical order.
+data has them as numbers or as text, then the words in alphabetical order. Named classes of a data set keep the order of
+their numbers there.
 """
 
 import json
@@ -9,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from trainer.data.files import Row
+from trainer.data.files import NamedClass, Row
 from trainer.errors import DataError
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
@@ -35,6 +36,8 @@ def label_names(rows: Iterable[Row], source: str = "data") -> list[str]:
                 f"{source}, row {number}: label {_shown(label)} beside label {_shown(first)}: write both as text, or "
                 "both as numbers"
             )
+    if all(isinstance(label, NamedClass) for label in found.values()):
+        return sorted(found, key=lambda name: found[name].number)
     return sorted(found, key=_position)
 
 

@@ -126,6 +126,19 @@ def test_a_revision_missing_on_the_hub_is_one_line_and_leaves_nothing(hub, store
     assert not list((tmp_path / "store" / "staging").iterdir())
 
 
+def test_a_pickle_on_the_hub_is_not_fetched_and_the_line_names_the_command_that_helps(hub, store, write_lora) -> None:
+    hub.files |= {path.name: path.read_bytes() for path in write_lora("one", 1.0).iterdir()}
+    hub.files["adapter_model.bin"] = hub.files.pop("adapter_model.safetensors")
+    with pytest.raises(CannotFetch) as refused:
+        fetched("hf://org/adapter@v1", store)
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith(
+        "hf://org/adapter@v1 cannot be fetched: it has only adapter_model.bin, a pickle, which can run"
+    )
+    assert "astra-convert DIR OUT_DIR --allow-pickle" in line
+    assert not any("adapter_model.bin" in path for path in hub.asked)
+
+
 @pytest.mark.parametrize("other_host", [False, True])
 def test_the_hub_may_send_a_file_from_elsewhere(hub, store, write_lora, other_host: bool) -> None:
     source = write_lora("one", 1.0)

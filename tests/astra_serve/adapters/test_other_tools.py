@@ -162,11 +162,35 @@ def test_a_refusal_names_the_source_and_not_a_folder_of_the_store(tiny_base, tmp
 def test_a_folder_without_weights_that_a_server_reads_has_its_own_reason(tiny_base, tmp_path: Path, store) -> None:
     trained(tiny_base, tmp_path / "lora")
     (tmp_path / "lora" / WEIGHTS).rename(tmp_path / "lora" / "adapter_model.bin")
-    with pytest.raises(UnsafeAdapter, match="is a pickle, which can run code: astra-convert --allow-pickle"):
+    with pytest.raises(
+        UnsafeAdapter, match=rf"is a pickle.*: convert it with astra-convert {tmp_path}/lora OUT_DIR --allow"
+    ):
         digest_in(store, tmp_path / "lora")
     (tmp_path / "lora" / "adapter_model.bin").rename(tmp_path / "lora" / "astra_weights.safetensors")
     with pytest.raises(NotAnAdapter, match=rf"convert it first \(astra-convert {tmp_path}/lora OUT_DIR\)"):
         digest_in(store, tmp_path / "lora")
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("adapter_model.bin", "astra-convert DIR OUT_DIR --allow-pickle"),
+        ("astra_weights.safetensors", "astra-convert DIR OUT"),
+    ],
+)
+def test_a_download_without_weights_that_a_server_reads_says_what_helps(
+    tiny_base,
+    tmp_path: Path,
+    store,
+    web: Web,  # noqa: F811
+    name: str,
+    command: str,
+) -> None:
+    trained(tiny_base, tmp_path / "lora")
+    web.files = {path.name: path.read_bytes() for path in (tmp_path / "lora").iterdir()}
+    web.files[name] = web.files.pop(WEIGHTS)
+    with pytest.raises(CannotFetch, match=rf"{web.url} cannot be fetched: it .*{command}"):
+        fetched(web.url, store)
 
 
 def test_a_source_that_has_the_adapter_in_a_checkpoint_names_it(tiny_base, tmp_path: Path, store) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pandas
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 
-from trainer.data import digest, read_rows
+from trainer.data import digest, label_names, read_rows
 from trainer.errors import DataError
 
 ROWS = [{"question": "a", "answer": " b"}, {"question": "c", "answer": " d"}]
@@ -47,6 +48,27 @@ def test_text_of_a_csv_file_is_text(tmp_path) -> None:
     file = tmp_path / "data.csv"
     pandas.DataFrame({"prompt": "p", "completion": values}).to_csv(file, index=False)
     assert [row["completion"] for row in read_rows(str(file))] == values
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.tsv", "train.csv.gz"])
+def test_text_of_the_csv_files_of_a_data_set_is_text(tmp_path, name: str) -> None:
+    values = ["NA", "None", "null", "nan", "007", "1.50", "true", "", " x ", 'a "b", c', "two\nlines"]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    separator = "\t" if "tsv" in name else ","
+    pandas.DataFrame({"prompt": 7, "completion": values}).to_csv(folder / name, index=False, sep=separator)
+    assert read_rows(str(folder)) == [{"prompt": "7", "completion": value} for value in values]
+    assert len(read_rows(str(folder), "train[:3]")) == 3
+
+
+def test_named_classes_of_a_data_set_are_their_names(tmp_path) -> None:
+    label = ClassLabel(names=["world", "sport", "art"])
+    rows = {"text": ["a", "b", "c"], "label": [2, 0, -1]}
+    data = Dataset.from_dict(rows, features=Features({"text": Value("string"), "label": label}))
+    data.to_parquet(tmp_path / "data.parquet")
+    found = read_rows(str(tmp_path / "data.parquet"))
+    assert [row["label"] for row in found] == ["art", "world", None]
+    assert label_names(found) == ["world", "art"]  # in the order of their numbers
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from trainer.data import classification_examples, label_names
+from trainer.data.files import NamedClass
 from trainer.errors import DataError
 
 
@@ -25,6 +26,13 @@ def rows_of(*labels: object) -> list[dict[str, object]]:
 )
 def test_numbers_are_in_numeric_order_and_words_in_alphabetical_order(labels, names) -> None:
     assert label_names(rows_of(*labels)) == names
+
+
+def test_named_classes_keep_the_order_of_their_data_set() -> None:
+    classes = [NamedClass(name, number) for number, name in enumerate(("negative", "neutral", "3 stars", "best"))]
+    assert label_names(rows_of(*classes[::-1])) == ["negative", "neutral", "3 stars", "best"]
+    assert label_names(rows_of(classes[3], classes[0])) == ["negative", "best"]
+    assert label_names(rows_of(*classes, "another")) == ["3 stars", "another", "best", "negative", "neutral"]
 
 
 @pytest.mark.parametrize(
