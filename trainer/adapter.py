@@ -26,8 +26,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from converter.adapter_dir import AstraLayer
+from converter.adapter_dir import AstraLayer, Json
 from trainer.config import TrainConfig
+from trainer.experts import loadable_targets, names_as_they_are
 from trainer.targets import chosen_layers, head_modules, peft_targets
 
 ADAPTER = "default"
@@ -156,7 +157,8 @@ def attach(model: PreTrainedModel, starts: Mapping[str, Start], config: TrainCon
     ranks = {name: len(start.a0) for name, start in starts.items()}
     settings = peft_config(config, model.name_or_path, ranks, peft_targets(model, starts, heads), heads)
     settings.fan_in_fan_out = any(isinstance(model.get_submodule(name), Conv1D) for name in starts)
-    peft_model = get_peft_model(model, settings, adapter_name=ADAPTER)
+    with names_as_they_are(model):
+        peft_model = get_peft_model(model, settings, adapter_name=ADAPTER)
     for name, start in starts.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, LoraLayer)
@@ -167,6 +169,14 @@ def attach(model: PreTrainedModel, starts: Mapping[str, Start], config: TrainCon
         nn.init.zeros_(b)
         b.requires_grad_(config.train_b and config.method != "mica")  # MiCA trains A alone
     return peft_model
+
+
+def saved_config(model: PeftModel, base: str) -> Json:
+    """Return the config with which PEFT adapts the same layers of the base named `base` (see `trainer.experts`)."""
+    settings = model.peft_config[ADAPTER]
+    modules, parameters = loadable_targets(model.get_base_model(), settings.target_modules)
+    found: Json = {**settings.to_dict(), "base_model_name_or_path": base, "target_modules": modules}
+    return {**found, "target_parameters": parameters or None}
 
 
 @torch.no_grad()

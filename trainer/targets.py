@@ -6,22 +6,20 @@ head, a classifier's head (it is trained in full), embeddings, and experts that 
 `target_modules=all-linear` also leaves out:
     - all parts but the language model of a multimodal model, such as its vision tower
     - narrow layers, such as gates: with one output, or narrower than the rank and than an eighth of their other side
-    - layers that PEFT takes for experts: in models such as DeepSeek-V3 it maps the name `gate_proj` to the stacked
-      experts, although dense first layers and shared experts have linear layers of that name, too
-    - layers that PEFT does not support: `out_proj` of Mamba
+    - layers that PEFT does not support: `out_proj` of Mamba, and linear routers of mixtures of experts
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trainer.config import TrainConfig
 from trainer.errors import TargetError
+from trainer.experts import expert_tensors, taken_for_routers
 
 # Modules in a backbone that belong to a classifier's head: checkpoints of language models have no weights for them.
 _POOLER = "pooler"
@@ -84,25 +82,13 @@ def left_out(model: PreTrainedModel, config: TrainConfig) -> list[str]:
     if outside := sorted({_part(name) for name in linear if not name.startswith(language) and name in adaptable}):
         lines.append(f"only the language model is adapted, without {', '.join(outside)}: name layers of it to adapt it")
     if taken := sorted({_leaf(name) for name in linear if _leaf(name) not in kept}):
-        of_experts = "of dense layers and shared experts are not adapted: PEFT takes the names for experts"
-        lines.append(f"{', '.join(taken)} {of_experts if experts else 'are not adapted: PEFT does not support them'}")
+        lines.append(f"{', '.join(taken)} are not adapted: PEFT does not support them")
     inside = {name: layer for name, layer in adaptable.items() if name.startswith(language)}
     narrow = {_leaf(name): layer_shape(layer) for name, layer in inside.items() if _is_narrow(layer, config.rank)}
     if narrow:
         listed = ", ".join(f"{name} {shape}" for name, shape in sorted(narrow.items()))
         lines.append(f"layers that are too narrow for the rank are not adapted: {listed}")
     return lines
-
-
-def expert_tensors(model: PreTrainedModel) -> dict[str, int]:
-    """Return the number of elements of each parameter that holds several experts, by its name."""
-    return {
-        f"{name}.{part}": parameter.numel()
-        for name, module in model.named_modules()
-        if "Expert" in type(module).__name__ and not isinstance(module, nn.Linear | Conv1D)
-        for part, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim >= 2
-    }
 
 
 def peft_targets(model: nn.Module, names: Iterable[str], heads: Sequence[str] = ()) -> list[str]:
@@ -151,18 +137,15 @@ def _adaptable(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.Modu
 def _kept_by_peft(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Return the last parts of `names` under which PEFT adapts linear layers of `model`.
 
-    It takes others for stacked experts, and refuses Mamba's `out_proj`: fast kernels read its weight alone.
+    It takes others for routers, and refuses Mamba's `out_proj`: fast kernels read its weight alone.
     """
-    kept = set()
-    for leaf in {_leaf(name) for name in names}:
-        settings = LoraConfig(target_modules=[leaf])
+    leaves = {_leaf(name) for name in names}
+    kept = leaves - taken_for_routers(model, leaves)
+    for leaf in leaves:
         try:
-            convert_peft_config_for_transformers(settings, model, None)
-            _check_lora_target_modules_mamba(settings, model, leaf)
-        except ValueError:  # one of two projections that are stacked in one tensor, or a layer whose forward is skipped
-            continue
-        if leaf in (settings.target_modules or ()):
-            kept.add(leaf)
+            _check_lora_target_modules_mamba(LoraConfig(target_modules=[leaf]), model, leaf)
+        except ValueError:  # a layer whose forward is skipped
+            kept.discard(leaf)
     return kept
 
 
@@ -195,11 +178,8 @@ def _refusal(model: PreTrainedModel, config: TrainConfig, target: str) -> str:
         return f"{target!r} is the output head, which is not adapted"
     if config.task == "classification" and any(is_inside(name, head_modules(model)) for name in named):
         return f"{target!r} belongs to the classifier's head, which is trained in full"
-    is_linear = any(isinstance(module, nn.Linear) for module in named.values())
-    if is_linear and not experts:
+    if any(isinstance(module, nn.Linear) for module in named.values()):
         return f"PEFT does not support {target!r} in {model.config.model_type}"
-    if is_linear:
-        return f"PEFT takes {target!r} for the experts of {model.config.model_type}, which are stacked tensors"
     if experts:
         return (
             f"no linear layer is named {target!r}; the experts are stacked tensors ({_weights(experts)}), which have "

@@ -29,7 +29,15 @@ from converter import adapter_dir
 from converter.adapter_dir import AstraAdapter, Json
 from converter.errors import first_line
 from trainer import report, unfinished
-from trainer.adapter import ADAPTER, adapted_modules, adapter_layers, attach, target_layers, trained_head, whole_weight
+from trainer.adapter import (
+    adapted_modules,
+    adapter_layers,
+    attach,
+    saved_config,
+    target_layers,
+    trained_head,
+    whole_weight,
+)
 from trainer.base import language_model, load_base, load_tokenizer, stop_tokens
 from trainer.config import TrainConfig
 from trainer.data import (
@@ -190,8 +198,7 @@ def _write(out: Path, trained: nn.Module, tokenizer: PreTrainedTokenizerBase, ru
     with adapter_dir.new_folder(out) as finished:
         if isinstance(trained, PeftModel):
             base = run.origin["base"]["id"]
-            settings = {**trained.peft_config[ADAPTER].to_dict(), "base_model_name_or_path": base}
-            settings |= rows.label_record()
+            settings = saved_config(trained, base) | rows.label_record()
             adapter = AstraAdapter(adapter_layers(trained), settings, run.provenance(), trained_head(trained))
             adapter_dir.save_astra(finished, adapter)
         else:

@@ -9,6 +9,7 @@ transformers is imported at the first call: its import takes seconds.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -93,31 +94,39 @@ def language_model_class(config: Any) -> Any:
     return None
 
 
-def _models(folder: Path) -> Iterator["PreTrainedModel"]:
-    """Yield the models, on the meta device, as which transformers loads the base: names and shapes without data.
+def _models(folder: Path) -> tuple["PreTrainedModel", ...]:
+    """Return the models, on the meta device, as which transformers loads the base: names and shapes without data.
 
     They are the language model, the classes that the base's config names, and the classifier; an adapter may have been
     trained on any of them.
     """
+    try:
+        return _built(folder, (folder / "config.json").read_bytes())
+    except OSError:
+        return ()
+
+
+@lru_cache(maxsize=1)  # a conversion asks for the models of its base several times, and each takes a second
+def _built(folder: Path, _config: bytes) -> tuple["PreTrainedModel", ...]:
+    """Return the models of `_models`; another content of the config, which `_config` is, means other models."""
     import transformers
 
+    models: dict[type, PreTrainedModel] = {}
     with without_messages():
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception:  # the checks by the names on disk remain; a config may make transformers raise anything
-            return
+            return ()
         named = [getattr(transformers, name, None) for name in config.architectures or ()]
         classes = [language_model_class(config), *named, transformers.AutoModelForSequenceClassification]
-        seen = set()
         for kind in filter(None, classes):
             try:
                 with torch.device("meta"):
                     model = kind._from_config(config) if kind in named else kind.from_config(config)
             except Exception:  # noqa: S112  the base has no such model
                 continue
-            if type(model) not in seen:
-                seen.add(type(model))
-                yield model
+            models.setdefault(type(model), model)
+    return tuple(models.values())
 
 
 @contextmanager
