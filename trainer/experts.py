@@ -29,6 +29,11 @@ def expert_tensors(model: PreTrainedModel) -> dict[str, int]:
     }
 
 
+def is_meant(name: str, target: str) -> bool:
+    """Return whether a name of `target_modules` is this name, or its end after a dot."""
+    return name == target or name.endswith(f".{target}")
+
+
 def taken_for_experts(model: nn.Module, leaves: Iterable[str]) -> set[str]:
     """Return those of the last parts of names that PEFT takes for stacked experts of `model`."""
     return {leaf for leaf in leaves if leaf not in (found := _targets(model, leaf)) and _ROUTER not in found}

@@ -1,7 +1,8 @@
 """Which layers of a model can be adapted, which are left out, and why.
 
 Adapted are linear layers: `nn.Linear`, and GPT-2's `Conv1D`, whose weight is transposed. Never adapted are the output
-head, a classifier's head (it is trained in full), embeddings, and experts that transformers stacks in one tensor.
+head, a classifier's head (it is trained in full), and embeddings. Experts that transformers stacks in one tensor are
+adapted where they are named (see `trainer.expert_adapters`).
 
 `target_modules=all-linear` also leaves out:
     - all parts but the language model of a multimodal model, such as its vision tower
@@ -19,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.config import TrainConfig
 from trainer.errors import TargetError
-from trainer.experts import expert_tensors, taken_for_routers
+from trainer.expert_adapters import expert_targets, names_of_experts
+from trainer.experts import expert_tensors, is_meant, taken_for_routers
 
 # Modules in a backbone that belong to a classifier's head: checkpoints of language models have no weights for them.
 _POOLER = "pooler"
@@ -45,7 +47,7 @@ def head_modules(model: PreTrainedModel) -> list[str]:
 
 
 def chosen_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.Module]:
-    """Return the layers to adapt, by module name. Raises TargetError.
+    """Return the linear layers to adapt, by module name; names of experts mean none. Raises TargetError.
 
     A name of `config.target_modules` means layers of that name, or whose names end with it after a dot. If some of them
     are in a multimodal model's language model, only those are meant.
@@ -59,7 +61,11 @@ def chosen_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.M
             if name.startswith(language) and not _is_narrow(layer, config.rank)
         }
     else:
-        named = [_layers_named(target, layers, language, model, config) for target in config.target_modules]
+        experts = expert_targets(model, config)
+        targets = [target for target in config.target_modules if target not in experts]
+        named = [_layers_named(target, layers, language, model, config) for target in targets]
+        if experts and not targets:
+            return {}
         found = {name: layer for name, layer in layers.items() if any(name in matching for matching in named)}
     if not found:
         raise TargetError(f"{type(model).__name__} has no linear layer to adapt")
@@ -69,10 +75,11 @@ def chosen_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.M
 def left_out(model: PreTrainedModel, config: TrainConfig) -> list[str]:
     """Return one line for each kind of weights that the adapter does not reach and that a user may expect it to."""
     lines = []
-    if experts := expert_tensors(model):
+    if (experts := expert_tensors(model)) and not expert_targets(model, config):
         share = sum(experts.values()) / sum(parameter.numel() for parameter in model.parameters())
         which = f"{_weights(experts)}; {share:.0%} of all parameters"
-        lines.append(f"the experts ({which}) are not adapted: they are stacked tensors")
+        advice = ": name experts in target_modules, with method=lora" if names_of_experts(model) else ""
+        lines.append(f"the experts ({which}) are not adapted{advice}")
     if config.target_modules != "all-linear":
         return lines
     language = _language_part(model)
@@ -111,7 +118,7 @@ def _layers_named(
     target: str, layers: Mapping[str, nn.Module], language: str, model: PreTrainedModel, config: TrainConfig
 ) -> set[str]:
     """Return the names in `layers` that `target` means, those that begin with `language` first. Raises TargetError."""
-    matching = {name for name in layers if _matches(name, target)}
+    matching = {name for name in layers if is_meant(name, target)}
     if not matching:
         available = ", ".join(sorted({_leaf(name) for name in layers}))
         raise TargetError(f"target_modules: {_refusal(model, config, target)}; available: {available}")
@@ -167,7 +174,7 @@ def _is_narrow(layer: nn.Module, rank: int) -> bool:
 def _refusal(model: PreTrainedModel, config: TrainConfig, target: str) -> str:
     """Return why no layer can be adapted under the name `target`."""
     modules: Mapping[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    named = {name: module for name, module in modules.items() if _matches(name, target)}
+    named = {name: module for name, module in modules.items() if is_meant(name, target)}
     output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     experts = expert_tensors(model)
     if any(module is output for module in named.values()):
@@ -182,17 +189,13 @@ def _refusal(model: PreTrainedModel, config: TrainConfig, target: str) -> str:
         return f"PEFT does not support {target!r} in {model.config.model_type}"
     if experts:
         return (
-            f"no linear layer is named {target!r}; the experts are stacked tensors ({_weights(experts)}), which have "
-            "no linear layers and cannot be adapted"
+            f"no linear layer is named {target!r}; the experts are stacked tensors ({_weights(experts)}), and are "
+            "adapted as a whole: name experts"
         )
     if named:
         kind = type(next(iter(named.values()))).__name__
         return f"{target!r} is of type {kind}: name linear layers"
     return f"no linear layer is named {target!r}"
-
-
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
 
 
 def _weights(experts: Iterable[str]) -> str:

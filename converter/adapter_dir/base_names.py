@@ -7,6 +7,7 @@ loaded model. The renaming rules are transformers' own (`transformers.conversion
 transformers is imported at the first call: its import takes seconds.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -24,6 +25,43 @@ class Parameter(NamedTuple):
 
     name: str
     is_stored: bool  # the parameter is that tensor; else it is computed, as experts are stacked and fused layers split
+
+
+class ExpertPart(NamedTuple):
+    """Where the weight of one layer of one expert is in the loaded model, which stacks the experts."""
+
+    parameter: str  # (experts, parts x d_out, d_in)
+    expert: int
+    part: int  # gate is part 0 of 2, up is part 1
+
+
+def expert_parts(model: "PreTrainedModel", modules: Iterable[str]) -> dict[str, ExpertPart]:
+    """Return the place of each of `modules` that `model` has as a part of stacked experts; they have names on disk."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        Concatenate,
+        MergeModulelist,
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    stacking = [
+        rule
+        for rule in rules
+        if isinstance(rule, WeightConverter)
+        and [type(operation) for operation in rule.operations] in ([MergeModulelist], [MergeModulelist, Concatenate])
+    ]
+    state, found = model.state_dict(), {}
+    for module in modules:
+        number = re.search(r"\.experts\.(\d+)\.", module)
+        name, source = rename_source_key(f"{module}.weight", renamings, stacking, model.base_model_prefix, state)
+        if number and source is not None and name in state:
+            patterns = next(rule.source_patterns for rule in stacking if source in rule.source_patterns)
+            found[module] = ExpertPart(name, int(number[1]), patterns.index(source))
+    return found
 
 
 def parameters_from(model: "PreTrainedModel", stored: Iterable[str]) -> dict[str, list[Parameter]]:
