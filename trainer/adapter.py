@@ -211,15 +211,21 @@ def adapter_layers(model: PeftModel) -> dict[str, AstraLayer]:
         exact = layer.lora_variant[ADAPTER]
         d_a, d_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         layers[name] = AstraLayer(a=exact.a0 + d_a, b=exact.b0 + d_b, a0=exact.a0.clone(), b0=exact.b0.clone())
-    for name, wrapper in expert_wrappers(base := model.get_base_model()).items():
-        names = names_of_experts(base)
+    return layers | _expert_layers(model)
+
+
+def _expert_layers(model: PeftModel) -> dict[str, AstraLayer]:
+    """Return the layers of `adapter_layers` that are of single experts."""
+    layers: dict[str, AstraLayer] = {}
+    names = names_of_experts(model.get_base_model())
+    for name, wrapper in expert_wrappers(model.get_base_model()).items():
         assert names is not None
         start, weight_b = wrapper.lora_variant[ADAPTER].start, wrapper.lora_B[ADAPTER].weight
         a = wrapper.lora_A[ADAPTER].weight.reshape(start.a0.shape)
         b = weight_b.reshape(len(weight_b), start.rank, -1).permute(2, 0, 1)  # PEFT's order: (d_out, r, experts)
-        starts = split_experts(names, name, start.a0.to(a.device), start.b0.to(a.device))
-        for (layer_name, a_e, b_e), (_, a0, b0) in zip(split_experts(names, name, a, b), starts, strict=True):
-            layers[layer_name] = AstraLayer(a=a_e, b=b_e, a0=a0, b0=b0)
+        initial = split_experts(names, name, start.a0.to(a.device), start.b0.to(a.device))
+        for (layer, a_e, b_e), (_, a0, b0) in zip(split_experts(names, name, a, b), initial, strict=True):
+            layers[layer] = AstraLayer(a=a_e, b=b_e, a0=a0, b0=b0)
     return layers
 
 
