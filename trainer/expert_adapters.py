@@ -46,8 +46,11 @@ def names_of_experts(model: PreTrainedModel) -> ExpertNames | None:
     """Return the names of the experts, or None where they cannot be trained.
 
     That is where the checkpoint does not have each expert by itself, where experts have other parts than gate, up and
-    down, and where PEFT does not know the names of this architecture.
+    down, where PEFT does not know the names of this architecture, and in multimodal models, of which vLLM loads experts
+    in other forms.
     """
+    if model.config.get_text_config() is not model.config:
+        return None
     parts = {name.rpartition(".")[2] for name in expert_tensors(model)}
     rules = get_model_conversion_mapping(model)
     sources = [s for rule in rules if isinstance(rule, WeightConverter) for s in rule.source_patterns]

@@ -4,10 +4,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from converter.adapter_dir import load_astra, load_lora
+from converter.adapter_dir import AstraAdapter, load_astra, load_lora
 from tests.trainer.test_train import astra_train
 from tests.trainer.tiny_models import add_change, check_against_peft, convert
+from trainer.adapter import adapter_layers, attach, saved_config
 from trainer.cli import main
+from trainer.config import TrainConfig
+from trainer.expert_adapters import chosen_experts, expert_wrappers
+from trainer.start.methods import expert_starts
 
 MOE = ("mixtral", "qwen3_moe", "qwen2_moe", "qwen3_next", "glm4_moe", "deepseek_v3")
 
@@ -72,6 +76,21 @@ def test_experts_that_are_named_train_convert_and_load_in_peft(
     found = load_lora(tmp_path / "lora").provenance["verification"]
     assert found["max_logit_difference"] < 1e-3
     assert found["effect"] > 1e-4
+
+
+@pytest.mark.parametrize("name", ["mixtral", "glm4_moe"])
+def test_the_layers_that_are_written_are_those_that_were_trained(name, base_of) -> None:
+    """The model in training and the base with the change of each expert's layers have the same logits."""
+    model, base = (AutoModelForCausalLM.from_pretrained(base_of(name)).eval() for _ in range(2))
+    config = TrainConfig(method="lora", rank=4, alpha=8, target_modules=["experts"])
+    trained = attach(model, expert_starts(chosen_experts(model, config), config.rank), config).eval()
+    for wrapper in expert_wrappers(trained.get_base_model()).values():
+        torch.nn.init.normal_(wrapper.lora_B["default"].weight, std=0.1)
+    ids = torch.arange(10, 30)[None]
+    before = base(input_ids=ids).logits
+    add_change(base, AstraAdapter(adapter_layers(trained), saved_config(trained, "base"), {}))
+    torch.testing.assert_close(trained(input_ids=ids).logits, base(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before, base(input_ids=ids).logits, atol=0.1)
 
 
 def test_experts_are_merged_into_the_tensors_of_the_checkpoint(base_of, jsonl, rows, tmp_path) -> None:

@@ -112,6 +112,20 @@ def test_rows_beyond_the_step_have_no_adapter_and_a_chosen_number_beyond_the_exp
     assert not torch.allclose(padded[1], base[1])
 
 
+def test_a_layer_without_lora_is_that_of_the_base() -> None:
+    """--lora-target-modules may leave the experts out: the engine then gives the layer no adapters at all."""
+    x, w13, w2 = normal(3, WIDTH), normal(EXPERTS, 2 * INNER, WIDTH), normal(EXPERTS, WIDTH, INNER)
+    ids, weights = torch.tensor([[0, 1], [3, 1], [4, 2]], dtype=torch.int32), normal(3, TOP_K, seed=4).softmax(-1)
+    lora, made = layer(fused=False, dtype=torch.float32), object.__new__(experts.LoraExperts)
+    for on_input, factors in ((False, weights), (True, torch.ones_like(weights))):
+        y = torch.empty_like(x)
+        made.apply(
+            output=y, hidden_states=x, w1=w13, w2=w2, topk_weights=weights, topk_ids=ids, activation=MoEActivation.SILU,
+            global_num_experts=EXPERTS, apply_router_weight_on_input=on_input,
+        )  # fmt: skip
+        torch.testing.assert_close(y, run(x, w13, w2, factors, ids, lora, [-1, -1, -1]))
+
+
 def test_the_operator_passes_pytorchs_own_checks() -> None:
     x, w13, w2 = normal(2, WIDTH), normal(EXPERTS, 2 * INNER, WIDTH), normal(EXPERTS, WIDTH, INNER)
     ids, weights = torch.tensor([[0, 1], [2, 1]], dtype=torch.int32), torch.full((2, TOP_K), 0.5)
