@@ -7,6 +7,7 @@ adapted where they are named (see `trainer.expert_adapters`).
 `target_modules=all-linear` also leaves out:
     - all parts but the language model of a multimodal model, such as its vision tower
     - narrow layers, such as gates: with one output, or narrower than the rank and than an eighth of their other side
+    - `kv_b_proj` of multi-head latent attention (DeepSeek): vLLM reads its weights and does not call the layer
     - layers that PEFT does not support: `out_proj` of Mamba, and linear routers of mixtures of experts
 """
 
@@ -25,6 +26,9 @@ from trainer.experts import expert_tensors, is_meant, taken_for_routers
 
 # Modules in a backbone that belong to a classifier's head: checkpoints of language models have no weights for them.
 _POOLER = "pooler"
+# The layer of multi-head latent attention whose weights vLLM multiplies into others when it loads the base: it takes a
+# LoRA of this layer and does not apply it.
+_ABSORBED = "kv_b_proj"
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int]:
@@ -58,7 +62,7 @@ def chosen_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.M
         found = {
             name: layer
             for name, layer in layers.items()
-            if name.startswith(language) and not _is_narrow(layer, config.rank)
+            if name.startswith(language) and not _is_narrow(layer, config.rank) and _leaf(name) != _ABSORBED
         }
     else:
         experts = expert_targets(model, config)
@@ -90,6 +94,8 @@ def left_out(model: PreTrainedModel, config: TrainConfig) -> list[str]:
         lines.append(f"only the language model is adapted, without {', '.join(outside)}: name layers of it to adapt it")
     if taken := sorted({_leaf(name) for name in linear if _leaf(name) not in kept}):
         lines.append(f"{', '.join(taken)} are not adapted: PEFT does not support them")
+    if any(_leaf(name) == _ABSORBED for name in linear):
+        lines.append(f"{_ABSORBED} is not adapted: vLLM computes attention without calling this layer")
     inside = {name: layer for name, layer in adaptable.items() if name.startswith(language)}
     narrow = {_leaf(name): layer_shape(layer) for name, layer in inside.items() if _is_narrow(layer, config.rank)}
     if narrow:

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from converter.adapter_dir import AstraAdapter, load_astra, load_lora
 from tests.trainer.test_train import astra_train
 from tests.trainer.tiny_models import add_change, check_against_peft, convert
-from trainer.adapter import adapter_layers, attach, saved_config
+from trainer.adapter import adapter_layers, attach, saved_config, target_layers
 from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.expert_adapters import chosen_experts, expert_wrappers
@@ -139,6 +139,15 @@ def test_a_dry_run_counts_the_experts(base_of, jsonl, rows, tmp_path, capsys) ->
     assert main([*options, "--rank", "4", "--method", "lora", "--target-modules", "experts", "--dry-run"]) == 0
     # 2 layers x 4 experts x rank 4: gate and up are (96, 32) together, down is (32, 48)
     assert f"trainable parameters  {2 * 4 * 4 * (96 + 32 + 32 + 48):,}" in capsys.readouterr().out
+
+
+def test_a_layer_that_the_engine_does_not_call_is_left_out_and_named(base_of, jsonl, rows, tmp_path, capsys) -> None:
+    options = ["--base", str(base_of("deepseek_v3")), "--data", str(jsonl(rows)), "--out", str(tmp_path / "out")]
+    assert main([*options, "--rank", "8", "--dry-run"]) == 0
+    assert "kv_b_proj is not adapted: vLLM computes attention without calling this layer" in capsys.readouterr().out
+    config = TrainConfig(rank=8)
+    model = AutoModelForCausalLM.from_pretrained(base_of("deepseek_v3"))
+    assert not [name for name in target_layers(model, config) if name.endswith("kv_b_proj")]
 
 
 def test_a_dry_run_says_that_experts_are_not_adapted(base_of, jsonl, rows, tmp_path, capsys) -> None:
