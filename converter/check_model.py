@@ -18,7 +18,8 @@ from transformers.utils import logging
 
 from converter.adapter_dir import AdapterError, BaseNotFound, Json, LoraAdapter, WrongBase
 from converter.adapter_dir.base import without_stray_files
-from converter.adapter_dir.base_names import language_model_class, loadable_models
+from converter.adapter_dir.base_names import expert_parts, language_model_class, loadable_models
+from converter.check_experts import adapted_experts
 from converter.errors import first_line
 from converter.source import Factors, Source
 
@@ -153,8 +154,10 @@ def logits(
     `scaling` maps a module and its rank to the factor of lora_B lora_A. Each product is computed in the dtype of its
     factors and added to its layer's output; the factors of a layer are read once. Raises WrongBase.
     """
+    places = expert_parts(model, layers)
     with ExitStack() as hooks:
-        for module in layers:
+        hooks.enter_context(adapted_experts(model, layers, places, scaling))
+        for module in layers.keys() - places.keys():
             layer = _layer(model, module)
             hooks.callback(layer.register_forward_hook(partial(_add_delta, layers, module, scaling)).remove)
         found: torch.Tensor = model(input_ids=ids, attention_mask=mask.long()).logits.float()

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.layer import LoraVariant, ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -26,8 +26,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from converter.adapter_dir import AstraLayer
+from converter.adapter_dir import AstraLayer, Json
 from trainer.config import TrainConfig
+from trainer.expert_adapters import expert_wrappers, names_of_experts, split_experts
+from trainer.experts import loadable_targets, names_as_they_are
 from trainer.targets import chosen_layers, head_modules, peft_targets
 
 ADAPTER = "default"
@@ -36,10 +38,15 @@ _TASK_TYPES = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
 
 @dataclass(frozen=True)
 class Start:
-    """The initial values A0 and B0 of one layer's adapter, float32."""
+    """The initial values A0 and B0 of one layer's adapter, float32; stacked experts have a dimension (experts) more."""
 
     a0: torch.Tensor  # (r, d_in)
-    b0: torch.Tensor  # (d_out, r)
+    b0: torch.Tensor  # (d_out, r); zero for experts
+
+    @property
+    def rank(self) -> int:
+        """Return r."""
+        return self.a0.shape[-2]
 
 
 class _AdapterOutput(torch.autograd.Function):
@@ -99,6 +106,13 @@ class ExactStart(LoraVariant):
         return result + added
 
 
+class ExpertStart(LoraVariant):
+    """The start of stacked experts, which PEFT trains as A and B = 0; nothing is added to their outputs."""
+
+    def __init__(self, start: Start) -> None:
+        self.start = start
+
+
 def target_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.Linear]:
     """Return the layers to adapt, by module name (see `trainer.targets`). Raises TargetError."""
     return cast(dict[str, nn.Linear], chosen_layers(model, config))  # a Conv1D has other attributes: layer_shape
@@ -151,13 +165,21 @@ def peft_config(
 
 
 def attach(model: PreTrainedModel, starts: Mapping[str, Start], config: TrainConfig) -> PeftModel:
-    """Return `model`, wrapped by PEFT in place, with an adapter on each layer named in `starts`."""
+    """Return `model`, wrapped by PEFT in place, with an adapter on each layer and stacked parameter of `starts`."""
     heads = head_modules(model) if config.task == "classification" else []
-    ranks = {name: len(start.a0) for name, start in starts.items()}
-    settings = peft_config(config, model.name_or_path, ranks, peft_targets(model, starts, heads), heads)
-    settings.fan_in_fan_out = any(isinstance(model.get_submodule(name), Conv1D) for name in starts)
-    peft_model = get_peft_model(model, settings, adapter_name=ADAPTER)
-    for name, start in starts.items():
+    linear = {name: start for name, start in starts.items() if start.a0.ndim == 2}
+    ranks = {name: start.rank for name, start in linear.items()}
+    settings = peft_config(config, model.name_or_path, ranks, peft_targets(model, linear, heads), heads)
+    settings.fan_in_fan_out = any(isinstance(model.get_submodule(name), Conv1D) for name in linear)
+    settings.target_parameters = [name for name in starts if name not in linear] or None
+    with names_as_they_are(model):
+        peft_model = get_peft_model(model, settings, adapter_name=ADAPTER)
+    for name, wrapper in expert_wrappers(model).items():
+        wrapper.lora_variant[ADAPTER] = ExpertStart(starts[name])
+        with torch.no_grad():
+            wrapper.lora_A[ADAPTER].weight.copy_(starts[name].a0.flatten(0, 1))
+        nn.init.zeros_(wrapper.lora_B[ADAPTER].weight)
+    for name, start in linear.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, LoraLayer)
         a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
@@ -169,20 +191,50 @@ def attach(model: PreTrainedModel, starts: Mapping[str, Start], config: TrainCon
     return peft_model
 
 
+def saved_config(model: PeftModel, base: str) -> Json:
+    """Return the config with which PEFT adapts the same layers of the base named `base` (see `trainer.experts`)."""
+    settings = model.peft_config[ADAPTER]
+    modules, parameters = loadable_targets(model.get_base_model(), settings.target_modules)
+    if expert_wrappers(model):
+        names = names_of_experts(model.get_base_model())
+        assert names is not None
+        modules = sorted({*modules, *names.projections})  # what PEFT takes for the stacked parameters
+    found: Json = {**settings.to_dict(), "base_model_name_or_path": base, "target_modules": modules}
+    return {**found, "target_parameters": parameters or None}
+
+
 @torch.no_grad()
 def adapter_layers(model: PeftModel) -> dict[str, AstraLayer]:
-    """Return A, B, A0 and B0 of each adapted layer, by the layer's name in the base."""
+    """Return A, B, A0 and B0 of each adapted layer, by the layer's name in the base, on disk for experts."""
     layers = {}
     for name, layer in adapted_modules(model).items():
         exact = layer.lora_variant[ADAPTER]
         d_a, d_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         layers[name] = AstraLayer(a=exact.a0 + d_a, b=exact.b0 + d_b, a0=exact.a0.clone(), b0=exact.b0.clone())
+    return layers | _expert_layers(model)
+
+
+def _expert_layers(model: PeftModel) -> dict[str, AstraLayer]:
+    """Return the layers of `adapter_layers` that are of single experts."""
+    layers: dict[str, AstraLayer] = {}
+    names = names_of_experts(model.get_base_model())
+    for name, wrapper in expert_wrappers(model.get_base_model()).items():
+        assert names is not None
+        start, weight_b = wrapper.lora_variant[ADAPTER].start, wrapper.lora_B[ADAPTER].weight
+        a = wrapper.lora_A[ADAPTER].weight.reshape(start.a0.shape)
+        b = weight_b.reshape(len(weight_b), start.rank, -1).permute(2, 0, 1)  # PEFT's order: (d_out, r, experts)
+        initial = split_experts(names, name, start.a0.to(a.device), start.b0.to(a.device))
+        for (layer, a_e, b_e), (_, a0, b0) in zip(split_experts(names, name, a, b), initial, strict=True):
+            layers[layer] = AstraLayer(a=a_e, b=b_e, a0=a0, b0=b0)
     return layers
 
 
 def adapted_modules(model: PeftModel) -> dict[str, LoraLayer]:
-    """Return the adapted layers, by their names in the base."""
-    return {name: layer for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)}
+    """Return the adapted linear layers, by their names in the base."""
+    modules = model.get_base_model().named_modules()
+    return {
+        name: layer for name, layer in modules if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper)
+    }
 
 
 def trained_head(model: PeftModel) -> dict[str, torch.Tensor]:

@@ -46,8 +46,8 @@ class TrainConfig(BaseModel):
     train_b: bool = Field(True, description="train B; false keeps B = Q, and the converted LoRA has rank r")
     target_modules: list[str] | Literal["all-linear"] = Field(
         "all-linear",
-        description="names, or ends of names, of the layers to adapt, such as q_proj,v_proj; all-linear is all but the "
-        "output head",
+        description="names, or ends of names, of the layers to adapt, such as q_proj,v_proj, or experts; all-linear is "
+        "all but the output head and experts",
     )
     rank_pattern: dict[str, int] = Field(
         {}, description="ranks of the layers whose names match a regular expression, such as {'q_proj|k_proj': 4}"

@@ -12,6 +12,7 @@ from converter import adapter_dir
 from trainer.adapter import target_layers
 from trainer.base import base_without_weights, load_tokenizer, stop_tokens
 from trainer.config import TrainConfig
+from trainer.expert_adapters import chosen_experts
 from trainer.learning_rate import first_step
 from trainer.packing import refuse_recurrent
 from trainer.start.calibration import layer_groups
@@ -57,6 +58,9 @@ def plan(base: str, data: str, config: TrainConfig) -> Plan:
     full, train_b = config.method == "full", config.train_b and config.method != "mica"
     trainable = sum(ranks[n] * (d_in + d_out * train_b) for n, (d_out, d_in) in shapes.items())
     start = sum(ranks[n] * (d_in + d_out) for n, (d_out, d_in) in shapes.items())
+    experts = {} if full else chosen_experts(model, config)
+    of_experts = sum(config.rank * n * (d_in + d_out) for n, d_out, d_in in experts.values())
+    trainable, start = trainable + of_experts, start + of_experts
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     stored = str(model.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
     per_parameter = 4.0 if full else _QUANTISED_BYTES.get(config.quantization, _BYTES[stored])
@@ -77,7 +81,7 @@ def plan(base: str, data: str, config: TrainConfig) -> Plan:
         ),
         calibration_groups=len(groups) if needs_gram else 0,
         calibration_tokens=n_tokens,
-        converted_rank=None if full else _converted_rank(config, max(ranks.values())),
+        converted_rank=None if full else _converted_rank(config, max(ranks.values(), default=config.rank)),
         epochs=config.steps * config.batch_size / len(rows.train),
         remarks=rows.remarks,
         widths=Counter(shapes.values()),

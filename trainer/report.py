@@ -177,7 +177,7 @@ def unit(run: Run) -> str:
 
 
 def _card(run: Run) -> str:
-    ranks = [len(start.a0) for start in run.start.starts.values()]
+    ranks = [start.rank for start in run.start.starts.values()]
     use = "Convert it to a standard LoRA with `astra-convert THIS_FOLDER OUT_DIR`. All settings are in `astra.json`.\n"
     if not ranks:
         use = "This is a complete model: transformers and vLLM load it directly.\n"

@@ -1,30 +1,34 @@
 """Which layers of a model can be adapted, which are left out, and why.
 
 Adapted are linear layers: `nn.Linear`, and GPT-2's `Conv1D`, whose weight is transposed. Never adapted are the output
-head, a classifier's head (it is trained in full), embeddings, and experts that transformers stacks in one tensor.
+head, a classifier's head (it is trained in full), and embeddings. Experts that transformers stacks in one tensor are
+adapted where they are named (see `trainer.expert_adapters`).
 
 `target_modules=all-linear` also leaves out:
     - all parts but the language model of a multimodal model, such as its vision tower
     - narrow layers, such as gates: with one output, or narrower than the rank and than an eighth of their other side
-    - layers that PEFT takes for experts: in models such as DeepSeek-V3 it maps the name `gate_proj` to the stacked
-      experts, although dense first layers and shared experts have linear layers of that name, too
-    - layers that PEFT does not support: `out_proj` of Mamba
+    - `kv_b_proj` of multi-head latent attention (DeepSeek): vLLM reads its weights and does not call the layer
+    - layers that PEFT does not support: `out_proj` of Mamba, and linear routers of mixtures of experts
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trainer.config import TrainConfig
 from trainer.errors import TargetError
+from trainer.expert_adapters import expert_targets, names_of_experts
+from trainer.experts import expert_tensors, is_meant, taken_for_routers
 
 # Modules in a backbone that belong to a classifier's head: checkpoints of language models have no weights for them.
 _POOLER = "pooler"
+# The layer of multi-head latent attention whose weights vLLM multiplies into others when it loads the base: it takes a
+# LoRA of this layer and does not apply it.
+_ABSORBED = "kv_b_proj"
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int]:
@@ -47,7 +51,7 @@ def head_modules(model: PreTrainedModel) -> list[str]:
 
 
 def chosen_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.Module]:
-    """Return the layers to adapt, by module name. Raises TargetError.
+    """Return the linear layers to adapt, by module name; names of experts mean none. Raises TargetError.
 
     A name of `config.target_modules` means layers of that name, or whose names end with it after a dot. If some of them
     are in a multimodal model's language model, only those are meant.
@@ -58,10 +62,14 @@ def chosen_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.M
         found = {
             name: layer
             for name, layer in layers.items()
-            if name.startswith(language) and not _is_narrow(layer, config.rank)
+            if name.startswith(language) and not _is_narrow(layer, config.rank) and _leaf(name) != _ABSORBED
         }
     else:
-        named = [_layers_named(target, layers, language, model, config) for target in config.target_modules]
+        experts = expert_targets(model, config)
+        targets = [target for target in config.target_modules if target not in experts]
+        named = [_layers_named(target, layers, language, model, config) for target in targets]
+        if experts and not targets:
+            return {}
         found = {name: layer for name, layer in layers.items() if any(name in matching for matching in named)}
     if not found:
         raise TargetError(f"{type(model).__name__} has no linear layer to adapt")
@@ -71,10 +79,11 @@ def chosen_layers(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.M
 def left_out(model: PreTrainedModel, config: TrainConfig) -> list[str]:
     """Return one line for each kind of weights that the adapter does not reach and that a user may expect it to."""
     lines = []
-    if experts := expert_tensors(model):
+    if (experts := expert_tensors(model)) and not expert_targets(model, config):
         share = sum(experts.values()) / sum(parameter.numel() for parameter in model.parameters())
         which = f"{_weights(experts)}; {share:.0%} of all parameters"
-        lines.append(f"the experts ({which}) are not adapted: they are stacked tensors")
+        advice = ": name experts in target_modules, with method=lora" if names_of_experts(model) else ""
+        lines.append(f"the experts ({which}) are not adapted{advice}")
     if config.target_modules != "all-linear":
         return lines
     language = _language_part(model)
@@ -84,25 +93,15 @@ def left_out(model: PreTrainedModel, config: TrainConfig) -> list[str]:
     if outside := sorted({_part(name) for name in linear if not name.startswith(language) and name in adaptable}):
         lines.append(f"only the language model is adapted, without {', '.join(outside)}: name layers of it to adapt it")
     if taken := sorted({_leaf(name) for name in linear if _leaf(name) not in kept}):
-        of_experts = "of dense layers and shared experts are not adapted: PEFT takes the names for experts"
-        lines.append(f"{', '.join(taken)} {of_experts if experts else 'are not adapted: PEFT does not support them'}")
+        lines.append(f"{', '.join(taken)} are not adapted: PEFT does not support them")
+    if any(_leaf(name) == _ABSORBED for name in linear):
+        lines.append(f"{_ABSORBED} is not adapted: vLLM computes attention without calling this layer")
     inside = {name: layer for name, layer in adaptable.items() if name.startswith(language)}
     narrow = {_leaf(name): layer_shape(layer) for name, layer in inside.items() if _is_narrow(layer, config.rank)}
     if narrow:
         listed = ", ".join(f"{name} {shape}" for name, shape in sorted(narrow.items()))
         lines.append(f"layers that are too narrow for the rank are not adapted: {listed}")
     return lines
-
-
-def expert_tensors(model: PreTrainedModel) -> dict[str, int]:
-    """Return the number of elements of each parameter that holds several experts, by its name."""
-    return {
-        f"{name}.{part}": parameter.numel()
-        for name, module in model.named_modules()
-        if "Expert" in type(module).__name__ and not isinstance(module, nn.Linear | Conv1D)
-        for part, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim >= 2
-    }
 
 
 def peft_targets(model: nn.Module, names: Iterable[str], heads: Sequence[str] = ()) -> list[str]:
@@ -125,7 +124,7 @@ def _layers_named(
     target: str, layers: Mapping[str, nn.Module], language: str, model: PreTrainedModel, config: TrainConfig
 ) -> set[str]:
     """Return the names in `layers` that `target` means, those that begin with `language` first. Raises TargetError."""
-    matching = {name for name in layers if _matches(name, target)}
+    matching = {name for name in layers if is_meant(name, target)}
     if not matching:
         available = ", ".join(sorted({_leaf(name) for name in layers}))
         raise TargetError(f"target_modules: {_refusal(model, config, target)}; available: {available}")
@@ -151,18 +150,15 @@ def _adaptable(model: PreTrainedModel, config: TrainConfig) -> dict[str, nn.Modu
 def _kept_by_peft(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Return the last parts of `names` under which PEFT adapts linear layers of `model`.
 
-    It takes others for stacked experts, and refuses Mamba's `out_proj`: fast kernels read its weight alone.
+    It takes others for routers, and refuses Mamba's `out_proj`: fast kernels read its weight alone.
     """
-    kept = set()
-    for leaf in {_leaf(name) for name in names}:
-        settings = LoraConfig(target_modules=[leaf])
+    leaves = {_leaf(name) for name in names}
+    kept = leaves - taken_for_routers(model, leaves)
+    for leaf in leaves:
         try:
-            convert_peft_config_for_transformers(settings, model, None)
-            _check_lora_target_modules_mamba(settings, model, leaf)
-        except ValueError:  # one of two projections that are stacked in one tensor, or a layer whose forward is skipped
-            continue
-        if leaf in (settings.target_modules or ()):
-            kept.add(leaf)
+            _check_lora_target_modules_mamba(LoraConfig(target_modules=[leaf]), model, leaf)
+        except ValueError:  # a layer whose forward is skipped
+            kept.discard(leaf)
     return kept
 
 
@@ -184,7 +180,7 @@ def _is_narrow(layer: nn.Module, rank: int) -> bool:
 def _refusal(model: PreTrainedModel, config: TrainConfig, target: str) -> str:
     """Return why no layer can be adapted under the name `target`."""
     modules: Mapping[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    named = {name: module for name, module in modules.items() if _matches(name, target)}
+    named = {name: module for name, module in modules.items() if is_meant(name, target)}
     output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     experts = expert_tensors(model)
     if any(module is output for module in named.values()):
@@ -195,24 +191,17 @@ def _refusal(model: PreTrainedModel, config: TrainConfig, target: str) -> str:
         return f"{target!r} is the output head, which is not adapted"
     if config.task == "classification" and any(is_inside(name, head_modules(model)) for name in named):
         return f"{target!r} belongs to the classifier's head, which is trained in full"
-    is_linear = any(isinstance(module, nn.Linear) for module in named.values())
-    if is_linear and not experts:
+    if any(isinstance(module, nn.Linear) for module in named.values()):
         return f"PEFT does not support {target!r} in {model.config.model_type}"
-    if is_linear:
-        return f"PEFT takes {target!r} for the experts of {model.config.model_type}, which are stacked tensors"
     if experts:
         return (
-            f"no linear layer is named {target!r}; the experts are stacked tensors ({_weights(experts)}), which have "
-            "no linear layers and cannot be adapted"
+            f"no linear layer is named {target!r}; the experts are stacked tensors ({_weights(experts)}), and are "
+            "adapted as a whole: name experts"
         )
     if named:
         kind = type(next(iter(named.values()))).__name__
         return f"{target!r} is of type {kind}: name linear layers"
     return f"no linear layer is named {target!r}"
-
-
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
 
 
 def _weights(experts: Iterable[str]) -> str:

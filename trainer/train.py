@@ -29,7 +29,15 @@ from converter import adapter_dir
 from converter.adapter_dir import AstraAdapter, Json
 from converter.errors import first_line
 from trainer import report, unfinished
-from trainer.adapter import ADAPTER, adapted_modules, adapter_layers, attach, target_layers, trained_head, whole_weight
+from trainer.adapter import (
+    adapted_modules,
+    adapter_layers,
+    attach,
+    saved_config,
+    target_layers,
+    trained_head,
+    whole_weight,
+)
 from trainer.base import language_model, load_base, load_tokenizer, stop_tokens
 from trainer.config import TrainConfig
 from trainer.data import (
@@ -45,6 +53,7 @@ from trainer.data import (
 )
 from trainer.errors import ConfigError, DataError, TrainerError, TrainingError
 from trainer.evaluate import Forgetting, forgetting_batches, language_loss
+from trainer.expert_adapters import chosen_experts
 from trainer.failures import in_one_line, is_disk_full, is_out_of_memory
 from trainer.learning_rate import automatic_rate
 from trainer.limits import check_rows, use_known_padding, with_end_tokens
@@ -52,6 +61,7 @@ from trainer.loop import Result, check_trackers, optimise
 from trainer.packing import refuse_leaking, refuse_recurrent
 from trainer.report import Run
 from trainer.start.initialise import Initialisation, calibration_batches, initialise, spectra_of
+from trainer.start.methods import expert_starts
 from trainer.targets import left_out
 
 
@@ -105,10 +115,11 @@ def _train(base: str, data: str, out: Path, config: TrainConfig, progress: Progr
         refuse_recurrent(model)
         refuse_leaking(model)
     layers = {} if config.method == "full" else target_layers(model, config)
+    experts = {} if config.method == "full" else chosen_experts(model, config)
     origin = _origin(base, folder, data, rows, str(model.dtype), config)
     identity = _identity(origin, tokenizer, config)
     resuming = unfinished.can_resume(out, identity, resume=resume)
-    if state.is_main_process and layers:
+    if state.is_main_process and config.method != "full":
         for line in left_out(model, config):
             progress.console.print(line, highlight=False, soft_wrap=True)
 
@@ -123,16 +134,17 @@ def _train(base: str, data: str, out: Path, config: TrainConfig, progress: Progr
             start = Initialisation({})
         else:
             start = initialise(model, layers, calibration, config, origin["base"]["digest"], progress)
+            start.starts.update(expert_starts(experts, config.rank))
         created = unfinished.create(out, identity, start) if state.is_main_process and not resuming else []
         state.wait_for_everyone()
 
-        trained = attach(model, start.starts, config) if layers else model.requires_grad_(True)
+        trained = attach(model, start.starts, config) if start.starts else model.requires_grad_(True)
         with _removed_after_errors(out, created):
             result = _optimise(trained, rows, tokenizer, config, out, progress)
 
             forgetting = None
             if forgetting_text:
-                backbone = (trained.get_base_model() if layers else trained).base_model
+                backbone = (trained.get_base_model() if start.starts else trained).base_model
                 lm = trained if config.task == "causal_lm" else language_model(folder, config, backbone)
                 assert lm is not None
                 source_of_text = config.forgetting_data or "written by the base"
@@ -190,8 +202,7 @@ def _write(out: Path, trained: nn.Module, tokenizer: PreTrainedTokenizerBase, ru
     with adapter_dir.new_folder(out) as finished:
         if isinstance(trained, PeftModel):
             base = run.origin["base"]["id"]
-            settings = {**trained.peft_config[ADAPTER].to_dict(), "base_model_name_or_path": base}
-            settings |= rows.label_record()
+            settings = saved_config(trained, base) | rows.label_record()
             adapter = AstraAdapter(adapter_layers(trained), settings, run.provenance(), trained_head(trained))
             adapter_dir.save_astra(finished, adapter)
         else:

@@ -7,6 +7,7 @@ at the adapter's true rank, and tokens without an adapter are not touched.
 
     __init__          switches it on in the engine
     wrapper           the class that the engine calls
+    experts           stacked experts, which vLLM does not compute on a CPU where LoRA is on
     finite_cache      one adapter's overflow does not reach other requests
     compile_cache     the compiled model is loaded at the next start
     ops               the same calls as PyTorch operators, so that compiled models can hold them
@@ -55,6 +56,8 @@ def register() -> None:
             return
     platform = type(current_platform)
     platform.get_punica_wrapper = classmethod(lambda _: f"{__name__}.wrapper.GroupedPunicaWrapper")
+    if not hasattr(platform.register_triton_kernel_overrides, "without_experts"):
+        platform.register_triton_kernel_overrides = classmethod(_with_experts(platform))
     if not hasattr(platform.check_and_update_config, "keeps_compilation"):
         platform.check_and_update_config = classmethod(_keeping_compilation(platform.check_and_update_config))
 
@@ -69,6 +72,20 @@ def _allow_amx() -> None:
 
     if hasattr(torch.cpu, "_init_amx") and torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()
+
+
+def _with_experts(platform: Any) -> Any:
+    """Wrap the platform's replacement of Triton kernels, which a worker calls before it builds its model."""
+    replace = platform.register_triton_kernel_overrides
+
+    def register_triton_kernel_overrides(_: type) -> None:
+        from astra_serve.cpu_lora import experts  # imports vLLM's layers, which other processes never need
+
+        replace()
+        experts.compute_experts_here()
+
+    register_triton_kernel_overrides.without_experts = replace  # type: ignore[attr-defined]
+    return register_triton_kernel_overrides
 
 
 def _keeping_compilation(check: Any) -> Any:

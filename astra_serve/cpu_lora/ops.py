@@ -23,11 +23,11 @@ SOURCE = Path(__file__).with_name("grouped_lora.cpp")
 FLAGS = "-O3 -std=c++20 -fPIC -shared -fopenmp -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma".split()
 
 _GROUPS = "Tensor rows, Tensor starts, Tensor ranks"
-_library = torch.library.Library("astra", "DEF")
-_library.define(f"lora_linear(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, {_GROUPS}, float scale) -> ()")
-_library.define(f"lora_linear_avx512(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, {_GROUPS}, float scale) -> ()")
-_library.define(f"lora_shrink(Tensor(a!)[] inner, Tensor x, Tensor[] a, {_GROUPS}, float scale) -> ()")
-_library.define(
+library = torch.library.Library("astra", "DEF")
+library.define(f"lora_linear(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, {_GROUPS}, float scale) -> ()")
+library.define(f"lora_linear_avx512(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, {_GROUPS}, float scale) -> ()")
+library.define(f"lora_shrink(Tensor(a!)[] inner, Tensor x, Tensor[] a, {_GROUPS}, float scale) -> ()")
+library.define(
     f"lora_expand(Tensor(a!) y, Tensor[] inner, Tensor[] b, {_GROUPS}, int[] widths, int offset, bool add) -> ()"
 )
 lora_linear, lora_shrink, lora_expand = (
@@ -76,12 +76,12 @@ def _compiled() -> Path:
     return library
 
 
-@torch.library.impl(_library, "lora_linear", "CPU")
+@torch.library.impl(library, "lora_linear", "CPU")
 def _lora_linear(
     y: torch.Tensor, x: torch.Tensor, a: Tensors, b: Tensors, rows: Any, starts: Any, ranks: Any, scale: float
 ) -> None:
     """Add scale * B_i A_i x to slice i of y, the slices side by side and as wide as the B_i."""
-    for slot, mine, rank in _groups(rows, starts, ranks, len(x)):
+    for slot, mine, rank in groups(rows, starts, ranks, len(x)):
         x_mine, offset = x[mine], 0
         for a_i, b_i in zip(a, b, strict=True):
             inner = _shrink(x_mine, a_i, slot, rank, scale)
@@ -90,16 +90,16 @@ def _lora_linear(
             offset += width
 
 
-@torch.library.impl(_library, "lora_shrink", "CPU")
+@torch.library.impl(library, "lora_shrink", "CPU")
 def _lora_shrink(inner: Tensors, x: torch.Tensor, a: Tensors, rows: Any, starts: Any, ranks: Any, scale: float) -> None:
     """Set inner[i] to scale * A_i x."""
-    for slot, mine, rank in _groups(rows, starts, ranks, len(x)):
+    for slot, mine, rank in groups(rows, starts, ranks, len(x)):
         for out, a_i in zip(inner, a, strict=True):
             product = _shrink(x[mine], a_i, slot, rank, scale)
             out[mine, : product.shape[1]] = product.to(out.dtype)
 
 
-@torch.library.impl(_library, "lora_expand", "CPU")
+@torch.library.impl(library, "lora_expand", "CPU")
 def _lora_expand(
     y: torch.Tensor,
     inner: Tensors,
@@ -112,14 +112,14 @@ def _lora_expand(
     add: bool,
 ) -> None:
     """Add B_i inner[i] to slice i of y, or put it there; the slices begin at `offset`."""
-    for slot, mine, rank in _groups(rows, starts, ranks, len(y)):
+    for slot, mine, rank in groups(rows, starts, ranks, len(y)):
         at = offset
         for inner_i, b_i, width in zip(inner, b, widths, strict=True):
             _expand(y[:, at : at + width], mine, inner_i[mine, :rank], b_i, slot, add=add)
             at += width
 
 
-def _groups(
+def groups(
     rows: torch.Tensor, starts: torch.Tensor, ranks: torch.Tensor, n_rows: int
 ) -> Iterator[tuple[int, Rows, int]]:
     """Yield slot, rows and rank of every slot that has both; consecutive rows as a slice, which indexes uncopied."""
@@ -151,4 +151,4 @@ def _expand(
 
 
 for _name in ("lora_linear", "lora_linear_avx512", "lora_shrink", "lora_expand"):
-    torch.library.register_fake(f"astra::{_name}", lambda *_: None, lib=_library)
+    torch.library.register_fake(f"astra::{_name}", lambda *_: None, lib=library)

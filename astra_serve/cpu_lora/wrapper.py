@@ -8,6 +8,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from astra_serve.cpu_lora import finite_cache, ops
 
+KINDS = ("linear", "embedding", "logits", "experts")
 UNKNOWN_RANK = torch.iinfo(torch.int32).max  # the products then take every row that the engine has
 
 
@@ -29,7 +30,7 @@ class Groups:
 
 
 class GroupedPunicaWrapper(PunicaWrapperCPU):
-    """vLLM's CPU wrapper over `ops`. Mixture-of-experts layers are left to the base class.
+    """vLLM's CPU wrapper over `ops`; stacked experts, which do not call it, read its rows (see `experts`).
 
     Stacked weights are the engine's: A (slots, 1, max_rank, d_in), B (slots, 1, d_out, max_rank). The tensors of a call
     may have more rows than the step (padding), which are not touched, but not fewer.
@@ -43,10 +44,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         self.samples = Groups(max_num_batched_tokens, lora_config.max_loras)
         # The largest rank that each slot's adapter has in each kind of layer. The engine wraps embeddings and logits
         # whether an adapter changes them or not: where it does not, the rank is 0 and nothing is computed.
-        self.ranks = {
-            kind: torch.full((lora_config.max_loras,), UNKNOWN_RANK, dtype=torch.int32)
-            for kind in ("linear", "embedding", "logits")
-        }
+        self.ranks = {kind: torch.full((lora_config.max_loras,), UNKNOWN_RANK, dtype=torch.int32) for kind in KINDS}
         self.linear = ops.fastest_lora_linear()
         _watch_slots()
         finite_cache.keep_finite()
@@ -171,14 +169,20 @@ def _recording_ranks(activate: Any) -> Any:
 
 def largest_ranks(modules: dict[str, Any], weights: dict[str, Any]) -> dict[str, int]:
     """Return the largest rank of an adapter in each kind of layer, 0 where it has none; `weights` by module name."""
-    from vllm.lora.layers import ClassificationHeadWithLoRA, LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
+    from vllm.lora.layers import (
+        ClassificationHeadWithLoRA,
+        FusedMoEWithLoRA,
+        LogitsProcessorWithLoRA,
+        VocabParallelEmbeddingWithLoRA,
+    )
 
-    ranks = {"linear": 0, "embedding": 0, "logits": 0}
+    ranks = dict.fromkeys(KINDS, 0)
     for name, module in modules.items():
         if weights[name]:
             # The kind is the method of the wrapper that the layer calls: both heads call add_lora_logits.
             kind = "logits" if isinstance(module, LogitsProcessorWithLoRA | ClassificationHeadWithLoRA) else "linear"
             kind = "embedding" if isinstance(module, VocabParallelEmbeddingWithLoRA) else kind
+            kind = "experts" if isinstance(module, FusedMoEWithLoRA) else kind
             halves = weights[name].lora_a if isinstance(weights[name].lora_a, list) else [weights[name].lora_a]
             ranks[kind] = max([ranks[kind], *(a.shape[-2] for a in halves if a is not None)])
     return ranks

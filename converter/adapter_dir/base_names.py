@@ -7,8 +7,10 @@ loaded model. The renaming rules are transformers' own (`transformers.conversion
 transformers is imported at the first call: its import takes seconds.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +37,43 @@ class Parameter(NamedTuple):
 
     name: str
     is_stored: bool  # the parameter is that tensor; else it is computed, as experts are stacked and fused layers split
+
+
+class ExpertPart(NamedTuple):
+    """Where the weight of one layer of one expert is in the loaded model, which stacks the experts."""
+
+    parameter: str  # (experts, parts x d_out, d_in)
+    expert: int
+    part: int  # gate is part 0 of 2, up is part 1
+
+
+def expert_parts(model: "PreTrainedModel", modules: Iterable[str]) -> dict[str, ExpertPart]:
+    """Return the place of each of `modules` that `model` has as a part of stacked experts; they have names on disk."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        Concatenate,
+        MergeModulelist,
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    stacking = [
+        rule
+        for rule in rules
+        if isinstance(rule, WeightConverter)
+        and [type(operation) for operation in rule.operations] in ([MergeModulelist], [MergeModulelist, Concatenate])
+    ]
+    state, found = model.state_dict(), {}
+    for module in modules:
+        number = re.search(r"\.experts\.(\d+)\.", module)
+        name, source = rename_source_key(f"{module}.weight", renamings, stacking, model.base_model_prefix, state)
+        if number and source is not None and name in state:
+            patterns = next(rule.source_patterns for rule in stacking if source in rule.source_patterns)
+            found[module] = ExpertPart(name, int(number[1]), patterns.index(source))
+    return found
 
 
 def parameters_from(model: "PreTrainedModel", stored: Iterable[str]) -> dict[str, list[Parameter]]:
@@ -110,31 +149,39 @@ def language_model_class(config: Any) -> Any:
     return None
 
 
-def loadable_models(folder: Path) -> Iterator["PreTrainedModel"]:
-    """Yield the models, on the meta device, as which transformers loads the base: names and shapes without data.
+def loadable_models(folder: Path) -> tuple["PreTrainedModel", ...]:
+    """Return the models, on the meta device, as which transformers loads the base: names and shapes without data.
 
     They are the language model, the classes that the base's config names, and the classifier; an adapter may have been
     trained on any of them.
     """
+    try:
+        return _built(folder, (folder / "config.json").read_bytes())
+    except OSError:
+        return ()
+
+
+@lru_cache(maxsize=1)  # a conversion asks for the models of its base several times, and each takes a second
+def _built(folder: Path, _config: bytes) -> tuple["PreTrainedModel", ...]:
+    """Return the models of `loadable_models`; another content of the config, which `_config` is, means other models."""
     import transformers
 
+    models: dict[type, PreTrainedModel] = {}
     with without_messages():
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception:  # the checks by the names on disk remain; a config may make transformers raise anything
-            return
+            return ()
         named = [getattr(transformers, name, None) for name in config.architectures or ()]
         classes = [language_model_class(config), *named, transformers.AutoModelForSequenceClassification]
-        seen = set()
         for kind in filter(None, classes):
             try:
                 with torch.device("meta"):
                     model = kind._from_config(config) if kind in named else kind.from_config(config)
             except Exception:  # noqa: S112  the base has no such model
                 continue
-            if type(model) not in seen:
-                seen.add(type(model))
-                yield model
+            models.setdefault(type(model), model)
+    return tuple(models.values())
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 from converter.adapter_dir.errors import MalformedAdapter
 from converter.adapter_dir.folder import CONFIG, Json
-from converter.adapter_dir.patterns import first_matches, untargeted
+from converter.adapter_dir.patterns import first_matches, names_in, untargeted
 
 MAX_RANK = 4096
 # The kinds that adapter_dir reads, with the parts of a layer and the name of alpha in the config.
@@ -28,7 +28,6 @@ _UNSUPPORTED = {
     "alora_invocation_tokens": None,
     "use_qalora": False,
     "use_bdlora": None,
-    "target_parameters": None,
     "trainable_token_indices": None,
     "kasa_config": None,
     "arrow_config": None,
@@ -68,6 +67,11 @@ def read_kind(folder: Path, config: Json) -> str:
     for key, off in _UNSUPPORTED.items():
         if config.get(key) not in (off, None, [], {}):
             raise MalformedAdapter(f"{folder / CONFIG} has {key}={short(config[key])}: engines serve plain LoRA only")
+    for name in names_in(config, "target_parameters", str(folder / CONFIG)):
+        if not name.endswith(".weight"):
+            raise MalformedAdapter(
+                f"{folder / CONFIG} has target_parameters={short(name)}: engines serve plain LoRA of linear layers only"
+            )
     if found == LORA and config.get("use_dora"):
         return DORA
     return str(found)

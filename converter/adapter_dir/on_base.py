@@ -19,8 +19,8 @@ from converter.adapter_dir.layers import Layers
 from converter.adapter_dir.lora import LoraAdapter
 from converter.adapter_dir.names import names_in_base, renamed
 
-# Settings that narrow target_modules down; a list of all modules needs none.
-RESTRICTIONS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+# Settings beside target_modules that say which layers are adapted; a list of all modules needs none.
+RESTRICTIONS = ("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ def on_base(
     }
     saved = lora.config.get("modules_to_save") if of(lora.head) else None
     config = {**lora.config, **patterns, "modules_to_save": saved}
-    if not config.get("target_modules") or any(old != new for old, new in names.items()):
+    if not (config.get("target_modules") or config.get("target_parameters")) or any(
+        old != new for old, new in names.items()
+    ):
         config |= {"target_modules": list(in_folder), **dict.fromkeys(RESTRICTIONS)}
     layers = Layers(list(in_folder), lambda module: lora.layers[in_folder[module]])
     fitted = replace(lora, layers=layers, config=config, head=of(lora.head), copies=of(lora.copies))

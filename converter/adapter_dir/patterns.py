@@ -1,4 +1,5 @@
-"""Which modules the patterns of a PEFT config mean: rank_pattern, alpha_pattern, target_modules, exclude_modules.
+"""Which modules a PEFT config means: by rank_pattern, alpha_pattern, target_modules, exclude_modules, and by
+target_parameters, which name weights of linear layers.
 
 PEFT evaluates them as regular expressions of Python's `re`, whose time can grow exponentially with the length of a
 name: `(a+)+$` never ends. Here RE2 matches them, in time proportional to the name. An expression that RE2 cannot
@@ -48,10 +49,11 @@ def first_matches(keys: Collection[str], modules: Sequence[str], where: str) -> 
 def untargeted(config: Json, modules: Sequence[str], where: str) -> list[str]:
     """Return the modules that PEFT would not adapt with this config, and whose tensors it would ignore.
 
-    A config without target_modules, or with "all-linear", targets all. Raises MalformedAdapter.
+    A config without target_modules and target_parameters, or with "all-linear", targets all. Raises MalformedAdapter.
     """
+    weights = {name.removesuffix(".weight") for name in names_in(config, "target_parameters", where)}
     target, exclude = (_names_or_expression(config, name, where) for name in ("target_modules", "exclude_modules"))
-    if not target or target == "all-linear":
+    if target == "all-linear" or not (target or weights):
         targeted = set(modules)
     else:
         targeted = _meant(target, modules, f"target_modules in {where}")
@@ -69,7 +71,16 @@ def untargeted(config: Json, modules: Sequence[str], where: str) -> list[str]:
         numbers = {module: _layer_number(module) for module in targeted}
         named = set(target)  # by their whole names, which PEFT adapts in any layer
         targeted = {module for module, number in numbers.items() if module in named or number in layers}
+    targeted |= {module for module in modules if any(end in weights for end in _ends(module))}
     return [module for module in modules if module not in targeted]
+
+
+def names_in(config: Json, key: str, where: str) -> list[str]:
+    """Return the list of names under a key of a config; `where` names the config. Raises MalformedAdapter."""
+    value = config.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise MalformedAdapter(f"{where}: {key} must be a list of names")
+    return value
 
 
 def pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:

@@ -65,6 +65,16 @@ def test_the_targets_are_those_of_peft(target, exclude, layers) -> None:
     assert ours == [module for module in MODULES if not check_target_module_exists(peft, module)]
 
 
+@pytest.mark.parametrize("parameter", ["up_proj.weight", "1.mlp.up_proj.weight", "model.layers.0.q.proj.weight"])
+@pytest.mark.parametrize("target", [[], ["q_proj"]])
+def test_weights_are_targeted_as_parameters(target: list[str], parameter: str) -> None:
+    """PEFT compares the ends of the parameters' names, as those of modules."""
+    module = parameter.removesuffix(".weight")
+    ours = untargeted({"target_modules": target, "target_parameters": [parameter]}, MODULES, "config")
+    names = [*target, module]
+    assert ours == [m for m in MODULES if not check_target_module_exists(LoraConfig(target_modules=names), m)]
+
+
 @pytest.mark.parametrize(
     "key",
     [

@@ -240,7 +240,8 @@ def test_a_bin_checkpoint_that_pytorch_did_not_write_is_refused(plain, tmp_path:
 def test_extensions_of_lora_that_no_server_supports_are_refused(plain, tmp_path: Path, capsys) -> None:
     folder, _ = plain()
     config = json.loads((folder / "adapter_config.json").read_text())
-    for key, value in (("lora_bias", True), ("bias", "lora_only"), ("layer_replication", [[0, 2]])):
+    values = {"lora_bias": True, "bias": "lora_only", "layer_replication": [[0, 2]], "target_parameters": ["experts.w"]}
+    for key, value in values.items():
         (folder / "adapter_config.json").write_text(json.dumps(config | {key: value}))
         assert run(folder, tmp_path / "lora", "--no-verify") == 2
         assert f"has {key}=" in capsys.readouterr().err

@@ -10,7 +10,8 @@ import transformers as hf
 from peft import PeftModel
 from tokenizers.processors import TemplateProcessing
 
-from converter.adapter_dir import load_astra
+from converter.adapter_dir import AstraAdapter, load_astra
+from converter.adapter_dir.base_names import expert_parts
 from converter.cli import main as convert
 
 WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -157,6 +158,21 @@ def edit_json(file: Path, **changes: Any) -> None:
 
 
 @torch.no_grad()
+def add_change(model: hf.PreTrainedModel, adapter: AstraAdapter) -> None:
+    """Add the exact weight change of `adapter` to the weights of its base, in place."""
+    experts = expert_parts(model, adapter.layers)
+    for name, layer in adapter.layers.items():
+        change = adapter.scaling * (layer.b.double() @ layer.a.double() - layer.b0.double() @ layer.a0.double())
+        if name in experts:
+            parameter, expert, part = experts[name]
+            stacked = model.get_parameter(parameter)[expert]
+            stacked[part * len(change) : (part + 1) * len(change)] += change.float()
+            continue
+        module = model.get_submodule(name)
+        module.weight += (change.T if isinstance(module, hf.pytorch_utils.Conv1D) else change).float()
+
+
+@torch.no_grad()
 def check_against_peft(base: Path, astra: Path, lora: Path, kind: Any = hf.AutoModelForCausalLM) -> None:
     """Convert `astra` to `lora`; PEFT's logits with it must equal those of the base with the exact weight change."""
     assert convert([str(astra), str(lora)]) == 0
@@ -173,10 +189,7 @@ def check_against_peft(base: Path, astra: Path, lora: Path, kind: Any = hf.AutoM
     if model.config.is_encoder_decoder:
         ids[:, -1] = model.config.eos_token_id
     before = model(input_ids=ids).logits
-    for name, layer in adapter.layers.items():
-        module = model.get_submodule(name)
-        change = adapter.scaling * (layer.b.double() @ layer.a.double() - layer.b0.double() @ layer.a0.double())
-        module.weight += (change.T if isinstance(module, hf.pytorch_utils.Conv1D) else change).float()
+    add_change(model, adapter)
     assert not model.load_state_dict(dict(adapter.head), strict=False).unexpected_keys
     trained = model(input_ids=ids).logits
     served = PeftModel.from_pretrained(load(), lora).eval()(input_ids=ids).logits

@@ -5,6 +5,7 @@ initialisers of PEFT, on a copy of one layer at a time: PEFT subtracts B0 A0 fro
 change. All methods then train in the same way.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -57,6 +58,16 @@ def other_starts(
                 delattr(layer, attribute)
         on_layer()
     return starts
+
+
+def expert_starts(shapes: Mapping[str, tuple[int, int, int]], rank: int) -> dict[str, Start]:
+    """Return LoRA's start of stacked experts of `shapes` (experts, d_out, d_in): A0 random as in PEFT, B0 zero."""
+    found = {}
+    for name, (experts, d_out, d_in) in shapes.items():
+        a0 = torch.empty(experts * rank, d_in)
+        nn.init.kaiming_uniform_(a0, a=math.sqrt(5))
+        found[name] = Start(a0.view(experts, rank, d_in), torch.zeros(experts, d_out, rank))
+    return found
 
 
 def _calibrate(

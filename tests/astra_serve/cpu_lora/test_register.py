@@ -25,6 +25,10 @@ def platform(monkeypatch):
     check = kind.check_and_update_config
     stock_check = getattr(check, "keeps_compilation", None) or check
     monkeypatch.setattr(kind, "check_and_update_config", stock_check)
+    overrides = kind.register_triton_kernel_overrides
+    monkeypatch.setattr(
+        kind, "register_triton_kernel_overrides", getattr(overrides, "without_experts", None) or overrides
+    )
     return current_platform
 
 
@@ -32,6 +36,7 @@ def assert_stock(platform) -> None:
     """The stock path serves, and uncompiled: it cannot be compiled."""
     assert platform.get_punica_wrapper().rpartition(".")[2] == STOCK
     assert not hasattr(platform.check_and_update_config, "keeps_compilation")
+    assert not hasattr(platform.register_triton_kernel_overrides, "without_experts")
 
 
 def test_the_plugin_is_an_entry_point_and_on_by_default(platform, monkeypatch) -> None:
@@ -41,6 +46,7 @@ def test_the_plugin_is_an_entry_point_and_on_by_default(platform, monkeypatch) -
     monkeypatch.delenv("ASTRA_CPU_LORA", raising=False)
     entry.load()()
     assert platform.get_punica_wrapper().rpartition(".")[2] == OURS
+    assert hasattr(platform.register_triton_kernel_overrides, "without_experts")
 
 
 def test_the_environment_switches_it_off(platform, monkeypatch) -> None:

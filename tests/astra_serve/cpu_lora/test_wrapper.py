@@ -13,6 +13,7 @@ from vllm.lora import layers as lora_layers
 from vllm.lora.layers import (
     BaseLayerWithLoRA,
     ClassificationHeadWithLoRA,
+    FusedMoEWithLoRA,
     LogitsProcessorWithLoRA,
     LoRAMapping,
     VocabParallelEmbeddingWithLoRA,
@@ -20,7 +21,14 @@ from vllm.lora.layers import (
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from astra_serve.cpu_lora import ops
-from astra_serve.cpu_lora.wrapper import UNKNOWN_RANK, GroupedPunicaWrapper, Groups, _recording_ranks, largest_ranks
+from astra_serve.cpu_lora.wrapper import (
+    KINDS,
+    UNKNOWN_RANK,
+    GroupedPunicaWrapper,
+    Groups,
+    _recording_ranks,
+    largest_ranks,
+)
 
 SLOTS, MAX_RANK, D_IN = 4, 16, 96
 SLICES = (80, 16, 32)  # what the AVX-512 operator takes; test_ops has the shapes that it does not
@@ -178,20 +186,22 @@ def test_an_adapters_true_ranks_are_known_once_it_is_in_a_slot_and_replace_the_l
         "head": object.__new__(LogitsProcessorWithLoRA),
         "score": object.__new__(ClassificationHeadWithLoRA),
         "embed": object.__new__(VocabParallelEmbeddingWithLoRA),
+        "experts": object.__new__(FusedMoEWithLoRA),
     }
     grouped = wrapper(GroupedPunicaWrapper, [0])
     activate = _recording_ranks(lambda _self, _id: True)
     for layers, expected in (
-        ({"o": [3], "qkv": [5, None]}, {"linear": 5, "embedding": 0, "logits": 0}),
-        ({"head": [6]}, {"linear": 0, "embedding": 0, "logits": 6}),
-        ({"score": [4], "embed": [2]}, {"linear": 0, "embedding": 2, "logits": 4}),
+        ({"o": [3], "qkv": [5, None]}, {"linear": 5}),
+        ({"head": [6]}, {"logits": 6}),
+        ({"score": [4], "embed": [2]}, {"embedding": 2, "logits": 4}),
+        ({"experts": [7, 7, 3]}, {"experts": 7}),
     ):
         made = {
             name: SimpleNamespace(lora_a=[None if rank is None else torch.zeros(rank, 8) for rank in ranks])
             for name, ranks in layers.items()
         }
         assert activate(activation(grouped, made, modules), 7) is True
-        assert {kind: int(ranks[1]) for kind, ranks in grouped.ranks.items()} == expected
+        assert {kind: int(ranks[1]) for kind, ranks in grouped.ranks.items()} == dict.fromkeys(KINDS, 0) | expected
 
 
 def test_an_activation_that_fails_leaves_no_rank_of_the_adapter_before_it() -> None:
@@ -216,6 +226,7 @@ def test_every_layer_of_the_engine_has_its_kind(module: str) -> None:
     known = [name for name, rank in largest_ranks({"x": object.__new__(kind)}, weights).items() if rank]
     assert (known == ["logits"]) == ("add_lora_logits" in called)
     assert (known == ["embedding"]) == ("add_lora_embedding" in called)
+    assert (known == ["experts"]) == issubclass(kind, FusedMoEWithLoRA)
 
 
 @pytest.mark.parametrize("linear", [ops.lora_linear, ops.fastest_lora_linear()], ids=["portable", "fastest"])
