@@ -118,6 +118,7 @@ def convert(folder: Path, out: Path, options: Options, progress: Progress) -> Co
         advance = _new_bar(progress, "checking", len(source.factors))
         provenance |= verify(new, source, rank, dtype, comparison, options.max_kl, advance)
         adapter_dir.save_lora_provenance(new, provenance)
+        adapter_dir.copy_chat_files(folder, new)
         (new / "README.md").write_text(_card(provenance), encoding="utf-8")
     return Conversion(source, rank, provenance)
 
