@@ -15,6 +15,7 @@ take seconds and hundreds of megabytes.
 
 import json
 import resource
+import signal
 import struct
 import sys
 from copy import deepcopy
@@ -160,6 +161,7 @@ def answer(order: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Answer orders until the parent closes its end, or is killed."""
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and requests of the server go on
     reading, writing = sys.stdin.buffer, sys.stdout.buffer
     for name in _LATER:
         import_module(name)

@@ -24,7 +24,7 @@ from astra_serve.errors import ServeError, TemplateFailed, Unavailable
 from converter.errors import first_line
 
 COMMAND = (sys.executable, "-m", "astra_serve.adapters.template_worker")
-START_S = 30.0  # for a worker to import what it needs
+START_S = 15.0  # for a worker to import what it needs
 COMPILE_S = 60.0  # with its start; the worker itself has two seconds of a processor
 KEPT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV")
 LONGEST = 2**22  # characters of a prompt
@@ -42,7 +42,7 @@ class RenderLimits:
     wait_s: float = 10.0
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def content_format(text: str) -> str:
     """Return how a template takes contents, "openai" or "string", after compiling it in a process of its own.
 

@@ -47,12 +47,13 @@ class ChatTemplate:
     special_tokens: Mapping[str, str]
 
     def same_as(self, other: "ChatTemplate | None") -> bool:
-        """Return whether it renders what `other` does: the same texts, and no special token that differs."""
-        return (
-            other is not None
-            and self.texts == other.texts
-            and self.special_tokens.items() <= other.special_tokens.items()
-        )
+        """Return whether it renders what `other` does: the same texts, and the same special tokens in them."""
+        if other is None or self.texts != other.texts:
+            return False
+        written = {
+            name: token for name, token in self.special_tokens.items() if any(name in t for t in self.texts.values())
+        }
+        return written.items() <= other.special_tokens.items()
 
 
 def read_chat_template(folder: Path) -> ChatTemplate | None:

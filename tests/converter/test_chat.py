@@ -53,10 +53,11 @@ def test_the_file_of_a_template_counts_before_the_one_in_the_config(tmp_path: Pa
     assert read_chat_template(tmp_path) == ChatTemplate({"default": "new"}, {"bos_token": "<s>"})
 
 
-def test_a_template_is_the_same_as_another_where_no_special_token_differs() -> None:
-    base = ChatTemplate({"default": "x"}, {"eos_token": "</s>", "pad_token": "<pad>"})
-    assert ChatTemplate({"default": "x"}, {"eos_token": "</s>"}).same_as(base)
-    assert not ChatTemplate({"default": "x"}, {"eos_token": "<end>"}).same_as(base)
+def test_a_template_is_the_same_as_another_where_no_special_token_that_it_writes_differs() -> None:
+    text = "{{ eos_token }}"
+    base = ChatTemplate({"default": text}, {"eos_token": "</s>", "pad_token": "<pad>"})
+    assert ChatTemplate({"default": text}, {"eos_token": "</s>", "pad_token": "</s>"}).same_as(base)
+    assert not ChatTemplate({"default": text}, {"eos_token": "<end>"}).same_as(base)
     assert not ChatTemplate({"default": "y"}, {}).same_as(base)
     assert not base.same_as(None)
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from astra_serve.adapters.admission import Admitted, Base
-from astra_serve.adapters.defaults import BaseTokenizer, Defaults, read_defaults
+from astra_serve.adapters.defaults import BaseTokenizer, Defaults, _Generation, read_defaults
 from astra_serve.errors import ServeError
 from converter import adapter_dir
 
 ROWS = 100
-OF_BASE = "{{ messages }}"
+OF_BASE = "{{ messages }}{{ eos_token }}"
 
 
 @pytest.fixture
@@ -77,6 +77,10 @@ def test_a_template_that_cannot_be_compiled_is_refused_in_one_line_that_names_it
         read_defaults(folder, of_base)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 800
+
+
+def test_the_fields_that_are_read_are_those_that_a_training_may_set() -> None:
+    assert set(_Generation.model_fields) == set(adapter_dir.GENERATION)
 
 
 def test_defaults_of_sampling_have_vllms_names_and_other_fields_are_ignored(folder, of_base) -> None:

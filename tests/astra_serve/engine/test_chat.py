@@ -3,10 +3,13 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trl
+from transformers.utils.chat_template_utils import render_jinja_template
 from vllm import SamplingParams
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
@@ -15,15 +18,18 @@ from vllm.renderers.hf import _detect_content_format
 from vllm.renderers.params import ChatParams
 
 from astra_serve.adapters.defaults import Defaults, OwnTemplate
+from astra_serve.adapters.template_worker import content_format
 from astra_serve.adapters.templates import Templates
 from astra_serve.adapters.version import Version
 from astra_serve.engine.chat import STAND_INS, OwnTemplates, Sampling, with_stop_tokens
-from astra_serve.errors import Unavailable
+from astra_serve.errors import TemplateFailed, Unavailable
 from astra_serve.gateway import request as requests
 from astra_serve.gateway.request import Request
 from converter.adapter_dir import ChatTemplate
 from tests.astra_serve.world import in_a_loop
 
+CALL = {"name": "f", "arguments": {"x": "é"}}
+FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}}
 MESSAGES = [{"role": "user", "content": "Hi"}]
 TEXT = "{{ messages[0].role }} {{ eos_token }}{{ pad_token }}{{ mood }}{{ add_generation_prompt }}{{ tools }}"
 PADDED = SimpleNamespace(special_tokens_map={"eos_token": "<base>", "pad_token": "<pad>"})
@@ -61,8 +67,35 @@ class Renderer:
 
 
 def test_the_stand_ins_have_their_format_for_vllm() -> None:
-    for content_format, text in STAND_INS.items():
-        assert _detect_content_format(text, default="unknown") == content_format  # type: ignore[arg-type]
+    found = {name: _detect_content_format(text, default="unknown") for name, text in STAND_INS.items()}  # type: ignore[arg-type]
+    assert found == {name: name for name in STAND_INS}
+
+
+TALK = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "", "tool_calls": [{"id": "abcdefghi", "type": "function", "function": CALL}]},
+    {"role": "tool", "tool_call_id": "abcdefghi", "name": "f", "content": "42"},
+]
+
+
+@in_a_loop
+async def test_templates_of_many_models_are_rendered_as_transformers_does_and_have_the_format_that_vllm_finds() -> None:
+    found = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+    assert len(found) > 20
+    async with Templates() as templates:
+        for text in {file.read_text(encoding="utf-8") for file in found}:
+            assert content_format(text) == _detect_content_format(text, default="string")
+            for messages, tools in ((MESSAGES, None), (TALK, [{"type": "function", "function": FUNCTION}])):
+                given = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True, "documents": None}
+                try:
+                    (expected,), _ = render_jinja_template([messages], chat_template=text, tools=tools, **given)
+                except Exception as error:  # the template refuses tools
+                    expected = " ".join(str(error).split())
+                try:
+                    rendered = await templates.render("v", text, messages, variables={**given, "tools": tools})
+                except TemplateFailed as error:
+                    rendered = str(error)
+                assert rendered == expected
 
 
 def test_defaults_are_the_running_adapters_before_the_bases_and_the_requests_own_before_them() -> None:
