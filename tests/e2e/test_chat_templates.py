@@ -16,7 +16,7 @@ from tests.support.server import Server
 
 pytestmark = pytest.mark.timeout(300)
 
-ONE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}{{ mood }}{{ tools }}"
+ONE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}{{ mood }}{{ tools or '' }}"
 TWO = "{% for m in messages %}{% for part in m.content %}({{ part.text }}){% endfor %}{% endfor %}"
 HOSTILE = (
     "{% set asked = messages[0].content %}{% if 'slow' in asked %}{% for i in range(10**5) %}"

@@ -150,17 +150,20 @@ async def test_a_worker_has_no_secret_and_can_open_nothing(monkeypatch: pytest.M
         assert worker.rlimit(psutil.RLIMIT_AS)[1] == 512 * 2**20
 
 
-def test_a_worker_ends_with_a_server_that_is_killed(tmp_path: Path) -> None:
+def test_a_worker_ends_at_once_with_a_server_that_is_killed_while_it_renders(tmp_path: Path) -> None:
     script = f"""
 import asyncio
 from pathlib import Path
-from astra_serve.adapters.templates import Templates
+from astra_serve.adapters.templates import RenderLimits, Templates
 
 async def main():
-    templates = Templates()
+    templates = Templates(RenderLimits(seconds=60))
     await templates.render("v", "x", [{{}}], variables={{}})
-    Path({str(tmp_path)!r}, "up").write_text(str(templates._idle[0].pid))
-    await asyncio.sleep(60)
+    (worker,) = templates._idle
+    rendering = asyncio.create_task(templates.render("v", {SLOW!r}, [{{}}], variables={{}}))
+    await asyncio.sleep(0.2)
+    Path({str(tmp_path)!r}, "up").write_text(str(worker.pid))
+    await rendering
 
 asyncio.run(main())
 """
@@ -169,7 +172,7 @@ asyncio.run(main())
     worker = psutil.Process(int((tmp_path / "up").read_text()))
     os.kill(server.pid, signal.SIGKILL)
     server.wait()
-    until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+    until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 1.5)  # it has 2 s of a processor
 
 
 @pytest.mark.parametrize(
@@ -196,8 +199,8 @@ def workers() -> list[psutil.Process]:
     return [child for child in children if "astra_serve.adapters.template_worker" in child.cmdline()]
 
 
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+def until(holds: Callable[[], bool], timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)
