@@ -102,7 +102,7 @@ class Templates:
                 "template": text, "messages": messages, "continue": go_on, "variables": variables,
                 "most": min(most, LONGEST),
             })  # fmt: skip
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise TemplateFailed(f"cannot get the request: {first_line(error)}") from error
         async with self._slot(version):
             worker = await self._worker()
@@ -140,9 +140,12 @@ class Templates:
             if worker.returncode is None:
                 return worker
         pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-        worker = await asyncio.create_subprocess_exec(
-            *COMMAND, stdin=pipe, stdout=pipe, stderr=null, env=_environment()
-        )
+        try:
+            worker = await asyncio.create_subprocess_exec(
+                *COMMAND, stdin=pipe, stdout=pipe, stderr=null, env=_environment()
+            )
+        except OSError as error:  # no memory, or too many processes
+            raise Unavailable(f"no process for chat templates starts: {error.strerror}", retry_after_s=5) from error
         try:
             async with asyncio.timeout(START_S):
                 await _read(worker)
