@@ -98,7 +98,7 @@ class OwnTemplates:
                 version, text, conversation, go_on=go_on, variables=variables, most=self._most
             )
         except TemplateFailed as error:
-            raise VLLMValidationError(f"the chat template of {version}: {error}", parameter="messages") from error
+            raise VLLMValidationError(f"the chat template of {version}: {error}") from error
         except Unavailable as error:
             raise GracefulHTTPError(f"{error}: ask again", HTTPStatus.SERVICE_UNAVAILABLE) from error
         if tokenize:
