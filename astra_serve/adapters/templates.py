@@ -25,7 +25,7 @@ from converter.errors import first_line
 
 COMMAND = (sys.executable, "-m", "astra_serve.adapters.template_worker")
 START_S = 15.0  # for a worker to import what it needs
-COMPILE_S = 60.0  # with its start; the worker itself has two seconds of a processor
+COMPILE_S = 20.0  # with its start; the worker itself has two seconds of a processor
 KEPT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV")
 LONGEST = 2**22  # characters of a prompt
 LARGEST_ANSWER = 64 * MIB  # bytes

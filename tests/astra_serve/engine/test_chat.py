@@ -98,7 +98,8 @@ async def test_templates_of_many_models_are_rendered_as_transformers_does_and_ha
                 assert rendered == expected
 
 
-def test_defaults_are_the_running_adapters_before_the_bases_and_the_requests_own_before_them() -> None:
+@in_a_loop
+async def test_defaults_are_the_running_adapters_before_the_bases_and_the_requests_own_before_them() -> None:
     sampling = Sampling({"top_k": 7, "top_p": 0.5})
     asked = {"model": "a", "messages": MESSAGES}
     with running(Defaults(None, {"top_k": 3, "temperature": 0.25})):
