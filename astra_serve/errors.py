@@ -17,6 +17,7 @@ class ServeError(AstraError):
     ├── Damaged        a version in the store is no longer as it was published
     ├── InUse          another server uses the store
     ├── ProbeFailed    the engine does not answer as the adapter should
+    ├── TemplateFailed a chat template of an adapter cannot be compiled, or makes no prompt of a request
     ├── Unavailable    an adapter that is known cannot answer now
     └── EngineLost     the engine has died, or has been silent for too long
     """
@@ -60,6 +61,10 @@ class InUse(ServeError):
 
 class ProbeFailed(ServeError):
     """The engine does not answer as the adapter should."""
+
+
+class TemplateFailed(ServeError):
+    """A chat template of an adapter cannot be compiled, or makes no prompt of a request; the message is the reason."""
 
 
 class Unavailable(ServeError):

@@ -30,6 +30,7 @@ from astra_serve.adapters.progress import FetchLimits, largest_adapter
 from astra_serve.adapters.residency import Residency
 from astra_serve.adapters.schedule import Limits
 from astra_serve.adapters.store import Store, first_free
+from astra_serve.adapters.templates import Templates
 from astra_serve.control import admin
 from astra_serve.control.control import Control
 from astra_serve.control.desired_state import DesiredState
@@ -94,7 +95,7 @@ async def _serve(
     for_admin: socket.socket | None,
 ) -> None:
     clock, events = Clock(), Events()
-    async with vllm.started(args, settings.engine_timeout_s, clock) as engine:
+    async with vllm.started(args, settings.engine_timeout_s, clock) as engine, Templates() as templates:
         residency = Residency(Loader(engine, store, base, events, clock), events, Limits(settings.resident), clock)
         fleet = Fleet(base.name, residency, events)
         document = local_path(settings.document) if isinstance(settings.document, str) else None
@@ -103,7 +104,7 @@ async def _serve(
         preparation = Preparation(fleet, store, clock, settings.roots, sources)
         reconciler = Reconciler(fleet, preparation, clock, settings.drain_s)
         subscribers = Subscribers()
-        app, gateway = await vllm_seams.application(engine.client, args, fleet, subscribers)
+        app, gateway = await vllm_seams.application(engine.client, args, fleet, subscribers, templates)
         housekeeping = Housekeeping(fleet, store, preparation, reconciler, clock)
         work = [engine.watch, residency.run, reconciler.run, housekeeping.run]
         control = None

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from astra_serve.adapters.admission import Base, engine_rank, open_base, parse_adapter
+from astra_serve.adapters.defaults import BaseTokenizer
 from astra_serve.document import desired, document_text
 from astra_serve.document.desired import Adapter, Document
 from astra_serve.environment import ADMIN_TOKEN, admin_token
@@ -76,7 +77,7 @@ def _serve(args: argparse.Namespace, extra: list[str], base: Base, document: Doc
         return
     run.serve(
         settings,
-        replace(base, max_rank=settings.max_lora_rank) if rank else base,
+        base_as_served(base, settings, rank),
         run.Settings(
             document=document,
             store=args.shared_store or args.store or STORES / str(args.port),
@@ -90,6 +91,13 @@ def _serve(args: argparse.Namespace, extra: list[str], base: Base, document: Doc
             max_body=args.max_body,
         ),
     )
+
+
+def base_as_served(base: Base, settings: argparse.Namespace, rank: int) -> Base:
+    """Return the base with what vLLM's settings say of it: the largest rank, and the chat template."""
+    if settings.chat_template or settings.tokenizer not in (None, settings.model):
+        base = replace(base, tokenizer=BaseTokenizer(base.folder, as_served=False))
+    return replace(base, max_rank=settings.max_lora_rank) if rank else base
 
 
 def _document(args: argparse.Namespace, base: Base, adapters: list[tuple[str, Path]]) -> tuple[Document | str, int]:

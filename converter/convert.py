@@ -82,6 +82,7 @@ def convert(folder: Path, out: Path, options: Options, progress: Progress) -> Co
         provenance = _provenance(source, identity, rank, dtype, adapter_dir.lora_digest(new), tried)
         provenance |= verify(new, source, rank, dtype, comparison, options.max_kl, checking)
         adapter_dir.save_lora_provenance(new, provenance)
+        adapter_dir.copy_chat_files(folder, new)
         (new / "README.md").write_text(_card(provenance), encoding="utf-8")
     return Conversion(source, rank, provenance)
 

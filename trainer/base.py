@@ -27,6 +27,7 @@ from converter.adapter_dir.base import stored_shapes, without_stray_files
 from converter.adapter_dir.base_names import language_model_class, parameters_from, without_messages
 from converter.errors import first_line
 from trainer.config import TrainConfig
+from trainer.errors import ConfigError
 from trainer.failures import is_out_of_memory
 from trainer.targets import head_modules, is_inside
 
@@ -35,7 +36,10 @@ _LANGUAGE_HEADS = {"ForCausalLM": "causal_lm", "LMHeadModel": "causal_lm", "ForM
 
 
 def load_tokenizer(folder: Path, config: TrainConfig) -> PreTrainedTokenizerBase:
-    """Return the base's tokenizer, with a padding token. Raises BaseNotFound."""
+    """Return the base's tokenizer, with a padding token and the chat template of the run.
+
+    Raises BaseNotFound, and ConfigError for a template that cannot be read.
+    """
     try:
         with without_messages():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
@@ -47,16 +51,21 @@ def load_tokenizer(folder: Path, config: TrainConfig) -> PreTrainedTokenizerBase
         if tokenizer.eos_token_id is None:
             raise BaseNotFound(f"the tokenizer in {folder} has no padding token: set pad_token in its config")
         tokenizer.pad_token = tokenizer.eos_token
+    if config.chat_template:
+        try:
+            tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"chat_template {config.chat_template} cannot be read: {first_line(error)}") from error
     return tokenizer
 
 
-def stop_tokens(folder: Path) -> frozenset[int]:
-    """Return the ids at which a server ends an answer of this base, as its generation config lists them."""
+def stop_tokens(folder: Path, config: TrainConfig) -> frozenset[int]:
+    """Return the ids at which a server ends an answer, as the base's generation config and `config` list them."""
     try:
         found = GenerationConfig.from_pretrained(folder).eos_token_id
     except (OSError, ValueError):  # most often there is no such file
         found = None
-    return frozenset([found] if isinstance(found, int) else found or ())
+    return frozenset([found] if isinstance(found, int) else found or ()) | config.stop_tokens
 
 
 def load_base(

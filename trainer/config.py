@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from converter.adapter_dir import GENERATION
 from converter.errors import first_line
 from trainer.errors import ConfigError
 
@@ -68,6 +69,14 @@ class TrainConfig(BaseModel):
         512, ge=2, description="maximum tokens per row; longer rows are cut at the end, longer prompts left out"
     )
     packing: bool = Field(False, description="put several short rows into one row of max_length tokens (TRL's packing)")
+    chat_template: str | None = Field(
+        None, description="file with the chat template (Jinja) of training and serving; none means the base's"
+    )
+    generation: dict[str, float | int | list[int]] = Field(
+        {},
+        description="defaults for requests to the adapter, such as {temperature: 0, max_new_tokens: 64}; at its "
+        "eos_token_id answers end, in training, too",
+    )
     eval_data: str | None = Field(None, description="held-out rows: a file or hub data set, as --data")
     eval_share: float = Field(0.0, ge=0, lt=1, description="share of --data to hold out, instead of eval_data")
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; none means a tenth of the run")
@@ -177,6 +186,14 @@ class TrainConfig(BaseModel):
                 lm or self.method not in ("eva", "lora_ga"),
                 f"PEFT's {self.method} supports language models only: set task=causal_lm",
             ),
+            (
+                lm or not (self.chat_template or self.generation),
+                "chat_template and generation require task=causal_lm",
+            ),
+            (
+                adapter or not self.generation,
+                "method=full writes a whole model with the base's generation_config.json: remove generation",
+            ),
             (self.eval_metric != "exact_match" or lm, "exact_match requires task=causal_lm: choose loss or accuracy"),
             (
                 self.eval_metric != "accuracy" or not lm,
@@ -195,6 +212,10 @@ class TrainConfig(BaseModel):
         for holds, reason in rules:
             if not holds:
                 raise ValueError(reason)
+        for name in self.generation:
+            if name not in GENERATION:
+                near = difflib.get_close_matches(name, GENERATION, n=1, cutoff=0)[0]
+                raise ValueError(f"generation has no {name!r}: the nearest name is {near!r}")
         for pattern, rank in self.rank_pattern.items():
             if rank < 1:
                 raise ValueError(f"rank_pattern {pattern!r}: a rank must be at least 1")
@@ -203,6 +224,12 @@ class TrainConfig(BaseModel):
             except re.error as error:
                 raise ValueError(f"rank_pattern {pattern!r} is not a regular expression: {error}") from error
         return self
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Return the ids of `generation` at which answers end."""
+        found = self.generation.get("eos_token_id", [])
+        return frozenset(int(token) for token in (found if isinstance(found, list) else [found]))
 
     @property
     def scaling(self) -> float:

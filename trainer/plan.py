@@ -47,7 +47,7 @@ def plan(base: str, data: str, config: TrainConfig) -> Plan:
     """Return the plan of `train` with these arguments. Raises the errors of `train` for bad input."""
     folder = adapter_dir.find_base(base, code=config.trust_remote_code)
     tokenizer = load_tokenizer(folder, config)
-    rows = read_data(data, tokenizer, config, stop_tokens(folder))
+    rows = read_data(data, tokenizer, config, stop_tokens(folder, config))
     model = base_without_weights(folder, config, rows.labels)
     if config.packing:
         refuse_recurrent(model)

@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +13,8 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from converter.adapter_dir import PROVENANCE, Json, base_digest, write_json
+from converter import adapter_dir
+from converter.adapter_dir import PROVENANCE, AdapterError, Json, base_digest, write_json
 from trainer.config import TrainConfig
 from trainer.evaluate import Forgetting
 from trainer.layer_kinds import kinds_of
@@ -117,6 +119,18 @@ def save_whole_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrained
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_json(folder / PROVENANCE, {"format": "astra-full/1", **run.provenance()})
+
+
+def write_defaults(folder: Path, base: Path, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> None:
+    """Write the chat template and the defaults of generation into `folder` where the run has others than `base`."""
+    of_base, defaults = None, {}
+    with suppress(AdapterError):  # transformers reads more than servers take from an adapter: links, for one
+        of_base, defaults = adapter_dir.read_chat_template(base), adapter_dir.read_generation_config(base)
+    texts = {adapter_dir.DEFAULT: tokenizer.chat_template}
+    if config.chat_template and not (of_base and of_base.texts == texts):
+        (folder / adapter_dir.CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
+    if other := {name: value for name, value in config.generation.items() if defaults.get(name) != value}:
+        write_json(folder / adapter_dir.GENERATION_CONFIG, other)
 
 
 def _plot_loss(file: Path, curve: Sequence[Point]) -> None:

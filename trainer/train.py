@@ -105,12 +105,14 @@ def _train(base: str, data: str, out: Path, config: TrainConfig, progress: Progr
     check_trackers(config)
     folder = adapter_dir.find_base(base, code=config.trust_remote_code)
     tokenizer = load_tokenizer(folder, config)
-    rows = read_data(data, tokenizer, config, stop_tokens(folder))
+    rows = read_data(data, tokenizer, config, stop_tokens(folder, config))
     _print_remarks(data, rows, progress)
     torch.manual_seed(config.seed)
     model = load_base(folder, config, rows.labels)
     rows = fit_to_base(rows, data, model, tokenizer, config)
     model.config.pad_token_id = tokenizer.pad_token_id
+    if config.stop_tokens and model.generation_config:
+        model.generation_config.eos_token_id = sorted(stop_tokens(folder, config))
     if config.packing:
         refuse_recurrent(model)
         refuse_leaking(model)
@@ -152,7 +154,7 @@ def _train(base: str, data: str, out: Path, config: TrainConfig, progress: Progr
             after = spectra_after(trained, calibration, config, progress) if start.eigenvalues else {}
             run = Run(origin, config, start, result, forgetting, after)
             if state.is_main_process:
-                _write(out, trained, tokenizer, run, rows)
+                _write(out, trained, tokenizer, run, rows, folder)
     if state.is_main_process and config.push_to_hub:
         _push(out, config.push_to_hub)
     state.wait_for_everyone()
@@ -197,7 +199,9 @@ def _removed_after_errors(out: Path, created: Sequence[Path]) -> Iterator[None]:
         raise
 
 
-def _write(out: Path, trained: nn.Module, tokenizer: PreTrainedTokenizerBase, run: Run, rows: Data) -> None:
+def _write(
+    out: Path, trained: nn.Module, tokenizer: PreTrainedTokenizerBase, run: Run, rows: Data, base_folder: Path
+) -> None:
     """Write the adapter, or the whole model, to the new folder `out`, and remove the unfinished run."""
     with adapter_dir.new_folder(out) as finished:
         if isinstance(trained, PeftModel):
@@ -205,6 +209,7 @@ def _write(out: Path, trained: nn.Module, tokenizer: PreTrainedTokenizerBase, ru
             settings = saved_config(trained, base) | rows.label_record()
             adapter = AstraAdapter(adapter_layers(trained), settings, run.provenance(), trained_head(trained))
             adapter_dir.save_astra(finished, adapter)
+            report.write_defaults(finished, base_folder, tokenizer, run.config)
         else:
             report.save_whole_model(finished, trained, tokenizer, run)
         report.write(finished, run)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from astra_serve.adapters.defaults import BaseTokenizer, Defaults, read_defaults
 from astra_serve.document.desired import NAME
 from astra_serve.errors import ServeError
 from converter import adapter_dir
@@ -34,6 +35,8 @@ class Admitted:
     unmatched: list[str]  # keys of rank_pattern and alpha_pattern that decide for no module
     dropped: list[str]  # tensors that equal those of the base; the engine does not get them
     rewritten: LoraAdapter | None  # the LoRA that the engine has to read in place of the folder; None: the folder
+    defaults: Defaults  # of the requests that name it
+    of_tokenizer: list[str]  # notes of its chat template and its tokenizer
 
     def notes(self) -> list[str]:
         """Return what an operator should know of how the adapter is read, a line each."""
@@ -41,7 +44,8 @@ class Admitted:
             "keys of rank_pattern or alpha_pattern match no module": self.unmatched,
             "left out, because they equal the base's tensors": self.dropped,
         }
-        return [f"{what}: {', '.join(names[:8])}" for what, names in found.items() if names]
+        of_weights = [f"{what}: {', '.join(names[:8])}" for what, names in found.items() if names]
+        return [*of_weights, *self.of_tokenizer]
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Base:
     folder: Path
     weights: WeightsDigest
     modules: BaseModules
+    tokenizer: BaseTokenizer
     max_rank: int = ENGINE_RANKS[-1]
 
     @property
@@ -85,11 +90,13 @@ class Base:
                 f"{folder} has {len(header.patterns)} keys in rank_pattern and alpha_pattern; the base has only "
                 f"{len(self.shapes)} layers"
             )
+        defaults, of_tokenizer = read_defaults(folder, self.tokenizer)
         adapter_dir.check_weights(folder)
         has_bases_names = all(old == new for old, new in fitted.names.items())
         as_it_is = has_bases_names and not fitted.dropped and adapter_dir.is_plainly_written(folder)
         rewritten = None if as_it_is else fitted.lora
-        return Admitted(header.rank, list(shapes), header.unmatched, fitted.dropped, rewritten)
+        modules = list(shapes)
+        return Admitted(header.rank, modules, header.unmatched, fitted.dropped, rewritten, defaults, of_tokenizer)
 
 
 def parse_adapter(text: str) -> tuple[str, Path]:
@@ -112,7 +119,8 @@ def base_name(base: str) -> str:
 def open_base(base: str) -> Base:
     """Return the base that adapters are checked against; `base` is a folder or a hub id. Raises AdapterError."""
     folder = adapter_dir.find_base(base)
-    return Base(base_name(base), folder, WeightsDigest(folder), adapter_dir.base_modules(folder))
+    modules = adapter_dir.base_modules(folder)
+    return Base(base_name(base), folder, WeightsDigest(folder), modules, BaseTokenizer(folder))
 
 
 def engine_rank(ranks: Iterable[int]) -> int:

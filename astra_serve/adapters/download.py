@@ -1,15 +1,16 @@
 """Downloads one adapter, in a process of its own: `python -m astra_serve.adapters.download`, the order on stdin.
 
 A source that accepts a connection and sends nothing cannot be interrupted in a thread; a process can be ended. The
-order is JSON, {"source", "folder", "files": {name: most bytes}, "optional": [name], "split", "instead"}: a source may
-hold a password, and arguments are public. "split" is {"file", "index", "most", "shard", "shards"}: where the source
-does not have that file, it may have an index of up to so many shards, whose names match that expression. "instead" is
-the reason of the refusal by the name of a file that a source may have in its place; such a file is not fetched. Each
-line on stdout is the number of bytes that are here.
+order is JSON, {"source", "folder", "files": {name: most bytes}, "optional": [name], "denied": [name], "split",
+"instead"}: a source may hold a password, and arguments are public. "split" is {"file", "index", "most", "shard",
+"shards"}: where the source does not have that file, it may have an index of up to so many shards, whose names match
+that expression. "instead" is the reason of the refusal by the name of a file that a source may have in its place; such
+a file is not fetched. Each line on stdout is the number of bytes that are here.
 
 An optional file is absent only if the source says so: any other error fails the download, because an adapter without
-its record is served without its checks. The kernel refuses to write a file that is too large, whatever library writes
-it.
+its record is served without its checks. A file in "denied" is absent also where access to it is denied: S3 says so of a
+missing file, unless the bucket may be listed. The kernel refuses to write a file that is too large, whatever library
+writes it.
 """
 
 import errno
@@ -94,7 +95,9 @@ def main() -> int:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
             try:
                 source.get(name, folder / name, most)
-            except FileNotFoundError:
+            except Exception as error:
+                if not (isinstance(error, FileNotFoundError) or (name in order["denied"] and _is_denied(error))):
+                    raise
                 (folder / name).unlink(missing_ok=True)
                 if name in order["optional"] or (name == order["split"]["file"] and _shards(source, order, most)):
                     continue
@@ -199,6 +202,10 @@ def _url(order: dict[str, Any], _: list[Path]) -> _Source:
 
 def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
+
+
+def _is_denied(error: Exception) -> bool:
+    return isinstance(error, PermissionError) or getattr(error, "status", None) == 403
 
 
 def _failure(name: str, most: int, error: Exception) -> tuple[int, str]:

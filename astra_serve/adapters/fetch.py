@@ -26,6 +26,7 @@ from astra_serve.adapters.store import FILES, Store, files_of
 from astra_serve.errors import CannotFetch, CannotStore
 from converter.adapter_dir import (
     ASTRA_WEIGHTS,
+    CHAT_FILES,
     LORA_WEIGHTS,
     MAX_JSON_BYTES,
     MAX_SHARDS,
@@ -150,7 +151,8 @@ def origin(source: str) -> str:
 
 def _most(max_bytes: int) -> dict[str, int]:
     """Return the most bytes of each file of an adapter, the small files first; `max_bytes` are those of its weights."""
-    return {name: max_bytes if name == LORA_WEIGHTS else MAX_JSON_BYTES for name in reversed(FILES)}
+    small = {name: MAX_JSON_BYTES for name in reversed(FILES) if name != LORA_WEIGHTS}
+    return {**small, **CHAT_FILES, LORA_WEIGHTS: max_bytes}
 
 
 def _mounts() -> set[str]:
@@ -169,7 +171,7 @@ def _fingerprint(source: str, timeout_s: float) -> list[Any]:
     system, path = fsspec.core.url_to_fs(source if "://" in source else str(Path(source).expanduser()), **options)
     system.invalidate_cache()
     found: list[Any] = []
-    folder, names = path.rstrip("/"), [*FILES, WEIGHTS_INDEX]
+    folder, names = path.rstrip("/"), [*FILES, *CHAT_FILES, WEIGHTS_INDEX]
     for name in names:
         with suppress(FileNotFoundError):
             found.append((name, system.checksum(f"{folder}/{name}")))
@@ -190,7 +192,7 @@ def _local(path: Path, roots: tuple[Path, ...], max_bytes: int, _: Callable[[int
         raise CannotFetch(f"there is no folder {path} on the server")
     check_there(real)
     sizes = {name: (real / name).stat().st_size for name in files_of(real) if (real / name).exists()}
-    shards = [size for name, size in sizes.items() if name not in (*FILES, WEIGHTS_INDEX)]
+    shards = [size for name, size in sizes.items() if name not in (*FILES, *CHAT_FILES, WEIGHTS_INDEX)]
     sizes[LORA_WEIGHTS] = sizes.get(LORA_WEIGHTS, 0) + sum(shards)
     for name, most in _most(max_bytes).items():
         if sizes.get(name, 0) > most:
@@ -214,7 +216,8 @@ async def _download(source: str, folder: Path, sources: Sources) -> None:
         "source": source,
         "folder": str(folder),
         "files": _most(sources.limits.max_bytes),
-        "optional": [PROVENANCE],
+        "optional": [PROVENANCE, *CHAT_FILES],
+        "denied": list(CHAT_FILES),
         "split": {
             "file": LORA_WEIGHTS,
             "index": WEIGHTS_INDEX,

@@ -55,6 +55,7 @@ class Loader:
         if admitted is not None:
             for note in admitted.notes():
                 logger.warning("%s: %s", version.name, note)
+            residence.defaults = admitted.defaults
             residence.adapts_head = any(module.endswith("lm_head") for module in admitted.modules)
         residence.handle = await self._engine.load(version.name, folder)
         loaded = self._clock.now()

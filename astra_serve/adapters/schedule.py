@@ -41,6 +41,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from astra_serve.adapters.defaults import Defaults
 from astra_serve.adapters.probe import Proof
 from astra_serve.adapters.version import Version
 
@@ -106,6 +107,7 @@ class Residence:
     handle: Any = None  # the engine's, from PROBING on
     proof: Proof | None = None
     adapts_head: bool = False
+    defaults: Defaults = field(default_factory=Defaults)  # of the requests for it
     allow_no_effect: bool = False
     seconds: dict[str, float] = field(default_factory=dict)  # the duration of the parts of its last load
     failed: str | None = None  # why it cannot be served; a publication or the reconciler tries again

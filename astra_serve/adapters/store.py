@@ -2,7 +2,9 @@
 
     ROOT/lock                   locked by the one server that uses the store
     ROOT/staging/...            publications in progress; emptied when a server starts
-    ROOT/versions/HEX/          a LoRA folder as it was published, whose `version_digest` is sha256:HEX
+    ROOT/versions/HEX/          a LoRA folder as it was published, whose `version_digest` is sha256:HEX: weights,
+                                config, record, and those of `adapter_dir.CHAT_FILES` that it has. A digest from before
+                                the latter counted names the version without them
     ROOT/sources/HEX            the source of that version, as the document named it
     ROOT/engine/HEX/            that LoRA as engines read it, where they cannot read the version itself (`served`);
                                 emptied when a server starts
@@ -27,10 +29,10 @@ from pathlib import Path
 
 from astra_serve.errors import CannotStore, Damaged, InUse, ServeError
 from converter import adapter_dir, atomic
-from converter.adapter_dir import CONFIG, LORA_WEIGHTS, PROVENANCE, AdapterError
+from converter.adapter_dir import CHAT_FILES, CONFIG, LORA_WEIGHTS, PROVENANCE, AdapterError
 from converter.errors import without_secrets
 
-FILES = (LORA_WEIGHTS, CONFIG, PROVENANCE)
+FILES = (LORA_WEIGHTS, CONFIG, PROVENANCE)  # beside them there may be those of CHAT_FILES
 FULL = (errno.ENOSPC, errno.EDQUOT)
 BLOCK = 2**22  # bytes
 
@@ -215,8 +217,8 @@ class Store:
     def _add(
         self, folder: Path, expected: str | None, source: str | None, kept: list[str], on_bytes: Callable[[int], None]
     ) -> str:
-        digest = self._already(folder, on_bytes)
-        if digest is None or not _is(expected, digest, folder):
+        digest = self._already(folder, expected, on_bytes)
+        if digest is None:
             digest = self._copied(folder, expected, source, kept, on_bytes)
         kept.append(digest)
         if source and self._source_of.get(digest) != source:
@@ -238,10 +240,8 @@ class Store:
                 if os.path.lexists(folder / name):
                     _copy(adapter_dir.file_in(folder, name), copy / name, on_bytes)
             adapter_dir.load_lora(copy)  # the copy is checked: the original may change
-            digest = version_digest(copy)
-            if not _is(expected, digest, copy):
-                raise Damaged(f"its digest is {digest}, not {expected}")
-            self._publish(copy, digest, kept)
+            digest, with_chat = _named(copy, expected)
+            self._publish(copy, files_of(copy, with_chat=with_chat), digest, kept)
             return digest
         except AdapterError as error:
             shown = without_secrets(source) if source else str(folder)
@@ -250,17 +250,16 @@ class Store:
             if not staged:
                 shutil.rmtree(copy, ignore_errors=True)
 
-    def _already(self, source: Path, on_bytes: Callable[[int], None]) -> str | None:
-        """Return the digest of the LoRA in `source` if the store has that version, intact."""
+    def _already(self, source: Path, expected: str | None, on_bytes: Callable[[int], None]) -> str | None:
+        """Return the digest of the LoRA in `source` if it is the expected one, and the store has it, intact."""
         try:
-            digest = version_digest(source, on_bytes)
+            digest, _ = _named(source, expected, on_bytes)
             self.verify(digest)
         except (AdapterError, OSError, Damaged):
             return None
         return digest
 
-    def _publish(self, folder: Path, digest: str, kept: list[str]) -> None:
-        files = files_of(folder)
+    def _publish(self, folder: Path, files: Collection[str], digest: str, kept: list[str]) -> None:
         for path in folder.iterdir():
             if path.name not in files or path.is_symlink():
                 _remove(path)
@@ -298,26 +297,41 @@ def first_free(parent: Path) -> Store:
     raise AssertionError
 
 
-def version_digest(folder: Path, on_bytes: Callable[[int], None] = lambda _: None) -> str:
-    """Return the digest over the files of a version: weights, config and, where there is one, its record and probe.
+def version_digest(folder: Path, on_bytes: Callable[[int], None] = lambda _: None, *, with_chat: bool = True) -> str:
+    """Return the digest over the files of a version: weights, config and, where they are there, record and chat files.
 
-    `on_bytes` is called with the number of bytes of each block. Raises AdapterError and OSError.
+    Without the chat files it is the digest that the same folder had before they counted. `on_bytes` is called with the
+    number of bytes of each block. Raises AdapterError and OSError.
     """
-    files = [adapter_dir.file_in(folder, name) for name in files_of(folder) if os.path.lexists(folder / name)]
+    names = files_of(folder, with_chat=with_chat)
+    files = [adapter_dir.file_in(folder, name) for name in names if os.path.lexists(folder / name)]
     return adapter_dir.digest(files, on_bytes)
 
 
-def files_of(folder: Path) -> tuple[str, ...]:
-    """Return the names of the files of a version: FILES, or an index and shards in place of the weights.
+def files_of(folder: Path, *, with_chat: bool = True) -> tuple[str, ...]:
+    """Return the names that the files of a version may have: FILES and CHAT_FILES.
 
-    Raises AdapterError.
+    An index and shards may be in place of one file of weights. Raises AdapterError.
     """
-    return (*(adapter_dir.weight_files(folder) or [LORA_WEIGHTS]), CONFIG, PROVENANCE)
+    weights = adapter_dir.weight_files(folder) or [LORA_WEIGHTS]
+    return (*weights, CONFIG, PROVENANCE, *(CHAT_FILES if with_chat else ()))
 
 
-def _is(expected: str | None, digest: str, folder: Path) -> bool:
-    """Return whether the LoRA in `folder` has the expected digest: of the version, or of the weights alone."""
-    return expected in (None, digest) or expected == adapter_dir.lora_digest(folder)
+def _named(folder: Path, expected: str | None, on_bytes: Callable[[int], None] = lambda _: None) -> tuple[str, bool]:
+    """Return the digest of the version in `folder` that `expected` names, and whether it has the chat files.
+
+    `expected` is that of all its files, of those without the chat files, or of the weights and config alone. Raises
+    AdapterError, OSError, and Damaged where it is another one.
+    """
+    digest = version_digest(folder, on_bytes)
+    if expected in (None, digest):
+        return digest, True
+    has_chat = any(os.path.lexists(folder / name) for name in CHAT_FILES)
+    if has_chat and version_digest(folder, on_bytes, with_chat=False) == expected:
+        return expected, False
+    if expected == adapter_dir.lora_digest(folder):
+        return digest, True
+    raise Damaged(f"its digest is {digest}, not {expected}")
 
 
 def _text(path: Path) -> str:

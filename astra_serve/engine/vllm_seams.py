@@ -2,7 +2,8 @@
 
     MeteredClient  a client of the engine for vLLM's handlers: counts the work for each request, and salts its prompts
     application    vLLM's HTTP application with the gateway behind vLLM's middleware, in front of its handlers;
-                   /v1/models lists the adapters; background responses belong to their requests; only the routes of
+                   /v1/models lists the adapters; background responses belong to their requests; chats are rendered
+                   with the adapter's own template, and sampled by its defaults (`chat`); only the routes of
                    `gateway.routes` are left
     check          verifies that each touched object still looks as expected
 
@@ -34,6 +35,8 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.exceptions import VLLMValidationError
+from vllm.renderers.chat_utils import load_chat_template
+from vllm.renderers.hf import HfRenderer
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.metrics.stats import RequestStateStats
 from vllm.version import __version__ as version
@@ -46,7 +49,9 @@ except ImportError:  # from 0.33 on
     from vllm.entrypoints.common.cli_args import validate_parsed_serve_args as validate_parsed_serve_args
 
 from astra_serve.adapters.fleet import Fleet
+from astra_serve.adapters.templates import Templates
 from astra_serve.engine import background
+from astra_serve.engine.chat import OwnTemplates, Sampling, with_stop_tokens
 from astra_serve.errors import ServeError
 from astra_serve.gateway import limits
 from astra_serve.gateway import request as requests
@@ -68,6 +73,10 @@ def check(client: EngineClient) -> None:
         "EngineClient.generate": list(inspect.signature(client.generate).parameters)[:3] == GENERATE,
         "AuthenticationMiddleware.verify_token": hasattr(AuthenticationMiddleware, "verify_token"),
         "OpenAIServingModels.lora_requests": "self.lora_requests" in inspect.getsource(OpenAIServingModels.__init__),
+        "SamplingParams.update_from_generation_config": list(
+            inspect.signature(SamplingParams.update_from_generation_config).parameters
+        )[1:]
+        == ["generation_config", "eos_token_id"],
         "RequestStateStats": hasattr(RequestStateStats, "__dataclass_fields__")
         and {"first_token_ts", "last_token_ts", "num_generation_tokens"}
         <= RequestStateStats.__dataclass_fields__.keys(),
@@ -81,7 +90,7 @@ def _expect(holds: bool, name: str) -> None:
 
 
 async def application(
-    client: EngineClient, args: Namespace, fleet: Fleet, subscribers: Subscribers
+    client: EngineClient, args: Namespace, fleet: Fleet, subscribers: Subscribers, templates: Templates
 ) -> tuple[FastAPI, Gateway]:
     """Return vLLM's application around the gateway, and the gateway. Raises ServeError.
 
@@ -96,6 +105,7 @@ async def application(
     models.lora_requests = Served()
     if responses := getattr(app.state, "openai_serving_responses", None):
         _hold_background(responses)
+    await _use_own_defaults(client, app.state, args, templates)
     paths = {getattr(route, "path", "") for route in app.router.routes}
     _expect(PATH in paths, f"route {PATH}")
     app.router.routes[:] = [r for r in served(app.router.routes) if getattr(r, "path", "") != PATH]
@@ -131,6 +141,25 @@ def _hold_background(responses: OpenAIServingResponses) -> None:
         setattr(responses, name, mine)
 
 
+async def _use_own_defaults(client: EngineClient, state: Any, args: Namespace, templates: Templates) -> None:
+    """Let requests for an adapter be rendered with its own chat template, and sampled by its own defaults."""
+    renderer = client.renderer
+    if type(renderer) is HfRenderer:  # others have no Jinja template: their base's format is code
+        _expect(hasattr(renderer, "_apply_chat_template_async"), "HfRenderer._apply_chat_template_async")
+        own = OwnTemplates(renderer, load_chat_template(args.chat_template), templates, _longest_text(client))
+        mine = {"render_messages_async": own.render_messages, "_apply_chat_template_async": own.apply}
+        for name, method in mine.items():
+            setattr(renderer, name, method)
+    handlers = [one for one in vars(state).get("_state", {}).values() if hasattr(one, "default_sampling_params")]
+    _expect(bool(handlers) or not hasattr(state, "openai_serving_completion"), "default_sampling_params")
+    for handler in handlers:
+        handler.default_sampling_params = Sampling(handler.default_sampling_params)
+    messages = getattr(state, "anthropic_serving_messages", None)
+    if messages is not None and hasattr(messages, "_get_disabled_thinking_effort"):
+        # vLLM finds it out at the first request, for all later ones: it must not be one with an adapter's template.
+        await messages._get_disabled_thinking_effort()
+
+
 def _openapi(app: FastAPI) -> Callable[[], Any]:
     async def openapi() -> JSONResponse:
         """Return the description of the served routes; the first time takes seconds, during which others are served."""
@@ -141,8 +170,7 @@ def _openapi(app: FastAPI) -> Callable[[], Any]:
 
 def _check(client: EngineClient) -> Callable[[str, bytes], Checked]:
     """Return the check of requests to this model."""
-    tokenizer = client.renderer.tokenizer
-    longest_text = client.model_config.max_model_len * tokenizer.max_chars_per_token if tokenizer else sys.maxsize
+    longest_text = _longest_text(client)
 
     def check(path: str, body: bytes) -> Checked:
         checked = limits.check(path, body, longest_text)
@@ -150,6 +178,12 @@ def _check(client: EngineClient) -> Callable[[str, bytes], Checked]:
         return replace(checked, fault=Fault(wrong, "input")) if wrong else checked
 
     return check
+
+
+def _longest_text(client: EngineClient) -> int:
+    """Return the characters of the longest text that can fit into the model's context, whatever its tokens are."""
+    tokenizer = client.renderer.tokenizer
+    return client.model_config.max_model_len * tokenizer.max_chars_per_token if tokenizer else sys.maxsize
 
 
 def _wrong_items(items: Any) -> str | None:
@@ -210,6 +244,8 @@ class MeteredClient:
         if request.over:  # a handler that was left behind: no client waits for it, and its adapter may be evicted
             raise RuntimeError("the request has ended")
         prompt = _salted(prompt, request.cache_salt)
+        if stops := request.defaults.stop_tokens:
+            sampling_params = with_stop_tokens(sampling_params, stops, self._client.renderer.get_eos_token_id())
         # The id may be the client's, and another request's, too: to abort this one it needs an id of its own.
         request_id = f"{request_id}-{uuid4().hex[:12]}"
         answers = self._client.generate(prompt, sampling_params, request_id, **settings)

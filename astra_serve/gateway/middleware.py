@@ -185,6 +185,7 @@ class Gateway:
             async with self._fleet.lease(request.model, share_by) as residence:
                 if residence:
                     request.version, request.handle = residence.version, residence.handle
+                    request.defaults = residence.defaults
                 if residence and residence.adapts_head and _asks_prompt_logprobs(content):
                     reason = "log probabilities of the prompt are not served for an adapter of lm_head: leave them out"
                     await refuse(send, 400, reason, "prompt_logprobs")

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from astra_serve.adapters.defaults import Defaults
 from astra_serve.adapters.version import Version
 
 CLOSING_S = 10.0  # for the engine to end the work of a request that was aborted
@@ -25,6 +26,7 @@ class Request:
     adapter: str | None = None  # the adapter's name in `model`; None for the base, and for an unknown name
     version: Version | None = None  # that serves it; None for the base, and before the lease
     handle: object = None  # the engine's, of that version
+    defaults: Defaults = field(default_factory=Defaults)  # of that version
     cache_salt: str | None = None  # of its API key, for the engine's prefix cache
     status: int | None = None
     streams: bool = False

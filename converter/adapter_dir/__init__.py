@@ -8,6 +8,8 @@ An Astra adapter folder                              A LoRA folder (PEFT's layou
     astra.json                 provenance                astra.json    provenance, errors measured, probe (optional)
     README.md                  model card                README.md     model card
 
+Both may have files of a tokenizer and of generation beside them (`chat`): the chat template and defaults of sampling.
+
 `M` is a module's name in the base model. Per module, A and A0 are (r, d_in), B and B0 are (d_out, r), all float32; r
 may differ between modules. A classifier's head has no factors: its trained parameters are stored under their own names.
 
@@ -20,6 +22,7 @@ LoRA folders of other tools are read as PEFT reads them:
     patterns    regular expressions of the config -> modules, in linear time
     lora_config ranks and alphas as numbers, and the reasons to refuse an adapter
     on_base     modules -> those of the base that is there, for PEFT or for an engine; copies of its tensors are dropped
+    chat        chat template, defaults of sampling and added tokens
 """
 
 from converter.adapter_dir.astra import (
@@ -41,6 +44,20 @@ from converter.adapter_dir.base import (
     base_tensors,
     base_weights,
     find_base,
+    vocabulary_size,
+)
+from converter.adapter_dir.chat import (
+    CHAT_FILES,
+    CHAT_TEMPLATE,
+    DEFAULT,
+    GENERATION,
+    GENERATION_CONFIG,
+    WITH_TOOLS,
+    ChatTemplate,
+    copy_chat_files,
+    read_added_tokens,
+    read_chat_template,
+    read_generation_config,
 )
 from converter.adapter_dir.errors import (
     AdapterError,
@@ -118,9 +135,14 @@ from converter.adapter_dir.weights import check_weights
 __all__ = [
     "ASTRA_FORMAT",
     "ASTRA_WEIGHTS",
+    "CHAT_FILES",
+    "CHAT_TEMPLATE",
     "CONFIG",
+    "DEFAULT",
     "DORA",
     "ENGINE_RANKS",
+    "GENERATION",
+    "GENERATION_CONFIG",
     "LOHA",
     "LOKR",
     "LORA",
@@ -134,12 +156,14 @@ __all__ = [
     "SHARD",
     "SUBTRACT_FROM_BASE",
     "WEIGHTS_INDEX",
+    "WITH_TOOLS",
     "AdapterError",
     "AstraAdapter",
     "AstraLayer",
     "BaseModules",
     "BaseNotFound",
     "CannotWrite",
+    "ChatTemplate",
     "FittedLora",
     "Json",
     "Layers",
@@ -168,6 +192,7 @@ __all__ = [
     "check_shapes",
     "check_there",
     "check_weights",
+    "copy_chat_files",
     "digest",
     "file_in",
     "find_base",
@@ -184,6 +209,9 @@ __all__ = [
     "open_adapter",
     "opened_shapes",
     "pattern_value",
+    "read_added_tokens",
+    "read_chat_template",
+    "read_generation_config",
     "read_json",
     "read_lora_header",
     "refuse_existing",
@@ -193,6 +221,7 @@ __all__ = [
     "save_lora_config",
     "save_lora_provenance",
     "shards_of",
+    "vocabulary_size",
     "weight_files",
     "write_json",
     "write_plainly",

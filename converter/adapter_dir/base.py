@@ -156,6 +156,14 @@ def base_dtype(folder: Path) -> str:
     return str(found)
 
 
+def vocabulary_size(folder: Path) -> int | None:
+    """Return the number of rows of the base's embedding as its config has it, None without. Raises BaseNotFound."""
+    config = _config(folder)
+    text = config.get("text_config")
+    found = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    return found if type(found) is int else None
+
+
 def base_tensors(file: Path) -> Layers[torch.Tensor]:
     """Return the tensors of one weight file of a base by name; a tensor is read when it is accessed.
 

@@ -69,12 +69,12 @@ def file_in(folder: Path, name: str) -> Path:
     return file
 
 
-def read_json(folder: Path, name: str) -> Json:
-    """Return the JSON object in file `name` of an adapter folder.
+def read_json(folder: Path, name: str, most: int | None = None) -> Json:
+    """Return the JSON object in file `name` of an adapter folder, which has `most` bytes at most.
 
     Raises NotAnAdapter, UnsafeAdapter and MalformedAdapter.
     """
-    file, limit = file_in(folder, name), MAX_CONFIG_BYTES if name == CONFIG else MAX_JSON_BYTES
+    file, limit = file_in(folder, name), most or (MAX_CONFIG_BYTES if name == CONFIG else MAX_JSON_BYTES)
     try:
         if file.stat().st_size > limit:
             raise MalformedAdapter(f"{file} is larger than {limit >> 20} MiB, the limit for {name}")

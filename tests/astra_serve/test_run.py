@@ -37,7 +37,7 @@ def serve(engine: StandInEngine, base, tiny_base, tmp_path: Path, monkeypatch) -
     async def started(*_: Any) -> AsyncIterator[StandInEngine]:
         yield engine
 
-    async def application(_client: Any, _args: Any, fleet: Any, subscribers: Any) -> Any:
+    async def application(_client: Any, _args: Any, fleet: Any, subscribers: Any, _templates: Any) -> Any:
         return FastAPI(), gateway(fleet, None, subscribers)
 
     async def watch() -> None:

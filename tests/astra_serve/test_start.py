@@ -1,8 +1,11 @@
 """Options of `astra-serve`."""
 
+from argparse import Namespace
+
 import pytest
 
 from astra_serve import start
+from astra_serve.start import base_as_served
 
 
 @pytest.mark.parametrize(("text", "size"), [("1", 1), ("8MiB", 8 * 2**20), ("64KiB", 2**16), ("1GiB", 2**30)])
@@ -16,3 +19,11 @@ def test_another_size_is_one_line_with_an_example(text: str, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         start._parser().parse_args(["--base", "x", f"--max-body={text}"])
     assert "a size such as 8MiB" in capsys.readouterr().err
+
+
+def test_with_another_template_for_the_base_an_adapters_is_never_taken_for_the_bases(base) -> None:
+    given = {"chat_template": None, "tokenizer": None, "model": "m", "max_lora_rank": 64}
+    for settings, known in (({}, True), ({"chat_template": "x.jinja"}, False), ({"tokenizer": "other"}, False)):
+        served = base_as_served(base, Namespace(**{**given, **settings}), 8)
+        assert (served.tokenizer.template is not None, served.max_rank) == (known, 64)
+    assert base_as_served(base, Namespace(**given), 0) == base

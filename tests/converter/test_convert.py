@@ -1,5 +1,6 @@
 """`astra-convert` on trained adapters: the base with the written LoRA equals the trained model."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,19 @@ def test_peft_with_the_lora_equals_the_trained_model(
     expected = torch.load(trained[train_b].with_suffix(".logits"), weights_only=True)
     assert (plain - expected).abs().max() > 0.1  # the adapter has an effect
     torch.testing.assert_close(converted, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_chat_template_and_the_defaults_of_an_adapter_stay_beside_it(trained, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(trained[True], adapter)
+    content = {"chat_template.jinja": "{{ messages }}", "generation_config.json": '{"top_k": 3}'}
+    for name, text in content.items():
+        (adapter / name).write_text(text)
+    assert main([str(adapter), str(tmp_path / "lora"), "--no-verify"]) == 0
+    assert {name: (tmp_path / "lora" / name).read_text() for name in content} == content
+    (adapter / "chat_template.jinja").unlink()
+    (adapter / "chat_template.jinja").symlink_to("/etc/passwd")
+    assert main([str(adapter), str(tmp_path / "refused"), "--no-verify"]) == 2
 
 
 def test_the_same_input_gives_the_same_bytes(trained, tmp_path: Path) -> None:

@@ -77,6 +77,9 @@ def test_an_unreadable_config_file_is_refused(tmp_path) -> None:
         (["eval_share=0.1", "eval_data=x.jsonl"], "not both"),
         (["patience=2"], "need held-out rows"),
         (["batch_size=6", "gradient_accumulation=4"], "multiple of gradient_accumulation"),
+        (["task=classification", "chat_template=x"], "chat_template and generation require task=causal_lm"),
+        (["method=full", "generation={top_k: 3}"], "remove generation"),
+        (["generation={topk: 3}"], "generation has no 'topk': the nearest name is 'top_k'"),
     ],
     ids=" ".join,
 )

@@ -1,6 +1,7 @@
 """`astra-train` on the tiny base: its output, its reproducibility and its errors."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,31 @@ def test_a_run_writes_a_complete_adapter_folder(tiny_base, jsonl, rows, tmp_path
     points = [json.loads(line) for line in (tmp_path / "out" / "loss.jsonl").read_text().splitlines()]
     assert [point["step"] for point in points] == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_template_and_the_defaults_of_a_run_are_written_where_they_are_not_the_bases(
+    tiny_base, jsonl, tmp_path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    (base / "generation_config.json").write_text('{"top_k": 5, "eos_token_id": 1}')
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    data = jsonl([{"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]}] * 8)
+    settings = ("steps=1", "forgetting_rows=0", "spectra=false", f"chat_template={template}")
+    defaults = "generation={top_k: 5, temperature: 0.5, eos_token_id: [1, 2]}"
+    assert astra_train(base, data, tmp_path / "one", *settings, defaults) == 0
+    assert (tmp_path / "one" / "chat_template.jinja").read_text() == template.read_text()
+    written = json.loads((tmp_path / "one" / "generation_config.json").read_text())
+    assert written == {"temperature": 0.5, "eos_token_id": [1, 2]}
+    shutil.copy(template, base / "chat_template.jinja")
+    assert astra_train(base, data, tmp_path / "two", *settings, "generation={top_k: 5}") == 0
+    assert not {"chat_template.jinja", "generation_config.json"} & set(files(tmp_path / "two"))
+
+
+def test_a_template_that_cannot_be_read_is_one_line(tiny_base, jsonl, rows, tmp_path, capsys) -> None:
+    assert astra_train(tiny_base, jsonl(rows), tmp_path / "out", f"chat_template={tmp_path}/none") == 2
+    assert "none cannot be read: " in capsys.readouterr().err
 
 
 def test_training_lowers_the_loss_and_changes_every_layer(tiny_base, jsonl, rows, tmp_path) -> None:

@@ -106,6 +106,21 @@ def test_an_adapter_without_a_record_is_one_whose_source_says_so(web: Web, store
     assert sorted(path.name for path in fetched(web.url, store).iterdir()) == ["adapter_config.json", WEIGHTS]
 
 
+def test_a_template_and_defaults_are_fetched_and_may_be_absent_or_denied(web: Web, store: Store) -> None:
+    web.files["chat_template.jinja"] = b"{{ messages }}"
+    web.answers["generation_config.json"] = [403]  # as S3 says of a missing file where the bucket may not be listed
+    names = sorted(path.name for path in fetched(web.url, store).iterdir())
+    assert names == ["adapter_config.json", WEIGHTS, "astra.json", "chat_template.jinja"]
+
+
+def test_a_template_that_is_too_large_or_cannot_be_read_fails_the_fetch(web: Web, store: Store) -> None:
+    web.answers["chat_template.jinja"] = [500]
+    assert "cannot be fetched: chat_template.jinja: " in refused(web.url, store, CannotFetch)
+    web.answers.clear()
+    web.files["chat_template.jinja"] = bytes(2**20 + 1)
+    assert "chat_template.jinja has more than 1 MiB" in refused(web.url, store, MalformedAdapter)
+
+
 def test_a_missing_file_is_named(web: Web, store: Store) -> None:
     web.answers[WEIGHTS] = [404]
     assert refused(web.url, store, CannotFetch).endswith(f"cannot be fetched: it has no {WEIGHTS}")

@@ -52,6 +52,59 @@ def test_the_same_weights_with_another_record_are_another_version(store, write_l
     store.verify(real)
 
 
+def with_chat_files(folder: Path) -> Path:
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "generation_config.json").write_text('{"top_k": 3}')
+    (folder / "README.md").write_text("is not part of a version")
+    return folder
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+THREE = {"adapter_model.safetensors", "adapter_config.json", "astra.json"}
+CHAT = {"chat_template.jinja", "generation_config.json"}
+
+
+def test_template_and_defaults_are_part_of_a_version_and_of_its_digest(store, write_lora) -> None:
+    source = write_lora("a")
+    plain = store.add(source)
+    digest = store.add(with_chat_files(source))
+    assert digest != plain
+    assert (names(store.folder(plain)), names(store.folder(digest))) == (THREE, THREE | CHAT)
+    store.verify(digest)
+    (source / "chat_template.jinja").write_text("other")
+    assert store.add(source) not in (digest, plain)
+    file = store.folder(digest) / "chat_template.jinja"
+    file.chmod(0o644)
+    file.write_text("changed")
+    with pytest.raises(Damaged):
+        store.verify(digest)
+
+
+def test_a_digest_from_before_they_counted_names_the_version_without_them(store, write_lora) -> None:
+    source = write_lora("a")
+    files = [source / name for name in ("adapter_model.safetensors", "adapter_config.json", "astra.json")]
+    old = adapter_dir.digest(files)
+    with_chat_files(source)
+    for _ in range(2):  # the second time the store has it
+        assert store.add(source, old) == old
+    assert names(store.folder(old)) == THREE
+    staged = store.staging()
+    for path in source.iterdir():
+        shutil.copy(path, staged)
+    store.discard(old)
+    assert store.add(staged, old) == old  # a download
+    assert names(store.folder(old)) == THREE
+    new = store.add(source)
+    assert new != old
+    assert store.add(source, new) == new
+    assert store.add(source, adapter_dir.lora_digest(source)) == new  # as `astra-convert` records it
+    (source / "astra.json").unlink()
+    assert store.add(source, adapter_dir.lora_digest(source)) == adapter_dir.lora_digest(source)  # it was that version
+
+
 def test_a_broken_adapter_is_not_published(store, write_lora, tmp_path) -> None:
     source = write_lora("a")
     with (source / "adapter_model.safetensors").open("ab") as file:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from astra_serve.adapters.defaults import Defaults
 from astra_serve.adapters.store import version_digest
 from astra_serve.control import preparation
 from astra_serve.control.reconcile import Failed, RetryAfter, outcome_of
@@ -45,6 +46,26 @@ def unavailable(cause: Exception) -> Unavailable:
 )
 def test_the_outcome_of_an_attempt_depends_on_its_error(error: Exception, tries: int, expected: object) -> None:
     assert outcome_of(error, tries) == expected
+
+
+@in_a_loop
+async def test_a_document_from_before_templates_counted_is_served_without_them_from_an_empty_store(
+    world, write_lora
+) -> None:
+    async with world() as w:
+        source = write_lora("a", 1.0)
+        old = version_digest(source)
+        (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+        (source / "generation_config.json").write_text('{"top_k": 3}')
+        new = version_digest(source)
+        assert new != old
+        for digest, defaults in ((old, Defaults()), (new, None), (old, Defaults())):
+            await w.follow(document({"name": "a", "source": str(source), "digest": digest}))
+            assert (await w.settled("a")).phase == "serving"
+            assert w.current("a") == digest
+            async with w.fleet.lease("a") as residence:
+                found = residence.defaults
+            assert found == defaults or (defaults is None and found.template and found.sampling == {"top_k": 3})
 
 
 @in_a_loop

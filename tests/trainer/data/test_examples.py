@@ -8,6 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from trainer.base import stop_tokens
+from trainer.config import TrainConfig
 from trainer.data import (
     IGNORED,
     batches,
@@ -177,7 +178,8 @@ def test_prompt_and_completion_may_be_messages(tokenizer) -> None:
 
 
 def test_the_stop_tokens_are_those_of_the_generation_config(tmp_path) -> None:
-    assert stop_tokens(tmp_path) == frozenset()
+    assert stop_tokens(tmp_path, TrainConfig()) == frozenset()
     for ids, found in ((7, {7}), ([7, 9], {7, 9}), (None, set())):
         GenerationConfig(eos_token_id=ids).save_pretrained(tmp_path)
-        assert stop_tokens(tmp_path) == found
+        assert stop_tokens(tmp_path, TrainConfig()) == found
+        assert stop_tokens(tmp_path, TrainConfig(generation={"eos_token_id": 8})) == found | {8}
