@@ -40,6 +40,7 @@ from trainer.config import TrainConfig
 from trainer.data import Example
 from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.evaluate import answers_match
+from trainer.router_loss import number_of_experts
 from trainer.unfinished import mark_complete
 
 _TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
@@ -110,7 +111,8 @@ def optimise(
     trainer.remove_callback(PrinterCallback)  # the progress bar shows the loss
     previous_handler = signal.signal(signal.SIGINT, callback.on_sigint)
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with number_of_experts(model):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         signal.signal(signal.SIGINT, previous_handler)
     if callback.interrupted:
