@@ -44,7 +44,7 @@ def test_only_the_engine_its_server_and_its_plugin_import_vllm() -> None:
     engine = ("background", "options", "server", "vllm", "vllm_seams", "worker_extension")
     assert users == {
         *(f"astra_serve/engine/{name}.py" for name in engine),
-        *(f"astra_serve/cpu_lora/{name}.py" for name in ("__init__", "finite_cache", "wrapper")),
+        *(f"astra_serve/cpu_lora/{name}.py" for name in ("__init__", "experts", "finite_cache", "wrapper")),
     }
 
 

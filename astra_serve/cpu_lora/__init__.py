@@ -8,6 +8,7 @@ at the adapter's true rank, and tokens without an adapter are not touched.
     __init__          switches it on in the engine
     wrapper           the class that the engine calls
     finite_cache      one adapter's overflow does not reach other requests
+    experts           bases with experts, whose adapters leave the experts as they are
     ops               the same calls as PyTorch operators, so that compiled models can hold them
     grouped_lora.cpp  the operator that matters for speed, for CPUs with AVX-512 BF16
 
@@ -17,9 +18,12 @@ another platform nothing of it loads.
 
 import inspect
 import logging
+import multiprocessing
 import os
 import shutil
 from typing import Any
+
+from astra_serve.cpu_lora.experts import compute_without_lora
 
 logger = logging.getLogger(f"vllm.{__name__}")  # under vLLM's logger: its handler, level and format
 
@@ -49,6 +53,8 @@ def register() -> None:
         if found != ["self", *names]:
             logger.warning("this vLLM's %s takes %s: astra's CPU LoRA stays off, the stock path serves", method, found)
             return
+    if multiprocessing.current_process().name.startswith("VllmWorker"):  # for others this imports for seconds
+        compute_without_lora()
     platform = type(current_platform)
     platform.get_punica_wrapper = classmethod(lambda _: f"{__name__}.wrapper.GroupedPunicaWrapper")
     if not hasattr(platform.check_and_update_config, "keeps_compilation"):
