@@ -1,0 +1,66 @@
+"""Adapters of one architecture in the real engine, as `astra-serve` starts it: admitted, loaded, proved, compared.
+
+Only HTTP is left out. The engine computes in float32 where it can, without compilation, so that its numbers can be
+compared with those of plain PEFT. Its processes are forked, where a server spawns them: they then import nothing, which
+takes most of the time in which a tiny model starts.
+"""
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from vllm import envs
+
+from astra_serve.adapters.admission import engine_rank, open_base
+from astra_serve.adapters.clock import Clock
+from astra_serve.adapters.probe import PROMPTS, Prover
+from astra_serve.cpu_lora.experts import compute_without_lora
+from astra_serve.engine import options
+from astra_serve.engine.vllm import started
+from tests.architectures.adapters import Adapter
+from tests.architectures.row import Failed
+
+OPTIONS = ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "16"]
+OPTIONS += ["--kv-cache-memory-bytes", str(2**26)]
+START_S = 240.0
+# Nats, of each log probability of the 20 likeliest tokens, by the dtype of the engine; PEFT computes in float32.
+TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5}
+
+
+def serve(base: Path, adapters: Mapping[str, Adapter], dtype: str, words: Sequence[str]) -> float:
+    """Serve all `adapters` of `base` from one engine; return the largest difference to PEFT's log probabilities.
+
+    The engine computes in `dtype`; `words` are other options of vLLM. Raises AstraError if the server refuses an
+    adapter, Failed if an answer differs, and any error of the engine while it starts.
+    """
+    admission = open_base(str(base))
+    rank = engine_rank(admission.check(adapter.lora).rank for adapter in adapters.values())
+    envs.environment_variables["VLLM_WORKER_MULTIPROC_METHOD"] = lambda: "fork"  # vLLM sets the variable itself
+    compute_without_lora()  # the plugin does so in a worker that is spawned
+    print("the engine starts", flush=True)
+    largest = asyncio.run(_serve(base, adapters, rank, ["--dtype", dtype, *OPTIONS, *words]))
+    if not largest <= TOLERANCE[dtype]:
+        raise Failed(f"the engine's log probabilities differ by {largest:.1e} nats from those of PEFT")
+    return largest
+
+
+def named_modules(base: Path, adapters: Iterable[Adapter]) -> list[str]:
+    """Return vLLM's option that prepares only the modules of `adapters` for LoRA. Raises AstraError."""
+    admission = open_base(str(base))
+    modules = {module.rpartition(".")[2] for adapter in adapters for module in admission.check(adapter.lora).modules}
+    return ["--lora-target-modules", *sorted(modules)]
+
+
+async def _serve(base: Path, adapters: Mapping[str, Adapter], rank: int, words: Sequence[str]) -> float:
+    args = options.parse(str(base), rank, len(adapters), len(adapters), words)
+    clock, largest = Clock(), 0.0
+    async with asyncio.timeout(START_S), started(args, START_S, clock) as engine:
+        prover = Prover(engine)
+        for method, adapter in adapters.items():
+            handle = await engine.load(method, adapter.lora)
+            if left_out := await engine.left_out(handle):
+                raise Failed(f"the engine does not adapt {', '.join(left_out)}")
+            await prover.prove(handle, adapter.lora)
+            for answer, expected in zip(await engine.next_tokens(PROMPTS, handle), adapter.log_probs, strict=True):
+                largest = max(largest, *(abs(value - float(expected[token])) for token, value in answer.items()))
+    return largest
