@@ -36,11 +36,11 @@ from transformers import (
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import EvalLoopOutput
 
+from trainer import router_loss
 from trainer.config import TrainConfig
 from trainer.data import Example
 from trainer.errors import ConfigError, Interrupted, TrainingError
 from trainer.evaluate import answers_match
-from trainer.router_loss import number_of_experts
 from trainer.unfinished import mark_complete
 
 _TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
@@ -111,7 +111,7 @@ def optimise(
     trainer.remove_callback(PrinterCallback)  # the progress bar shows the loss
     previous_handler = signal.signal(signal.SIGINT, callback.on_sigint)
     try:
-        with number_of_experts(model):
+        with router_loss.number_of_experts(model):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         signal.signal(signal.SIGINT, previous_handler)
@@ -252,6 +252,7 @@ def _trainer(
         packing=config.packing,
         eval_packing=False,
         dataset_kwargs=None if config.packing else {"skip_prepare_dataset": True},
+        **router_loss.settings(model),
     )
     kind: Callable[..., Trainer] = _ExactMatchTrainer if config.eval_metric == "exact_match" else SFTTrainer
     return kind(args=arguments, **common)

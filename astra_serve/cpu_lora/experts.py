@@ -1,7 +1,7 @@
 """Experts of a base on a CPU, beside adapters that leave them as they are.
 
-Up to vLLM 0.32 all experts are computed with Triton as soon as LoRA is on. A CPU does not have it, and the engine dies at
-the first request. Where `--lora-target-modules` names no experts, they are computed here as without LoRA.
+Up to vLLM 0.32 all experts are computed with Triton as soon as LoRA is on. A CPU does not have it, and the engine dies
+at the first request. Where `--lora-target-modules` names no experts, they are computed here as without LoRA.
 """
 
 import functools
