@@ -35,10 +35,15 @@ CLASSES = [{"text": f"{word} {i}", "label": word} for i in range(16) for word in
 
 @dataclass(frozen=True)
 class Adapter:
-    """A converted adapter, and what plain PEFT answers with it."""
+    """A converted adapter, and what its base and plain PEFT with it answer.
+
+    An answer has the log probability of each token after each of PROMPTS (prompts, vocabulary); of a classifier that of
+    each class.
+    """
 
     lora: Path
-    log_probs: torch.Tensor  # of each token after each of PROMPTS (prompts, vocabulary); of a classifier: of each class
+    of_base: torch.Tensor
+    of_peft: torch.Tensor
     difference: float  # largest one between PEFT's logits and those of the trained model
 
 
@@ -84,8 +89,11 @@ def load_in_peft(architecture: Architecture, base: Path, lora: Path) -> Adapter:
         raise Failed(f"PEFT's logits differ by {difference:.1e} from those of the trained model")
     if not change >= LEAST_CHANGE:
         raise Failed(f"training changed the logits by {change:.1e} only")
-    last = found.served if architecture.is_classifier else found.served[:, -1]
-    return Adapter(lora, last.log_softmax(-1), difference)
+    answers = [
+        (values if architecture.is_classifier else values[:, -1]).log_softmax(-1)
+        for values in (found.base, found.served)
+    ]
+    return Adapter(lora, *answers, difference)
 
 
 def _run(program: Callable[[list[str]], int], words: list[str]) -> None:

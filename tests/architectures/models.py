@@ -104,7 +104,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "GPT-NeoX": _decoder("GPTNeoX"),
     "OPT": _decoder("OPT", ffn_dim=96, word_embed_proj_dim=64),
     "BLOOM": _decoder("Bloom"),
-    "Falcon": _decoder("Falcon", num_kv_heads=1, new_decoder_architecture=True, ffn_hidden_size=96),
+    "Falcon": _decoder("Falcon", num_kv_heads=1, new_decoder_architecture=True),
     "StarCoder2": _decoder("Starcoder2"),
     "OLMo 2": _decoder("Olmo2"),
     "OLMo 3": _decoder("Olmo3", sliding_window=16),
@@ -139,7 +139,10 @@ ARCHITECTURES: dict[str, Architecture] = {
                 **EXPERTS, **LINEAR_ATTENTION),
         served_in="bfloat16",  # vLLM's linear attention on a CPU computes in no other dtype
     ),
-    "LFM2": _hybrid("Lfm2", full_attn_idxs=[1], block_auto_adjust_ff_dim=False),
+    "LFM2": replace(
+        _hybrid("Lfm2", full_attn_idxs=[1], block_auto_adjust_ff_dim=False),
+        published_config={"conv_dim": 64, "conv_dim_out": 64},
+    ),
     "Falcon-H1": _hybrid("FalconH1", mamba_d_ssm=128, **MAMBA),
     "Bamba": _hybrid("Bamba", attn_layer_indices=[1], **MAMBA),
     "Granite 4 (hybrid)": _hybrid(
