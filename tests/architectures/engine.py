@@ -6,6 +6,7 @@ takes most of the time in which a tiny model starts.
 """
 
 import asyncio
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -40,8 +41,10 @@ def serve(base: Path, adapters: Mapping[str, Adapter], dtype: str, words: Sequen
     compute_without_lora()  # the plugin does so in a worker that is spawned
     print("the engine starts", flush=True)
     base_differs, largest = asyncio.run(_serve(base, adapters, rank, ["--dtype", dtype, *OPTIONS, *words]))
+    if math.isnan(base_differs):
+        raise Failed("the engine computes NaN for the base alone")
     if not base_differs <= TOLERANCE[dtype]:
-        raise Failed(f"the engine computes the base alone differently, by {base_differs:.1g} nats")
+        raise Failed(f"the engine computes the base alone differently, by more than {TOLERANCE[dtype]} nats")
     if not largest <= TOLERANCE[dtype]:
         raise Failed(f"the engine's answers differ by {largest:.1g} nats from those of PEFT")
     return largest
@@ -74,8 +77,9 @@ async def _serve(base: Path, adapters: Mapping[str, Adapter], rank: int, words: 
 
 def _largest_difference(answers: Sequence[Mapping[int, float]], expected: torch.Tensor) -> float:
     """Return the largest difference of log probabilities, over the tokens in `answers`, one for each row expected."""
-    return max(
+    differences = [
         abs(value - float(row[token]))
         for answer, row in zip(answers, expected, strict=True)
         for token, value in answer.items()
-    )
+    ]
+    return math.nan if any(map(math.isnan, differences)) else max(differences)

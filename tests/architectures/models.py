@@ -129,19 +129,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Glm4Moe", head_dim=32, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=1,
         topk_group=1, **EXPERTS,
     ),
-    "DeepSeek-V3": _experts(
-        "DeepseekV3", num_key_value_heads=2, n_routed_experts=4, n_group=2, topk_group=1, q_lora_rank=32,
-        kv_lora_rank=32, qk_rope_head_dim=16, v_head_dim=16, qk_nope_head_dim=16, first_k_dense_replace=1,
-        topk_method="noaux_tc", scoring_func="sigmoid", **EXPERTS,  # vLLM reads these two of published configs
+    "DeepSeek-V3": replace(
+        _experts(
+            "DeepseekV3", num_key_value_heads=2, n_routed_experts=4, n_group=2, topk_group=1, q_lora_rank=32,
+            kv_lora_rank=32, qk_rope_head_dim=32, v_head_dim=32, qk_nope_head_dim=32, first_k_dense_replace=1,
+            topk_method="noaux_tc", scoring_func="sigmoid", **EXPERTS,  # vLLM reads these two of published configs
+        ),
+        served_in="bfloat16",  # a kernel of vLLM for CPUs that it needs reads no float32
     ),
     "Qwen3-Next": replace(
         _hybrid("Qwen3Next", num_hidden_layers=4, head_dim=32, num_experts=4, shared_expert_intermediate_size=32,
-                **EXPERTS, **LINEAR_ATTENTION),
+                **EXPERTS, **{**LINEAR_ATTENTION, "linear_key_head_dim": 128, "linear_value_head_dim": 128}),
         served_in="bfloat16",  # vLLM's linear attention on a CPU computes in no other dtype
     ),
     "LFM2": replace(
         _hybrid("Lfm2", full_attn_idxs=[1], block_auto_adjust_ff_dim=False),
-        published_config={"conv_dim": 64, "conv_dim_out": 64},
+        published_config={"conv_dim": 64, "conv_dim_out": 64, "block_dim": 64, "block_ff_dim": 96},
     ),
     "Falcon-H1": _hybrid("FalconH1", mamba_d_ssm=128, **MAMBA),
     "Bamba": _hybrid("Bamba", attn_layer_indices=[1], **MAMBA),

@@ -20,6 +20,7 @@ T = TypeVar("T")
 # The first error in the log that is not about another one is the cause: the engine's processes report it upwards.
 _ABOUT_ANOTHER = "Engine core init|WorkerProc init|Command '|Error raised in subprocess"
 _ERROR = re.compile(rf"\b[A-Za-z]*(?:Error|Exception): (?!{_ABOUT_ANOTHER})(.+)$", re.MULTILINE)
+_ASSERTION = re.compile(r"\b(assert .+)$", re.MULTILINE)  # in the traceback of an AssertionError without a text
 ENGINE_FAILED = "EngineCore encountered an issue"  # the text of vLLM's EngineDeadError
 
 
@@ -107,5 +108,6 @@ def _serve(
 def _cause(log: Path) -> str:
     """Return the text of the first error of the engine in `log`, or ""."""
     text = log.read_text(encoding="utf-8", errors="replace")
-    found = _ERROR.search(text, text.rfind("the engine starts"))
+    begin = text.rfind("the engine starts")
+    found = _ERROR.search(text, begin) or _ASSERTION.search(text, begin)
     return found[1] if found else ""
