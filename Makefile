@@ -3,7 +3,7 @@
 # make demo-real   the same with SmolLM2-135M-Instruct, a real chat model that PyPI has (93 MB): about 25 minutes
 # make test   the test suite
 # make slow-test    training that is killed, resumed, and spread over processes
-# make model-test   train, convert and serve tiny models of 50 architectures, and compare with the recorded table
+# make model-test   train, convert and serve tiny models of 55 architectures, and compare with the recorded table
 # make docs-test    the commands, links and options of all README files, and the wheel in an environment of its own
 # make chart-test   the Helm chart's, and three servers over one document: fetches Helm 3 and 4, promtool, checkov, hadolint
 # make attack  hostile requests, adapters, sources and documents against a server, and a storm: about 8 minutes

@@ -25,8 +25,11 @@ from tests.architectures.row import Failed
 OPTIONS = ["--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "16"]
 OPTIONS += ["--kv-cache-memory-bytes", str(2**26)]
 START_S = 240.0
-# Nats, of each log probability of the 20 likeliest tokens, by the dtype of the engine; PEFT computes in float32.
-TOLERANCE = {"float32": 0.03, "bfloat16": 0.5}
+# Largest differences of the log probabilities of the 20 likeliest tokens between engine and PEFT (in float32), in nats,
+# by the dtype of the engine: without an adapter, and with one, where twice the difference without it is allowed, too.
+# In bfloat16 the mean difference that the server's probe allows, 0.3 nats, is the stricter rule.
+OF_BASE = {"float32": 0.03, "bfloat16": 1.0}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
 
 
 def serve(base: Path, adapters: Mapping[str, Adapter], dtype: str, words: Sequence[str]) -> float:
@@ -43,9 +46,9 @@ def serve(base: Path, adapters: Mapping[str, Adapter], dtype: str, words: Sequen
     base_differs, largest = asyncio.run(_serve(base, adapters, rank, ["--dtype", dtype, *OPTIONS, *words]))
     if math.isnan(base_differs):
         raise Failed("the engine computes NaN for the base alone")
-    if not base_differs <= TOLERANCE[dtype]:
-        raise Failed(f"the engine computes the base alone differently, by more than {TOLERANCE[dtype]} nats")
-    if not largest <= TOLERANCE[dtype]:
+    if not base_differs <= OF_BASE[dtype]:
+        raise Failed(f"the engine computes the base alone differently, by more than {OF_BASE[dtype]} nats")
+    if not largest <= max(TOLERANCE[dtype], 2 * base_differs):
         raise Failed(f"the engine's answers differ by {largest:.1g} nats from those of PEFT")
     return largest
 
@@ -69,7 +72,7 @@ async def _serve(base: Path, adapters: Mapping[str, Adapter], rank: int, words: 
             handle = await engine.load(method, adapter.lora)
             if left_out := await engine.left_out(handle):
                 raise Failed(f"the engine does not adapt {', '.join(left_out)}")
-            if base_differs <= TOLERANCE[args.dtype]:
+            if base_differs <= OF_BASE[args.dtype]:
                 await prover.prove(handle, adapter.lora)
             differences.append(_largest_difference(await engine.next_tokens(PROMPTS, handle), adapter.of_peft))
     return base_differs, max(differences)

@@ -132,7 +132,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "DeepSeek-V3": replace(
         _experts(
             "DeepseekV3", num_key_value_heads=2, n_routed_experts=4, n_group=2, topk_group=1, q_lora_rank=32,
-            kv_lora_rank=32, qk_rope_head_dim=32, v_head_dim=32, qk_nope_head_dim=32, first_k_dense_replace=1,
+            kv_lora_rank=512, qk_rope_head_dim=64, v_head_dim=32, qk_nope_head_dim=32, first_k_dense_replace=1,
             topk_method="noaux_tc", scoring_func="sigmoid", **EXPERTS,  # vLLM reads these two of published configs
         ),
         served_in="bfloat16",  # a kernel of vLLM for CPUs that it needs reads no float32

@@ -21,6 +21,7 @@ T = TypeVar("T")
 _ABOUT_ANOTHER = "Engine core init|WorkerProc init|Command '|Error raised in subprocess"
 _ERROR = re.compile(rf"\b[A-Za-z]*(?:Error|Exception): (?!{_ABOUT_ANOTHER})(.+)$", re.MULTILINE)
 _ASSERTION = re.compile(r"\b(assert .+)$", re.MULTILINE)  # in the traceback of an AssertionError without a text
+_UNKNOWN = re.compile(r"Call to add_lora.*expected target modules in .* but received \['([^']+)'.*", re.DOTALL)
 ENGINE_FAILED = "EngineCore encountered an issue"  # the text of vLLM's EngineDeadError
 
 
@@ -98,7 +99,7 @@ def _serve(
             words, remark = ["--language-model-only"], f"{YES}: with --language-model-only"
         figures["engine"] = engine.serve(base, loaded, architecture.served_in, words)
     except (Failed, AstraError) as error:
-        reason = str(error).replace(f"{base.parent}{os.sep}", "")
+        reason = _UNKNOWN.sub(r"vLLM knows no module \1", str(error).replace(f"{base.parent}{os.sep}", ""))
         return no(f"the engine dies at the first request: {_cause(log)}" if ENGINE_FAILED in reason else reason)
     except Exception as error:  # whatever the engine raises while it starts
         return no(f"the engine does not start: {_cause(log) or first_line(error)}")
