@@ -15,10 +15,11 @@ def prove_all(names: Sequence[str], jobs: int, work: Path) -> Iterator[Row]:
     """Yield the row of each architecture as it is finished; print it, and at the end the seconds of all parts."""
     context = multiprocessing.get_context("spawn")
     cores: Queue[int] = context.Queue()
-    for core in sorted(os.sched_getaffinity(0))[:jobs]:
+    own = sorted(os.sched_getaffinity(0))[:jobs]
+    for core in own:
         cores.put(core)
     seconds, began = dict[str, float](), time.monotonic()
-    with ProcessPoolExecutor(jobs, context, _use_one_core, (cores,)) as pool:
+    with ProcessPoolExecutor(len(own), context, _use_one_core, (cores,)) as pool:
         for done in as_completed([pool.submit(_prove, name, work) for name in names]):
             row, parts = done.result()
             print(
@@ -30,7 +31,7 @@ def prove_all(names: Sequence[str], jobs: int, work: Path) -> Iterator[Row]:
             seconds |= {part: seconds.get(part, 0.0) + value for part, value in parts.items()}
             yield row
     spent = ", ".join(f"{part} {value:.0f} s" for part, value in seconds.items())
-    print(f"{len(names)} architectures in {time.monotonic() - began:.0f} s with {jobs} processes: {spent}")
+    print(f"{len(names)} architectures in {time.monotonic() - began:.0f} s with {len(own)} processes: {spent}")
 
 
 def _use_one_core(cores: "Queue[int]") -> None:
