@@ -3,6 +3,7 @@
 # make demo-real   the same with SmolLM2-135M-Instruct, a real chat model that PyPI has (93 MB): about 25 minutes
 # make test   the test suite
 # make slow-test    training that is killed, resumed, and spread over processes; other tools' adapters on the engine
+# make model-test   train, convert and serve tiny models of 55 architectures, and compare with the recorded table
 # make docs-test    the commands, links and options of all README files, and the wheel in an environment of its own
 # make chart-test   the Helm chart's, and three servers over one document: fetches Helm 3 and 4, promtool, checkov, hadolint
 # make attack  hostile requests, adapters, sources and documents against a server, and a storm: about 8 minutes
@@ -12,7 +13,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 TORCH = $(shell sed -n 's/^\# \(torch==\)/\1/p' requirements-cpu.lock)
 
-.PHONY: demo demo-real install test attack slow-test docs-test chart-test check clean
+.PHONY: demo demo-real install test attack slow-test model-test docs-test chart-test check clean
 demo: .venv/.installed
 	.venv/bin/python -m benchmarks.demo
 
@@ -26,6 +27,9 @@ test: .venv/.installed
 
 slow-test: .venv/.installed
 	.venv/bin/python -m pytest tests/slow
+
+model-test: .venv/.installed
+	.venv/bin/python -m tests.architectures
 
 docs-test: .venv/.installed
 	.venv/bin/python -m pytest tests/docs

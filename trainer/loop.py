@@ -35,6 +35,7 @@ from transformers import (
 )
 from transformers.integrations import get_available_reporting_integrations
 
+from trainer import router_loss
 from trainer.config import TrainConfig
 from trainer.data import Example
 from trainer.errors import ConfigError, Interrupted, TrainingError
@@ -101,7 +102,8 @@ def optimise(
     trainer.remove_callback(PrinterCallback)  # the progress bar shows the loss
     previous_handler = signal.signal(signal.SIGINT, callback.on_sigint)
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with router_loss.number_of_experts(model):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         signal.signal(signal.SIGINT, previous_handler)
     if callback.interrupted:
@@ -223,6 +225,7 @@ def _trainer(
         packing=config.packing,
         eval_packing=False,
         dataset_kwargs=None if config.packing else {"skip_prepare_dataset": True},
+        **router_loss.settings(model),
     )
     kind: Callable[..., Trainer] = ExactMatchTrainer if config.eval_metric == "exact_match" else SFTTrainer
     return kind(args=arguments, **common)

@@ -79,6 +79,10 @@ class Base:
             adapter_dir.check_base(folder, header.base_digest, self.digest)
         lora = adapter_dir.load_lora(folder)
         adapter_dir.check_init(folder, lora.config)
+        if lora.config.get("fan_in_fan_out"):
+            raise ServeError(
+                f"{folder} adapts layers that store their weights transposed (GPT-2): vLLM has no LoRA there"
+            )
         fitted = adapter_dir.on_base(folder, lora, self.folder, self.modules, for_engine=True)
         adapter_dir.check_only_factors(folder, fitted.lora)
         shapes = {fitted.names[module]: shape for module, shape in header.shapes.items()}

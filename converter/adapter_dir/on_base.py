@@ -82,6 +82,10 @@ def _models(lora: LoraAdapter, modules: BaseModules, *, for_engine: bool) -> Seq
 
 def check_only_factors(folder: Path, lora: LoraAdapter) -> None:
     """Raise MalformedAdapter if the LoRA of `folder` has a trained tensor of the base beside its factors."""
+    if lora.head and lora.config.get("task_type") == "SEQ_CLS":
+        raise MalformedAdapter(
+            f"{folder} is a classifier, whose head is trained in full: engines serve plain LoRA only"
+        )
     if name := next(iter([*lora.head, *lora.copies]), None):
         saved = f"{folder / CONFIG} has modules_to_save, and " if lora.head else f"{folder}: "
         raise MalformedAdapter(

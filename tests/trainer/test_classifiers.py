@@ -3,7 +3,9 @@
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from converter.adapter_dir import load_astra, load_lora
+from astra_serve.adapters.admission import open_base
+from converter.adapter_dir import MalformedAdapter, load_astra, load_lora
+from converter.cli import main as convert
 from tests.trainer.test_train import astra_train
 from tests.trainer.tiny_models import check_against_peft
 
@@ -39,6 +41,14 @@ def test_a_classifier_trains_converts_and_loads_in_peft(name, heads, base_of, cl
     assert load_astra(out).head
     check_against_peft(base, out, tmp_path / "lora", AutoModelForSequenceClassification)
     assert load_lora(tmp_path / "lora").config["modules_to_save"] == heads
+
+
+def test_the_server_refuses_a_classifier_with_the_reason(base_of, classes, tmp_path) -> None:
+    base, out = base_of("bert"), tmp_path / "out"
+    assert astra_train(base, classes, out, "task=classification", "forgetting_rows=0", "steps=1") == 0
+    assert convert([str(out), str(tmp_path / "lora")]) == 0
+    with pytest.raises(MalformedAdapter, match="is a classifier, whose head is trained in full"):
+        open_base(str(base)).check(tmp_path / "lora")
 
 
 def test_a_layer_of_the_head_cannot_be_named(base_of, classes, tmp_path, capsys) -> None:

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers as hf
@@ -38,7 +39,8 @@ def gemma3(**text: Any) -> hf.PreTrainedModel:
 
 
 def qwen3_5(**text: Any) -> hf.PreTrainedModel:
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2}
+    vision["out_hidden_size"] = text.get("hidden_size", WIDTH["hidden_size"])
     config = hf.Qwen3_5Config(
         text_config={**WIDTH, **POSITIONS, **GROUPS, **LINEAR_ATTENTION, "num_hidden_layers": 4,
                      "tie_word_embeddings": True, **text},
@@ -118,11 +120,15 @@ MODELS: dict[str, Callable[..., hf.PreTrainedModel]] = {
 
 def save_base(name: str, folder: Path, tokenizer: hf.PreTrainedTokenizerFast, **settings: Any) -> Path:
     """Write the base `name` of MODELS, and its tokenizer, to the new `folder`; encoders get [CLS] and [SEP]."""
+    own = encoder_tokenizer(tokenizer) if name in ENCODERS else tokenizer
+    return save_model(partial(MODELS[name], **settings), folder, own)
+
+
+def save_model(make: Callable[..., hf.PreTrainedModel], folder: Path, tokenizer: hf.PreTrainedTokenizerFast) -> Path:
+    """Write the model that `make` returns for the vocabulary of `tokenizer`, and the tokenizer, to the new `folder`."""
     torch.manual_seed(0)
-    if name in ENCODERS:
-        tokenizer = encoder_tokenizer(tokenizer)
     words = {f"{key}_token_id": getattr(tokenizer, f"{key}_token_id") for key in ("pad", "bos", "eos")}
-    model = MODELS[name](**{"vocab_size": len(tokenizer), **words, **settings})
+    model = make(**{"vocab_size": len(tokenizer), **words})
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:  # larger than at the start of pre-training: an adapter then has an effect
@@ -172,10 +178,26 @@ def add_change(model: hf.PreTrainedModel, adapter: AstraAdapter) -> None:
         module.weight += (change.T if isinstance(module, hf.pytorch_utils.Conv1D) else change).float()
 
 
-@torch.no_grad()
+class Logits(NamedTuple):
+    """Logits of one base for the same tokens: alone, with the exact weight change, and with the LoRA in plain PEFT."""
+
+    base: torch.Tensor
+    trained: torch.Tensor
+    served: torch.Tensor
+
+
 def check_against_peft(base: Path, astra: Path, lora: Path, kind: Any = hf.AutoModelForCausalLM) -> None:
     """Convert `astra` to `lora`; PEFT's logits with it must equal those of the base with the exact weight change."""
     assert convert([str(astra), str(lora)]) == 0
+    ids = torch.randint(10, 200, (2, 12), generator=torch.Generator().manual_seed(1))
+    found = logits(base, astra, lora, ids, kind)
+    assert (found.trained - found.base).abs().max() > 1e-2
+    torch.testing.assert_close(found.served, found.trained, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def logits(base: Path, astra: Path, lora: Path, ids: torch.Tensor, kind: Any = hf.AutoModelForCausalLM) -> Logits:
+    """Return the logits for `ids` (rows, tokens) in float32, of the model that the class `kind` makes of `base`."""
     adapter = load_astra(astra)
 
     def load() -> hf.PreTrainedModel:
@@ -184,14 +206,13 @@ def check_against_peft(base: Path, astra: Path, lora: Path, kind: Any = hf.AutoM
         model.config.pad_token_id = 0
         return model
 
-    ids = torch.randint(10, 200, (2, 12), generator=torch.Generator().manual_seed(1))
     model = load()
     if model.config.is_encoder_decoder:
+        ids = ids.clone()
         ids[:, -1] = model.config.eos_token_id
     before = model(input_ids=ids).logits
     add_change(model, adapter)
     assert not model.load_state_dict(dict(adapter.head), strict=False).unexpected_keys
     trained = model(input_ids=ids).logits
     served = PeftModel.from_pretrained(load(), lora).eval()(input_ids=ids).logits
-    assert (trained - before).abs().max() > 1e-2
-    torch.testing.assert_close(served, trained, atol=1e-3, rtol=1e-3)
+    return Logits(before, trained, served)

@@ -164,3 +164,11 @@ def test_the_weights_of_the_base_are_read_once_and_only_for_an_adapter_that_reco
         list(pool.map(base.check, [recorded] * 4))
     replace(base, max_rank=8).check(recorded)
     assert len(reads) == 1
+
+
+def test_an_adapter_of_transposed_layers_is_refused_with_the_reason(tiny_base: Path, tmp_path: Path) -> None:
+    folder = write_lora(tmp_path / "lora", tiny_base)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": True}))
+    with pytest.raises(ServeError, match="store their weights transposed"):
+        open_base(str(tiny_base)).check(folder)
