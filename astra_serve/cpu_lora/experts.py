@@ -2,7 +2,8 @@
 
 With LoRA, vLLM computes unquantised experts by Triton kernels alone, on every platform. A CPU has none: the engine died
 at the first request, for the base as well and also where no adapter changes an expert. Here each expert that a step
-routes tokens to is computed by PyTorch's matrix products, and with them the changes of the adapters.
+routes tokens to is computed by PyTorch's matrix products, and with them the changes of the adapters. Where
+`--lora-target-modules` names no experts, they are computed as without LoRA, by vLLM's own kernels.
 """
 
 import inspect
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as method
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
@@ -48,17 +50,28 @@ def compute_experts_here() -> None:
         return
 
     def select_backend(moe_config: Any) -> tuple[Any, Any]:
+        if moe_config.is_lora_enabled and not _may_change_experts():
+            moe_config.is_lora_enabled = False  # the kernels ask again
         if not moe_config.is_lora_enabled:
             return select(moe_config)  # type: ignore[no-any-return]
         form = FusedMoEActivationFormat.Standard
         supported, reason = LoraExperts.is_supported_config(LoraExperts, moe_config, None, None, form)
         if not supported or moe_config.has_bias:
             reason = reason or "experts with a bias are not supported"
-            raise ValueError(f"LoRA cannot be served on a CPU with the experts of this base: {reason}")
+            raise ValueError(
+                f"LoRA cannot be served on a CPU with the experts of this base: {reason}. Name the modules to adapt, "
+                "and no experts, with --lora-target-modules"
+            )
         return UnquantizedMoeBackend.CPU, LoraExperts
 
     select_backend.without_lora = select  # type: ignore[attr-defined]
     method.select_unquantized_moe_backend = select_backend
+
+
+def _may_change_experts() -> bool:
+    """Return whether the options of the engine that starts allow adapters of experts."""
+    lora = get_current_vllm_config().lora_config
+    return lora is None or lora.target_modules is None or any("experts" in name for name in lora.target_modules)
 
 
 class LoraExperts(LoRAExpertsMixin, CPUUnquantizedExperts):

@@ -16,7 +16,6 @@ from vllm import envs
 from astra_serve.adapters.admission import engine_rank, open_base
 from astra_serve.adapters.clock import Clock
 from astra_serve.adapters.probe import PROMPTS, Prover
-from astra_serve.cpu_lora.experts import compute_without_lora
 from astra_serve.engine import options
 from astra_serve.engine.vllm import started
 from tests.architectures.adapters import Adapter
@@ -41,7 +40,6 @@ def serve(base: Path, adapters: Mapping[str, Adapter], dtype: str, words: Sequen
     admission = open_base(str(base))
     rank = engine_rank(admission.check(adapter.lora).rank for adapter in adapters.values())
     envs.environment_variables["VLLM_WORKER_MULTIPROC_METHOD"] = lambda: "fork"  # vLLM sets the variable itself
-    compute_without_lora()  # the plugin does so in a worker that is spawned
     print("the engine starts", flush=True)
     base_differs, largest = asyncio.run(_serve(base, adapters, rank, ["--dtype", dtype, *OPTIONS, *words]))
     if math.isnan(base_differs):

@@ -27,7 +27,7 @@ class Architecture:
     loaded_by: Any = hf.AutoModelForCausalLM
     published_name: Callable[[str], str | None] | None = None  # of a tensor, where save_pretrained writes another one
     published_config: Mapping[str, Any] = field(default_factory=dict)  # that differs from what save_pretrained writes
-    has_experts: bool = False
+    has_experts_with_bias: bool = False
     served_in: Literal["float32", "bfloat16"] = "float32"  # the dtype of the engine
 
     @property
@@ -42,9 +42,7 @@ class Architecture:
 
 
 def _causal(kind: Kind, name: str, **settings: Any) -> Architecture:
-    make = decoder(f"{name}ForCausalLM", f"{name}Config", **{**SIZES, **GROUPED, **settings})
-    has_experts = bool(settings.get("num_experts_per_tok") or settings.get("num_local_experts"))
-    return Architecture(kind, make, has_experts=has_experts)
+    return Architecture(kind, decoder(f"{name}ForCausalLM", f"{name}Config", **{**SIZES, **GROUPED, **settings}))
 
 
 def _decoder(name: str, **settings: Any) -> Architecture:
@@ -124,7 +122,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         _experts("Phimoe", num_local_experts=4), published_config={"architectures": ["PhiMoEForCausalLM"]}
     ),
     "GraniteMoE": _experts("GraniteMoe", num_local_experts=4),
-    "gpt-oss": _experts("GptOss", head_dim=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=16),
+    "gpt-oss": replace(
+        _experts("GptOss", head_dim=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=16),
+        has_experts_with_bias=True,
+    ),
     "GLM-4 MoE": _experts(
         "Glm4Moe", head_dim=32, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=1,
         topk_group=1, **EXPERTS,

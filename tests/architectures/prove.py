@@ -93,7 +93,7 @@ def _serve(
     """Return the cell of the engine, and put the largest difference to PEFT's answers into `figures`."""
     words, remark = [], YES
     try:
-        if architecture.has_experts:  # vLLM's LoRA of experts needs Triton, which a CPU does not have
+        if architecture.has_experts_with_bias:  # on a CPU they are served beside adapters of other modules alone
             words, remark = engine.named_modules(base, loaded.values()), f"{YES}: with --lora-target-modules"
         elif architecture.kind == "multimodal, its text":
             words, remark = ["--language-model-only"], f"{YES}: with --language-model-only"

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config.lora import LoRAConfig
 from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as method
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
@@ -143,7 +145,14 @@ def select(monkeypatch):
     monkeypatch.setattr(method, "select_unquantized_moe_backend", getattr(found, "without_lora", found))
     experts.compute_experts_here()
     experts.compute_experts_here()  # a second time changes nothing
-    return method.select_unquantized_moe_backend
+    with set_current_vllm_config(with_lora(None)):
+        yield method.select_unquantized_moe_backend
+
+
+def with_lora(targets: list[str] | None) -> VllmConfig:
+    config = VllmConfig()
+    config.lora_config = LoRAConfig(max_lora_rank=8, target_modules=targets)
+    return config
 
 
 def config(monkeypatch, **changes):
@@ -157,6 +166,18 @@ def test_with_lora_the_engine_computes_experts_by_the_plugin(select, monkeypatch
     backend, found = select(config(monkeypatch))
     assert (backend.name, found) == ("CPU", experts.LoraExperts)
     assert found.supports_lora()
+
+
+@pytest.mark.parametrize(("targets", "adapted"), [(["q_proj", "gate_proj"], False), (["q_proj", "experts"], True)])
+def test_experts_that_no_adapter_may_change_are_computed_as_without_lora(targets, adapted, monkeypatch) -> None:
+    """Also those that the plugin cannot compute."""
+    monkeypatch.setattr(method, "select_unquantized_moe_backend", lambda moe_config: (moe_config, "vLLM's own"))
+    experts.compute_experts_here()
+    asked = config(monkeypatch, has_bias=not adapted)
+    with set_current_vllm_config(with_lora(targets)):
+        found = method.select_unquantized_moe_backend(asked)[1]
+    assert found == (experts.LoraExperts if adapted else "vLLM's own")
+    assert asked.is_lora_enabled is adapted
 
 
 @pytest.mark.parametrize(
