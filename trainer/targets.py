@@ -82,8 +82,9 @@ def left_out(model: PreTrainedModel, config: TrainConfig) -> list[str]:
     if (experts := expert_tensors(model)) and not expert_targets(model, config):
         share = sum(experts.values()) / sum(parameter.numel() for parameter in model.parameters())
         which = f"{_weights(experts)}; {share:.0%} of all parameters"
-        advice = ": name experts in target_modules, with method=lora" if names_of_experts(model) else ""
-        lines.append(f"the experts ({which}) are not adapted{advice}")
+        advice = "name experts in target_modules, with method=lora"
+        reason = advice if names_of_experts(model) else "PEFT or the engine could not load them"
+        lines.append(f"the experts ({which}) are not adapted: {reason}")
     if config.target_modules != "all-linear":
         return lines
     language = _language_part(model)
