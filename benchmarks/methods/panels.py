@@ -64,7 +64,7 @@ def _draw(axes: Any, panel: Panel) -> None:
             axes.plot(range(len(xs)), ys, "o:", markersize=7, linewidth=0.6, **look)
             axes.set_xticks(range(len(xs)), xs)
         elif panel.style == "path":
-            axes.plot(xs[:-1], ys[:-1], "-", linewidth=0.7, alpha=0.5, color=look["color"])
+            axes.plot(xs[:-1], ys[:-1], "o-", markersize=3, linewidth=0.7, alpha=0.5, color=look["color"])
             axes.plot(xs[-1:], ys[-1:], "o", markersize=7, **look)
             axes.annotate(name, (xs[-1], ys[-1]), xytext=(5, 4), textcoords="offset points", fontsize=8)
         else:
@@ -77,11 +77,13 @@ def _draw(axes: Any, panel: Panel) -> None:
             low, high = axis.get_view_interval()
             if high > 10 * low:
                 axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_minor_formatter("{x:g}" if letter == "y" and high <= 10 * low else "")
+            labelled = letter == "y" or panel.style == "path"
+            axis.set_minor_formatter("{x:g}" if labelled and high <= 10 * low else "")
     if panel.style == "path":
         marked = [points[-1] for points in lines.values()]
         _zoom(axes, marked)
         axes.set_xlim(0.6 * min(x for x, _ in marked), 1.25 * max(x for x, _ in marked))
+        axes.tick_params(axis="x", which="both", labelsize=8)
     elif panel.style == "points" and "x" in panel.log:
         ticks = sorted({x for points in lines.values() for x, _ in points})
         axes.set_xticks(ticks[:: 1 + len(ticks) // 8], [f"{tick:g}" for tick in ticks[:: 1 + len(ticks) // 8]])
