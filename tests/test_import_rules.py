@@ -49,9 +49,11 @@ def test_only_the_engine_its_server_and_its_plugin_import_vllm() -> None:
 
 
 def test_only_one_module_imports_trl() -> None:
+    """The import changes the environment, and the module mends that: in tests, too, which start servers."""
     users = {
         str(file.relative_to(ROOT))
-        for file in (ROOT / "trainer").rglob("*.py")
+        for package in (*PACKAGES, "benchmarks", "tests")
+        for file in (ROOT / package).rglob("*.py")
         if any(name.partition(".")[0] == "trl" for name in imports(file))
     }
     assert users == {"trainer/sft.py"}
