@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.architectures.row import Row
+from tests.architectures.row import YES, Row
 
 RESULTS = Path(__file__).parent / "results.json"
 PAGE = Path(__file__).parent.parent.parent / "trainer" / "README.md"
@@ -53,13 +53,17 @@ def with_table(page: str, table: str) -> str:
 
 
 def differences(found: Sequence[Row], expected: Sequence[Row]) -> list[str]:
-    """Return a line for each cell of `found` that is not as in `expected`; numbers are not compared."""
+    """Return a line for each cell of `found` that is not as in `expected`; numbers are not compared.
+
+    Nor is the reason for which the engine does not serve an architecture: it depends on the instructions of the CPU.
+    """
     before = {row.architecture: row.cells for row in expected}
     return [
         f"{row.architecture}, {HEADINGS[key]}: {value!r}, in {RESULTS.name}: {old!r}"
         for row in found
         for key, value in row.cells.items()
         if (old := before.get(row.architecture, {}).get(key)) != value
+        and not (key == "engine" and old is not None and not old.startswith(YES))
     ]
 
 
