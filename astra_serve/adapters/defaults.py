@@ -1,4 +1,4 @@
-"""What an adapter brings for the requests that name it: a chat template, defaults of sampling, and stop tokens.
+"""Settings of an adapter for the requests that name it: a chat template, defaults of sampling, and stop tokens.
 
 Each is optional; without it the base's is used. A template is used where it differs from the base's: then prompts of
 chats are rendered by `templates`. The defaults are those that vLLM reads of a base's generation_config.json; what a

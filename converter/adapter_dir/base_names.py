@@ -40,7 +40,7 @@ class Parameter(NamedTuple):
 
 
 class ExpertPart(NamedTuple):
-    """Where the weight of one layer of one expert is in the loaded model, which stacks the experts."""
+    """The place of the weight of one layer of one expert in the loaded model, which stacks the experts."""
 
     parameter: str  # (experts, parts x d_out, d_in)
     expert: int

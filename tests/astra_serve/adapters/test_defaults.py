@@ -1,4 +1,4 @@
-"""What an adapter brings for its requests: its template, defaults of sampling and stop tokens; and what is refused."""
+"""Settings of an adapter for its requests: template, defaults of sampling, stop tokens; and the refused ones."""
 
 import json
 from pathlib import Path

@@ -156,7 +156,7 @@ def with_lora(targets: list[str] | None) -> VllmConfig:
 
 
 def config(monkeypatch, **changes):
-    """What the selection reads of a layer's config; whether vLLM's own checks pass is in `supported`."""
+    """Return what the selection reads of a layer's config; whether vLLM's own checks pass is in `supported`."""
     supported = changes.pop("supported", (True, None))
     monkeypatch.setattr(experts.LoraExperts, "is_supported_config", staticmethod(lambda *_: supported))
     return SimpleNamespace(**{"is_lora_enabled": True, "has_bias": False, **changes})
