@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("astra_serve", "converter", "trainer")
 SHARED = ("converter.adapter_dir", "converter.atomic", "converter.errors")
+BRIDGE = ("trainer/python_api.py", "converter.convert")  # the one module that may write a LoRA folder
 
 
 def imports(file: Path) -> set[str]:
@@ -31,7 +32,8 @@ def test_a_package_imports_of_its_neighbours_only_the_adapter_format(package: st
         for name in imports(file):
             top = name.partition(".")[0]
             if top in PACKAGES and top != package:
-                assert name.startswith(SHARED), f"{file.relative_to(ROOT)} imports {name}"
+                is_bridge = str(file.relative_to(ROOT)) == BRIDGE[0] and name.startswith(BRIDGE[1])
+                assert name.startswith(SHARED) or is_bridge, f"{file.relative_to(ROOT)} imports {name}"
 
 
 def test_only_the_engine_its_server_and_its_plugin_import_vllm() -> None:
