@@ -24,8 +24,8 @@ from benchmarks.methods.sweep import Sweep
 from benchmarks.methods.trial import Results, config_of
 from trainer.adapter import attach, target_layers
 from trainer.base import load_base, load_tokenizer
-from trainer.data import batches, language_examples
-from trainer.learning_rate import automatic_rate, first_step
+from trainer.data import language_examples
+from trainer.learning_rate import automatic_rate, first_step, losses_of
 from trainer.start.initialise import calibration_batches, initialise
 
 METHODS = ("lora", "pissa", "tail", "principal")
@@ -68,8 +68,8 @@ def measure(base: str, task: str, method: str) -> dict[str, object]:
     layers = target_layers(model, config)
     calibration = calibration_batches(examples, tokenizer, config)
     start = initialise(model, layers, calibration, config, "", Progress(disable=True))
-    rows = batches(examples[: config.batch_size], 1, tokenizer)
-    rate = automatic_rate(attach(model, start.starts, config), rows, config)
+    adapted = attach(model, start.starts, config)
+    rate = automatic_rate(adapted, losses_of(adapted, examples[: config.batch_size], tokenizer, config), config)
     found = {"base": base, "task": task, "method": method, "rank": config.rank, "auto": rate}
     return {**found, "gradients": first_step(config) / rate, "best": _best(base, sweep)}
 

@@ -3,11 +3,7 @@
     python -m benchmarks.train_speed --out FILE.json [--quick] [--models embedded wide] [--device cpu|cuda]
 
 A step is forward, backward, clipping and AdamW on one batch of random tokens. `lora` is PEFT's plain LoRA, `ours` is
-the form that `astra-train` uses. Other forms of the same change s (B A - B0 A0) x:
-
-    autograd      the same two products as ours, with autograd's backward pass
-    two_adapters  s B (A x) - s B0 (A0 x): a trained and a frozen pair, like two active PEFT adapters
-    through_w     s (B (A x) - Q (Q^T (W x))): A0 x computed from the base's output; not exact in floating point
+the form that `astra-train` uses for s (B A - B0 A0) x, `autograd` the same products with autograd's backward pass.
 
 The forms take turns of a few steps, each with a model of its own. A ratio is the median of the ratios of the turns.
 Peak memory is measured in a process per form: the kernel's high-water mark (GPU: the allocator's) during steps,
@@ -27,8 +23,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import LoraVariant
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -38,9 +32,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from transformers.utils import logging
 
 from benchmarks import peak_memory, report
-from trainer.adapter import ADAPTER, ExactStart, attach, target_layers
+from trainer.adapter import attach, target_layers
 from trainer.config import TrainConfig
 from trainer.embedded import pretrain
+from trainer.exact_start import FactorA
 from trainer.start.methods import astra_start
 
 RANK, SEED, TURNS, STEPS = 16, 0, 7, 2
@@ -49,42 +44,14 @@ ROWS = {"embedded": (16, 128), "wide": (4, 128)}  # (rows, tokens per row) of th
 console = Console()
 
 
-class Autograd(ExactStart):
-    """The same two products as ours; autograd saves the tensors for the backward pass."""
+class Autograd(FactorA):
+    """The same product as ours; autograd saves the tensors for the backward pass."""
 
-    def forward(self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> Any:
-        d_a, d_b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
-        inner = F.linear(x.to(d_a.dtype), torch.cat([self.a0 + d_a, d_a]))
-        return result + module.scaling[active_adapter] * F.linear(inner, torch.cat([d_b, self.b0], dim=1))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.to(self.start.dtype), self.standard())
 
 
-class TwoAdapters(ExactStart):
-    """A trained pair and a frozen one."""
-
-    def forward(self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> Any:
-        d_a, d_b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
-        wide = x.to(d_a.dtype)
-        trained = F.linear(F.linear(wide, self.a0 + d_a), self.b0 + d_b)
-        return result + module.scaling[active_adapter] * (trained - F.linear(F.linear(wide, self.a0), self.b0))
-
-
-class ThroughW(ExactStart):
-    """B0 A0 x = Q Q^T (W x), computed from the base's output."""
-
-    def forward(self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> Any:
-        d_a, d_b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
-        trained = F.linear(F.linear(x.to(d_a.dtype), self.a0 + d_a), self.b0 + d_b)
-        start = F.linear(F.linear(result.to(d_a.dtype), self.b0.T), self.b0)
-        return result + module.scaling[active_adapter] * (trained - start)
-
-
-FORMS: dict[str, type[LoraVariant] | None] = {
-    "lora": None,
-    "ours": ExactStart,
-    "autograd": Autograd,
-    "two_adapters": TwoAdapters,
-    "through_w": ThroughW,
-}
+FORMS = ("lora", "ours", "autograd")
 
 
 def main() -> int:
@@ -122,10 +89,9 @@ def build(model: str, form: str, device: str) -> tuple[nn.Module, Callable[[], N
         adapted = attach(
             base, {name: astra_start(layers[name].weight.detach(), q) for name, q in bases.items()}, config
         )
-        for layer in adapted.modules():
-            if isinstance(layer, LoraLayer):
-                exact = layer.lora_variant[ADAPTER]
-                exact.__class__ = FORMS[form]
+        for factor in adapted.modules():
+            if isinstance(factor, FactorA) and form == "autograd":
+                factor.__class__ = Autograd
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     ids = torch.randint(5, 1000, ROWS[model], device=device)

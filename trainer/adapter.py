@@ -7,6 +7,7 @@ whose B starts at zero, and experts, train PEFT's own.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -27,7 +28,7 @@ from trainer.experts import loadable_targets, names_as_they_are
 from trainer.targets import chosen_layers, head_modules, peft_targets
 
 ADAPTER = "default"
-_TASK_TYPES = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
+_TASK_TYPES = {"causal_lm": "CAUSAL_LM", "dpo": "CAUSAL_LM", "classification": "SEQ_CLS"}
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,11 @@ def saved_config(model: PeftModel, base: str) -> Json:
 
 
 @torch.no_grad()
-def adapter_layers(model: PeftModel) -> dict[str, AstraLayer]:
+def adapter_layers(model: PeftModel, starts: Mapping[str, Start] = MappingProxyType({})) -> dict[str, AstraLayer]:
     """Return A, B, A0 and B0 of each adapted layer, by the layer's name in the base, on disk for experts.
 
-    Where B started at zero, A0 is zero, too: the change is s B A, wherever A started.
+    Where B started at zero, the change is s B A, wherever A started: A0 is that of `starts`, which the model does not
+    hold, or zero.
     """
     layers = {}
     for name, layer in adapted_modules(model).items():
@@ -160,15 +162,12 @@ def adapter_layers(model: PeftModel) -> dict[str, AstraLayer]:
         if has_start(layer, ADAPTER):
             layers[name] = AstraLayer(a=a.value, b=b.value, a0=a.start.clone(), b0=b.start.clone())
         else:
-            layers[name] = _plain(a.weight.clone(), b.weight.clone())
-    return layers | _expert_layers(model)
+            a0 = starts[name].a0.to(a.weight) if name in starts else torch.zeros_like(a.weight)
+            layers[name] = AstraLayer(a.weight.clone(), b.weight.clone(), a0, torch.zeros_like(b.weight))
+    return layers | _expert_layers(model, starts)
 
 
-def _plain(a: torch.Tensor, b: torch.Tensor) -> AstraLayer:
-    return AstraLayer(a, b, torch.zeros_like(a), torch.zeros_like(b))
-
-
-def _expert_layers(model: PeftModel) -> dict[str, AstraLayer]:
+def _expert_layers(model: PeftModel, starts: Mapping[str, Start]) -> dict[str, AstraLayer]:
     """Return the layers of `adapter_layers` that are of single experts."""
     layers: dict[str, AstraLayer] = {}
     names = names_of_experts(model.get_base_model())
@@ -177,7 +176,10 @@ def _expert_layers(model: PeftModel) -> dict[str, AstraLayer]:
         rank, weight_a, weight_b = wrapper.r[ADAPTER], wrapper.lora_A[ADAPTER].weight, wrapper.lora_B[ADAPTER].weight
         a = weight_a.reshape(-1, rank, weight_a.shape[1])
         b = weight_b.reshape(len(weight_b), rank, -1).permute(2, 0, 1)  # PEFT's order: (d_out, r, experts)
-        layers |= {layer: _plain(a_e, b_e) for layer, a_e, b_e in split_experts(names, name, a, b)}
+        a0 = starts[name].a0.to(a) if name in starts else torch.zeros_like(a)
+        initial = split_experts(names, name, a0, torch.zeros_like(b))
+        for (layer, a_e, b_e), (_, a0_e, b0_e) in zip(split_experts(names, name, a, b), initial, strict=True):
+            layers[layer] = AstraLayer(a=a_e, b=b_e, a0=a0_e, b0=b0_e)
     return layers
 
 

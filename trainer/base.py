@@ -45,7 +45,7 @@ def load_tokenizer(folder: Path, config: TrainConfig) -> PreTrainedTokenizerBase
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # `tokenizers` raises a plain Exception for a damaged file
         raise BaseNotFound(f"the tokenizer in {folder} cannot be loaded: {_reason(error)}") from error
-    if config.task == "causal_lm" and tokenizer.eos_token_id is None:
+    if config.is_language_model and tokenizer.eos_token_id is None:
         raise BaseNotFound(f"the tokenizer in {folder} has no end-of-sequence token: set eos_token in its config")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:

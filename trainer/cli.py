@@ -128,7 +128,8 @@ def _train_parser() -> argparse.ArgumentParser:
         "--data",
         required=True,
         help='a json, jsonl, parquet, csv or tsv file, or a hub data set; a row is {"prompt","completion"}, '
-        '{"messages"} or {"text"}; for task=classification {"text","label"}',
+        '{"messages"} or {"text"}; for task=dpo {"prompt","chosen","rejected"}; for task=classification '
+        '{"text","label"}',
     )
     parser.add_argument("--out", required=True, type=Path, help="a new folder for the adapter")
     parser.add_argument("--resume", action="store_true", help="continue the unfinished run in OUT.unfinished")

@@ -60,7 +60,14 @@ class TrainConfig(BaseModel):
     )
 
     # the data
-    task: Literal["causal_lm", "classification"] = Field("causal_lm", description="type of the model to train")
+    task: Literal["causal_lm", "dpo", "classification"] = Field(
+        "causal_lm",
+        description="what the rows teach: dpo is direct preference optimisation of a language model, from rows of "
+        "prompt, chosen and rejected; its reference is the base",
+    )
+    dpo_beta: float = Field(
+        0.1, gt=0, description="weight of the distance to the base in task=dpo: higher values stay closer to it"
+    )
     columns: dict[str, str] = Field(
         {}, description="the data's column for a column of ours, such as {prompt: question}"
     )
@@ -81,7 +88,9 @@ class TrainConfig(BaseModel):
     eval_share: float = Field(0.0, ge=0, lt=1, description="share of --data to hold out, instead of eval_data")
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; none means a tenth of the run")
     eval_metric: Literal["loss", "exact_match", "accuracy"] = Field(
-        "loss", description="metric of the best checkpoint; exact_match is of greedy answers, accuracy of classes"
+        "loss",
+        description="metric of the best checkpoint; exact_match is of greedy answers, accuracy of classes, or "
+        "of preferences",
     )
     patience: int | None = Field(None, ge=1, description="stop after so many evaluations without improvement")
     forgetting_data: str | None = Field(
@@ -154,7 +163,7 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _combinable(self) -> "TrainConfig":
         """Refuse settings that exclude each other; the message gives the reason."""
-        lm, adapter = self.task == "causal_lm", self.method != "full"
+        lm, adapter = self.is_language_model, self.method != "full"
         only_astra = self.subspace != "tail" or not self.train_b or self.rank_allocation != "none"
         evaluated = self.eval_data is not None or self.eval_share > 0
         rules = [
@@ -177,27 +186,39 @@ class TrainConfig(BaseModel):
                 not self.shard_base or self.quantization == "none",
                 "quantised weights cannot be sharded: use shard_base or quantization",
             ),
-            (not self.shard_base or lm, "a classifier's head is trained in full: shard_base requires task=causal_lm"),
             (
-                lm or not (self.packing or self.calibration_answers_only),
-                "packing and calibration_answers_only require task=causal_lm",
+                not self.shard_base or self.task == "causal_lm",
+                "shard_base requires task=causal_lm: a classifier's head, and the reference of dpo, are whole",
             ),
+            (not self.packing or self.task == "causal_lm", "packing requires task=causal_lm"),
+            (lm or not self.calibration_answers_only, "calibration_answers_only requires task=causal_lm or dpo"),
             (
                 lm or self.method not in ("eva", "lora_ga"),
-                f"PEFT's {self.method} supports language models only: set task=causal_lm",
+                f"PEFT's {self.method} supports language models only: set task=causal_lm or dpo",
             ),
             (
                 lm or not (self.chat_template or self.generation),
-                "chat_template and generation require task=causal_lm",
+                "chat_template and generation require task=causal_lm or dpo",
+            ),
+            (
+                adapter or self.task != "dpo",
+                "task=dpo compares the adapter with the base, which method=full would change: choose another method",
+            ),
+            (
+                self.task == "dpo" or self.dpo_beta == TrainConfig.model_fields["dpo_beta"].default,
+                "dpo_beta requires task=dpo",
             ),
             (
                 adapter or not self.generation,
                 "method=full writes a whole model with the base's generation_config.json: remove generation",
             ),
-            (self.eval_metric != "exact_match" or lm, "exact_match requires task=causal_lm: choose loss or accuracy"),
             (
-                self.eval_metric != "accuracy" or not lm,
-                "accuracy requires task=classification: choose loss or exact_match",
+                self.eval_metric != "exact_match" or self.task == "causal_lm",
+                "exact_match requires task=causal_lm: choose loss or accuracy",
+            ),
+            (
+                self.eval_metric != "accuracy" or self.task != "causal_lm",
+                "accuracy requires task=classification or dpo: choose loss or exact_match",
             ),
             (self.eval_data is None or not self.eval_share, "set eval_data or eval_share, not both"),
             (
@@ -224,6 +245,11 @@ class TrainConfig(BaseModel):
             except re.error as error:
                 raise ValueError(f"rank_pattern {pattern!r} is not a regular expression: {error}") from error
         return self
+
+    @property
+    def is_language_model(self) -> bool:
+        """Return whether the model writes text; else it is a classifier."""
+        return self.task != "classification"
 
     @property
     def stop_tokens(self) -> frozenset[int]:

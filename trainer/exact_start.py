@@ -170,8 +170,8 @@ def is_pair(layer: LoraLayer, adapter: str) -> bool:
     return has_start(layer, adapter) and layer.lora_A[adapter].is_pair
 
 
-class _Reference(PeftModel):
-    """A PeftModel whose copies of an adapter have the same start: TRL adds one, its reference in DPO and GRPO."""
+class _WithReference(PeftModel):
+    """A PeftModel that can have a copy of an adapter: TRL adds one as the reference of DPO and GRPO."""
 
     astra_settings: Any = None  # those of `trainer.python_api`, if it made the model
 
@@ -185,16 +185,25 @@ class _Reference(PeftModel):
                     factors[adapter_name] = copy.deepcopy(factors[copied]).requires_grad_(requires_grad=False)
         return result
 
+    def save_pretrained(
+        self, save_directory: str, *args: Any, selected_adapters: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Write the adapters, as PEFT does, but no copies: a trainer would resume from a copy, not from the adapter."""
+        names = list(self.peft_config)
+        first = {id(config): name for name, config in reversed(self.peft_config.items())}
+        own = [name for name in names if first[id(self.peft_config[name])] == name]
+        super().save_pretrained(save_directory, *args, selected_adapters=selected_adapters or own, **kwargs)
 
-class AstraModel(_Reference):
+
+class AstraModel(_WithReference):
     """PeftModel with exact starts, for models without a task of their own."""
 
 
-class AstraModelForCausalLM(_Reference, PeftModelForCausalLM):
+class AstraModelForCausalLM(_WithReference, PeftModelForCausalLM):
     """PeftModelForCausalLM with exact starts."""
 
 
-class AstraModelForSequenceClassification(_Reference, PeftModelForSequenceClassification):
+class AstraModelForSequenceClassification(_WithReference, PeftModelForSequenceClassification):
     """PeftModelForSequenceClassification with exact starts."""
 
 

@@ -13,13 +13,15 @@ rate".
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 from trainer.config import TrainConfig
-from trainer.data import IGNORED, Batch
+from trainer.data import IGNORED, Batch, Example, batches, rejected_example
 from trainer.errors import TrainingError
 
 FIRST_STEP = 0.1  # nats, for rank 1: the decrease of the loss by a first step at the peak rate
@@ -31,25 +33,53 @@ def first_step(config: TrainConfig) -> float:
     return FIRST_STEP * math.sqrt(rank)
 
 
-def automatic_rate(model: nn.Module, rows: Sequence[Batch], config: TrainConfig) -> float:
-    """Return first_step / sum |g|, g being the gradients of the mean loss of `rows` by the trained parameters.
+def automatic_rate(model: nn.Module, losses: Iterable[torch.Tensor], config: TrainConfig) -> float:
+    """Return first_step / sum |g|, g being the gradients of the sum of `losses` by the trained parameters.
 
-    `rows` are batches of one row, so that the activations of one row are in memory. The model's gradients must be None
-    before, and are None afterwards. Raises TrainingError if the sum is zero or not finite.
+    Each loss is computed when the one before has been used, so that the activations of one row are in memory. The
+    model's gradients must be None before, and are None afterwards. Raises TrainingError if the sum is zero or not
+    finite.
     """
     was_training = model.training
     model.eval()
+    for loss in losses:
+        loss.backward()  # type: ignore[no-untyped-call]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    weights = [_targets(row["labels"]) for row in rows]
-    for row, weight in zip(rows, weights, strict=True):
-        on_device = {key: value.to(parameters[0].device) for key, value in row.items()}
-        (model(**on_device).loss * (weight / sum(weights))).backward()
     total = sum(float(p.grad.abs().sum(dtype=torch.float64)) for p in parameters if p.grad is not None)
     model.zero_grad(set_to_none=True)
     model.train(was_training)
     if not 0 < total < math.inf:
         raise TrainingError(f"the sum of the gradients before the first step is {total}: set learning_rate")
     return first_step(config) / total
+
+
+def losses_of(
+    model: nn.Module, sample: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+) -> Iterator[torch.Tensor]:
+    """Yield the parts of the loss of a step on `sample` at the start, one for each row; they add up to it."""
+    device = next(model.parameters()).device
+    if config.task == "dpo":
+        for row in sample:
+            pair = batches([row, rejected_example(row)], 2, tokenizer)[0]
+            yield _pair_loss(model, {key: value.to(device) for key, value in pair.items()}, config) / len(sample)
+        return
+    rows = batches(sample, 1, tokenizer)
+    weights = [_targets(row["labels"]) for row in rows]
+    for row, weight in zip(rows, weights, strict=True):
+        yield model(**{key: value.to(device) for key, value in row.items()}).loss * (weight / sum(weights))
+
+
+def _pair_loss(model: nn.Module, pair: Batch, config: TrainConfig) -> torch.Tensor:
+    """Return a loss of a pair (2, length), chosen and rejected, that has the gradient of its DPO loss at the base.
+
+    There it falls by beta / 2 for each nat by which the difference of their log probabilities rises (`trainer.dpo`).
+    """
+    logits = model(input_ids=pair["input_ids"], attention_mask=pair["attention_mask"]).logits[:, :-1]
+    targets = pair["labels"][:, 1:]
+    losses = F.cross_entropy(logits.transpose(1, 2).float(), targets, ignore_index=IGNORED, reduction="none")
+    chosen, rejected = losses.sum(dim=1)
+    loss: torch.Tensor = config.dpo_beta / 2 * (chosen - rejected)
+    return loss
 
 
 def _targets(labels: torch.Tensor) -> int:

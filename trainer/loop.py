@@ -1,4 +1,4 @@
-"""The optimisation: TRL's SFTTrainer for language models, transformers' Trainer for classifiers.
+"""The optimisation: TRL's SFTTrainer and DPOTrainer for language models, transformers' Trainer for classifiers.
 
 The trainers get tokenised rows and a PEFT model with its adapter. They do checkpoints, packing, trackers, evaluation
 and data parallelism.
@@ -37,9 +37,10 @@ from transformers.integrations import get_available_reporting_integrations
 
 from trainer import router_loss
 from trainer.config import TrainConfig
-from trainer.data import Example
+from trainer.data import Example, as_trl
+from trainer.dpo import PreferenceTrainer
 from trainer.errors import ConfigError, Interrupted, TrainingError
-from trainer.sft import SELECTION, ExactMatchTrainer, SFTConfig, SFTTrainer
+from trainer.sft import SELECTION, DPOConfig, ExactMatchTrainer, SFTConfig, SFTTrainer
 from trainer.unfinished import mark_complete
 
 _TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
@@ -47,7 +48,7 @@ _TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 
 @dataclass(frozen=True)
 class Point:
-    """One step of the loss curve; the loss is in nats per target token, a classifier's in nats per row."""
+    """One step of the loss curve; the loss is in nats per target token, or per row or pair."""
 
     step: int
     loss: float
@@ -204,8 +205,8 @@ def _trainer(
     common: dict[str, Any] = {
         "model": model,
         "processing_class": tokenizer,
-        "train_dataset": datasets.Dataset.from_list(list(train)),
-        "eval_dataset": datasets.Dataset.from_list(list(held_out)) if held_out else None,
+        "train_dataset": _dataset(train, config),
+        "eval_dataset": _dataset(held_out, config) if held_out else None,
         "optimizers": (optimizer, schedule),
         "callbacks": [callback, *([EarlyStoppingCallback(config.patience)] if config.patience else [])],
     }
@@ -219,6 +220,14 @@ def _trainer(
             compute_metrics=_accuracy,
             **common,
         )
+    if config.task == "dpo":
+        preferences = DPOConfig(
+            **_arguments(config, folder, evaluated=bool(held_out)),
+            beta=config.dpo_beta,
+            max_length=None,
+            **router_loss.settings(model),
+        )
+        return PreferenceTrainer(args=preferences, **common)
     arguments = SFTConfig(
         **_arguments(config, folder, evaluated=bool(held_out)),
         max_length=config.max_length,
@@ -229,6 +238,10 @@ def _trainer(
     )
     kind: Callable[..., Trainer] = ExactMatchTrainer if config.eval_metric == "exact_match" else SFTTrainer
     return kind(args=arguments, **common)
+
+
+def _dataset(rows: Sequence[Example], config: TrainConfig) -> datasets.Dataset:
+    return datasets.Dataset.from_list([as_trl(row) for row in rows] if config.task == "dpo" else list(rows))
 
 
 def _average_gradients(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:

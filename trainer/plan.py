@@ -68,7 +68,8 @@ def plan(base: str, data: str, config: TrainConfig) -> Plan:
     calibration = calibration_batches(rows.train, tokenizer, config)
     n_tokens = sum(int(batch["attention_mask"].sum()) for batch in calibration)
     longest = max(len(example["input_ids"]) for example in rows.train)
-    micro = config.batch_size // config.gradient_accumulation // processes
+    answers = 2 if config.task == "dpo" else 1
+    micro = answers * config.batch_size // config.gradient_accumulation // processes
     groups = list(layer_groups(shapes, config.calibration_memory))
     needs_gram = config.method == "astra"
     return Plan(

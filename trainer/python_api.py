@@ -105,7 +105,7 @@ def save_adapter(model: PeftModel, out: str | os.PathLike[str]) -> None:
     settings = _settings_of(model)
     base = model.get_base_model()
     name = os.path.abspath(base.name_or_path) if Path(base.name_or_path).is_dir() else base.name_or_path  # noqa: PTH100
-    origin = provenance(name, _base(base), str(base.dtype), {"file": "from Python"}, settings)
+    origin = provenance(name, _base(base), str(base.dtype), None, settings)
     origin["config"] = {key: origin["config"][key] for key in _RECORDED}
     with adapter_dir.new_folder(folder) as new:
         config = saved_config(model, name) | _labels(base, settings)

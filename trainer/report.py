@@ -89,7 +89,7 @@ class Run:
         ]
 
 
-def provenance(base: str, base_folder: Path, base_dtype: str, data: Json, config: TrainConfig) -> Json:
+def provenance(base: str, base_folder: Path, base_dtype: str, data: Json | None, config: TrainConfig) -> Json:
     """Return the origin of an adapter: base, data (file, digest, rows), settings and versions of the packages."""
     packages = ("astra-serve", "torch", "transformers", "peft", "trl")
     return {
@@ -106,7 +106,7 @@ def write(folder: Path, run: Run) -> None:
     """Write loss.jsonl, loss.png, spectra.safetensors (if recorded) and the model card into `folder`."""
     curve = run.result.curve
     (folder / "loss.jsonl").write_text("".join(json.dumps(asdict(p)) + "\n" for p in curve), encoding="utf-8")
-    _plot_loss(folder / "loss.png", curve)
+    _plot_loss(folder / "loss.png", curve, unit(run))
     spectra = {f"{name}.before": values for name, values in run.start.eigenvalues.items()}
     spectra |= {f"{name}.after": values for name, values in run.eigenvalues_after.items()}
     if spectra:
@@ -133,13 +133,13 @@ def write_defaults(folder: Path, base: Path, tokenizer: PreTrainedTokenizerBase,
         write_json(folder / adapter_dir.GENERATION_CONFIG, other)
 
 
-def _plot_loss(file: Path, curve: Sequence[Point]) -> None:
+def _plot_loss(file: Path, curve: Sequence[Point], unit: str) -> None:
     """Plot the loss and the gradient norm against the step."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     steps = [p.step for p in curve]
     axes.plot(steps, [p.loss for p in curve], color="C0", linewidth=1.2)
-    axes.set(xlabel="step", ylabel="loss (nats per target token)", yscale="log")
+    axes.set(xlabel="step", ylabel=f"loss ({unit})", yscale="log")
     axes.yaxis.label.set_color("C0")
     norms = axes.twinx()
     norms.plot(steps, [p.grad_norm for p in curve], color="C1", linewidth=0.8, alpha=0.6)
@@ -187,7 +187,7 @@ def facts(run: Run, ranks: Sequence[int]) -> dict[str, str]:
 
 def unit(run: Run) -> str:
     """Return the unit of the run's loss."""
-    return "nats per row" if run.config.task == "classification" else "nats per target token"
+    return {"classification": "nats per row", "dpo": "nats per pair"}.get(run.config.task, "nats per target token")
 
 
 def _card(run: Run) -> str:

@@ -18,7 +18,7 @@ from trainer.evaluate import answers_match
 SELECTION = "selection"  # the metric by which ExactMatchTrainer selects the best checkpoint
 _VLLM_LOGGING = "VLLM_LOGGING_LEVEL"
 _vllm_level = os.environ.get(_VLLM_LOGGING)
-from trl import SFTConfig, SFTTrainer  # noqa: E402
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
 from trl.trainer import utils as trl_utils  # noqa: E402
 
 if _vllm_level is None:
@@ -26,7 +26,7 @@ if _vllm_level is None:
 assert callable(trl_utils._use_triton), "TRL chooses the scored positions in another place now"
 trl_utils._use_triton = lambda _device: True  # the kernels themselves ask `trl.kernels.chunked_logprob`
 
-__all__ = ["SELECTION", "ExactMatchTrainer", "SFTConfig", "SFTTrainer"]
+__all__ = ["SELECTION", "DPOConfig", "DPOTrainer", "ExactMatchTrainer", "SFTConfig", "SFTTrainer"]
 
 
 class ExactMatchTrainer(SFTTrainer):

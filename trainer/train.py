@@ -44,18 +44,19 @@ from trainer.data import (
     Batch,
     Example,
     Examples,
-    batches,
     classification_examples,
     digest,
     label_names,
     language_examples,
+    preference_examples,
     read_rows,
+    rejected_example,
 )
 from trainer.errors import ConfigError, DataError, TrainerError, TrainingError
 from trainer.evaluate import Forgetting, forgetting_batches, language_loss
 from trainer.expert_adapters import chosen_experts
 from trainer.failures import in_one_line, is_disk_full, is_out_of_memory
-from trainer.learning_rate import automatic_rate
+from trainer.learning_rate import automatic_rate, losses_of
 from trainer.limits import check_rows, use_known_padding, with_end_tokens
 from trainer.loop import Result, check_trackers, optimise
 from trainer.packing import refuse_leaking, refuse_recurrent
@@ -127,7 +128,7 @@ def _train(base: str, data: str, out: Path, config: TrainConfig, progress: Progr
 
     with progress:
         calibration = calibration_batches(rows.train, tokenizer, config)
-        lm = model if config.task == "causal_lm" else language_model(folder, config)
+        lm = model if config.is_language_model else language_model(folder, config)
         forgetting_text = forgetting_batches(lm, tokenizer, config) if lm and config.forgetting_rows else []
         loss_before = language_loss(lm, forgetting_text) if lm else 0.0
         if resuming:
@@ -147,7 +148,7 @@ def _train(base: str, data: str, out: Path, config: TrainConfig, progress: Progr
             forgetting = None
             if forgetting_text:
                 backbone = (trained.get_base_model() if start.starts else trained).base_model
-                lm = trained if config.task == "causal_lm" else language_model(folder, config, backbone)
+                lm = trained if config.is_language_model else language_model(folder, config, backbone)
                 assert lm is not None
                 source_of_text = config.forgetting_data or "written by the base"
                 forgetting = Forgetting(source_of_text, loss_before, language_loss(lm, forgetting_text))
@@ -173,7 +174,7 @@ def _optimise(
     rate = config.learning_rate
     if rate == "auto":
         sample = random.Random(config.seed).sample(rows.train, min(config.batch_size, len(rows.train)))
-        rate = automatic_rate(model, batches(sample, 1, tokenizer), config)
+        rate = automatic_rate(model, losses_of(model, sample, tokenizer, config), config)
         if PartialState().is_main_process:
             progress.console.print(f"learning rate {rate:.3g}, chosen from the gradients before the first step")
     checkpoint = unfinished.last_checkpoint(out, before=config.steps)
@@ -207,7 +208,9 @@ def _write(
         if isinstance(trained, PeftModel):
             base = run.origin["base"]["id"]
             settings = saved_config(trained, base) | rows.label_record()
-            adapter = AstraAdapter(adapter_layers(trained), settings, run.provenance(), trained_head(trained))
+            adapter = AstraAdapter(
+                adapter_layers(trained, run.start.starts), settings, run.provenance(), trained_head(trained)
+            )
             adapter_dir.save_astra(finished, adapter)
             report.write_defaults(finished, base_folder, tokenizer, run.config)
         else:
@@ -237,6 +240,8 @@ def read_data(data: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
     if config.task == "classification" and len(labels) < 2:
         raise DataError(f"{data} needs at least two different values of label; it has: {', '.join(labels) or 'none'}")
     make: Callable[..., Examples] = partial(language_examples, stop_tokens=stops)
+    if config.task == "dpo":
+        make = partial(preference_examples, stop_tokens=stops)
     if labels:
         make = partial(classification_examples, names=labels)
     read = make(rows, tokenizer, config.max_length, data)
@@ -265,8 +270,9 @@ def fit_to_base(
     """Return rows that `model` can read; pads with a token that it knows. Raises DataError for those it cannot read."""
     use_known_padding(tokenizer, model)
     train, held_out = (with_end_tokens(examples, model, config) for examples in (rows.train, rows.held_out))
-    check_rows(train, source, model, tokenizer, config)
-    check_rows(held_out, config.eval_data or source, model, tokenizer, config)
+    for examples in (train, held_out):
+        others = [rejected_example(row) for row in examples] if config.task == "dpo" else []
+        check_rows([*examples, *others], source, model, tokenizer, config)
     return replace(rows, train=train, held_out=held_out)
 
 

@@ -70,7 +70,7 @@ def test_an_unreadable_config_file_is_refused(tmp_path) -> None:
         (["method=corda", "quantization=int8"], "full-precision weights"),
         (["method=pissa", "shard_base=true"], "cannot be combined with shard_base"),
         (["quantization=int8", "shard_base=true"], "cannot be sharded"),
-        (["task=classification", "packing=true"], "require task=causal_lm"),
+        (["task=classification", "packing=true"], "packing requires task=causal_lm"),
         (["task=classification", "method=eva"], "supports language models only"),
         (["task=classification", "eval_share=0.1", "eval_metric=exact_match"], "choose loss or accuracy"),
         (["eval_share=0.1", "eval_metric=accuracy"], "choose loss or exact_match"),

@@ -16,10 +16,7 @@ import trainer.sft
 from trainer import exact_start, get_astra_model
 
 PAGE = Path(trainer.sft.__file__).with_name("loops.md")
-SCRIPTS = {
-    title: script
-    for title, script in re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-}
+SCRIPTS = dict(re.findall(r"^## (.*?)\n.*?^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE))
 IDS = torch.arange(5, 45).view(2, 20)
 
 

@@ -9,7 +9,16 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from converter.adapter_dir import ASTRA_WEIGHTS, PROVENANCE, AstraAdapter, Json, MalformedAdapter, load_astra, read_json
+from converter.adapter_dir import (
+    ASTRA_WEIGHTS,
+    PROVENANCE,
+    AstraAdapter,
+    Json,
+    MalformedAdapter,
+    NotAnAdapter,
+    load_astra,
+    read_json,
+)
 from trainer.config import TrainConfig
 from trainer.evaluate import Forgetting
 from trainer.loop import Point, Result
@@ -61,6 +70,8 @@ def read_run(folder: Path) -> tuple[Run, AstraAdapter | None]:
     full = None if (folder / ASTRA_WEIGHTS).is_file() else _fully_trained(folder)
     adapter = load_astra(folder) if full is None else None
     origin = adapter.provenance if adapter else full
+    if origin and origin.get("data", "") is None:
+        raise NotAnAdapter(f"{folder} was saved from Python, without a record of its training to report on")
     try:
         record = _Record.model_validate(origin)
     except ValidationError as error:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -42,16 +43,10 @@ def language_examples(
     """
     examples, remarks = [], Counter[str]()
     longest = 0
-    stops = {
-        i: tokenizer.convert_ids_to_tokens(i) for i in (tokenizer.eos_token_id, *stop_tokens) if i < len(tokenizer)
-    }
+    stops = stop_texts(tokenizer, stop_tokens)
     for number, row in enumerate(rows, 1):
-        try:
-            found = list(_tokens(row, tokenizer, stops, remarks))
-        except ValueError as error:
-            raise DataError(f"{source}, row {number}: {first_line(error)}") from error
-        except TypeError as error:  # the error of `tokenizers` for an unpaired surrogate
-            raise DataError(f"{source}, row {number}: the text is not Unicode: unpaired surrogate") from error
+        with in_row(source, number):
+            found = list(answer_tokens(row, tokenizer, stops, remarks))
         for prompt, completion in found:
             if len(prompt) >= max_length:
                 longest = max(longest, len(prompt))
@@ -86,7 +81,23 @@ def classification_examples(
     return Examples(examples)
 
 
-def _tokens(
+@contextmanager
+def in_row(source: str, number: int) -> Iterator[None]:
+    """Raise DataError with the number of the row that cannot be used."""
+    try:
+        yield
+    except ValueError as error:
+        raise DataError(f"{source}, row {number}: {first_line(error)}") from error
+    except TypeError as error:  # the error of `tokenizers` for an unpaired surrogate
+        raise DataError(f"{source}, row {number}: the text is not Unicode: unpaired surrogate") from error
+
+
+def stop_texts(tokenizer: PreTrainedTokenizerBase, stop_tokens: Collection[int]) -> dict[int, str]:
+    """Return the tokens at which a server stops, by their ids: the tokenizer's end of sequence is one."""
+    return {i: tokenizer.convert_ids_to_tokens(i) for i in (tokenizer.eos_token_id, *stop_tokens) if i < len(tokenizer)}
+
+
+def answer_tokens(
     row: Row, tokenizer: PreTrainedTokenizerBase, stops: Mapping[int, str], remarks: Counter[str]
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Yield the ids of prompt and completion: one pair for each answer to learn. Raises ValueError and TypeError."""
