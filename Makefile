@@ -22,8 +22,9 @@ demo-real: .venv/.installed
 
 install: .venv/.installed
 
+# Two processes: one begins with the tests of the real engine, the other with the rest (tests/conftest.py).
 test: .venv/.installed
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 slow-test: .venv/.installed
 	.venv/bin/python -m pytest tests/slow

@@ -20,6 +20,7 @@ from pydantic import (
 from converter.adapter_dir import GENERATION
 from converter.errors import first_line
 from trainer.errors import ConfigError
+from trainer.exclusions import exclusion
 
 Method = Literal[
     "astra", "lora", "rslora", "pissa", "olora", "corda", "eva", "lora_ga", "milora", "mica", "full"
@@ -163,76 +164,8 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _combinable(self) -> "TrainConfig":
         """Refuse settings that exclude each other; the message gives the reason."""
-        lm, adapter = self.is_language_model, self.method != "full"
-        only_astra = self.subspace != "tail" or not self.train_b or self.rank_allocation != "none"
-        evaluated = self.eval_data is not None or self.eval_share > 0
-        rules = [
-            (self.method == "astra" or not only_astra, "subspace, train_b and rank_allocation require method=astra"),
-            (adapter or not self.rank_pattern, "method=full has no ranks: remove rank_pattern"),
-            (
-                not (self.rank_pattern and self.rank_allocation != "none"),
-                "rank_pattern and rank_allocation both set ranks: use one of them",
-            ),
-            (adapter or self.quantization == "none", "quantised weights cannot be trained: set quantization=none"),
-            (
-                self.quantization == "none" or self.method not in ("corda", "lora_ga"),
-                f"{self.method} needs the base's full-precision weights: set quantization=none",
-            ),
-            (
-                not self.shard_base or self.method in ("astra", "lora", "rslora"),
-                f"PEFT initialises {self.method} from unsharded weights: it cannot be combined with shard_base",
-            ),
-            (
-                not self.shard_base or self.quantization == "none",
-                "quantised weights cannot be sharded: use shard_base or quantization",
-            ),
-            (
-                not self.shard_base or self.task == "causal_lm",
-                "shard_base requires task=causal_lm: a classifier's head, and the reference of dpo, are whole",
-            ),
-            (not self.packing or self.task == "causal_lm", "packing requires task=causal_lm"),
-            (lm or not self.calibration_answers_only, "calibration_answers_only requires task=causal_lm or dpo"),
-            (
-                lm or self.method not in ("eva", "lora_ga"),
-                f"PEFT's {self.method} supports language models only: set task=causal_lm or dpo",
-            ),
-            (
-                lm or not (self.chat_template or self.generation),
-                "chat_template and generation require task=causal_lm or dpo",
-            ),
-            (
-                adapter or self.task != "dpo",
-                "task=dpo compares the adapter with the base, which method=full would change: choose another method",
-            ),
-            (
-                self.task == "dpo" or self.dpo_beta == TrainConfig.model_fields["dpo_beta"].default,
-                "dpo_beta requires task=dpo",
-            ),
-            (
-                adapter or not self.generation,
-                "method=full writes a whole model with the base's generation_config.json: remove generation",
-            ),
-            (
-                self.eval_metric != "exact_match" or self.task == "causal_lm",
-                "exact_match requires task=causal_lm: choose loss or accuracy",
-            ),
-            (
-                self.eval_metric != "accuracy" or self.task != "causal_lm",
-                "accuracy requires task=classification or dpo: choose loss or exact_match",
-            ),
-            (self.eval_data is None or not self.eval_share, "set eval_data or eval_share, not both"),
-            (
-                evaluated or (self.patience is None and self.eval_metric == "loss"),
-                "patience and eval_metric need held-out rows: set eval_data or eval_share",
-            ),
-            (
-                self.batch_size % self.gradient_accumulation == 0,
-                "batch_size must be a multiple of gradient_accumulation",
-            ),
-        ]
-        for holds, reason in rules:
-            if not holds:
-                raise ValueError(reason)
+        if reason := exclusion(self):
+            raise ValueError(reason)
         for name in self.generation:
             if name not in GENERATION:
                 near = difflib.get_close_matches(name, GENERATION, n=1, cutoff=0)[0]
