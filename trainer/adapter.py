@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from converter.adapter_dir import AstraLayer, Json
 from trainer.config import TrainConfig
-from trainer.exact_start import MODELS, AstraModel, has_start, is_pair, set_factors
+from trainer.exact_start import MODELS, AstraModel, has_start, is_pair, set_factors, with_reference
 from trainer.expert_adapters import expert_wrappers, names_of_experts, split_experts
 from trainer.experts import loadable_targets, names_as_they_are
 from trainer.targets import chosen_layers, head_modules, peft_targets
@@ -121,6 +121,21 @@ def attach(model: PreTrainedModel, starts: Mapping[str, Start], config: TrainCon
         else:
             set_factors(layer, ADAPTER, start.a0, start.b0, train_b=train_b)
     return peft_model
+
+
+def restart(model: PeftModel, starts: Mapping[str, Start], config: TrainConfig) -> None:
+    """Give the adapter of a model that PEFT has made the starts of its layers, in place, and one scaling to all."""
+    settings, factor = model.peft_config[ADAPTER], 2 if config.train_b else 1
+    for name, layer in adapted_modules(model).items():
+        set_factors(layer, ADAPTER, starts[name].a0, starts[name].b0, train_b=config.train_b)
+        layer.r[ADAPTER] = factor * starts[name].rank
+        layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = config.scaling * layer.r[ADAPTER], config.scaling
+    settings.r, settings.use_rslora = factor * config.rank, False
+    settings.lora_alpha = config.scaling * settings.r
+    settings.rank_pattern = {name: factor * rank for name, rank in settings.rank_pattern.items()}
+    settings.alpha_pattern = {name: config.scaling * rank for name, rank in settings.rank_pattern.items()}
+    model.__class__ = with_reference(type(model))
+    model.astra_settings = config
 
 
 @torch.no_grad()

@@ -195,7 +195,7 @@ class _WithReference(PeftModel):
         super().save_pretrained(save_directory, *args, selected_adapters=selected_adapters or own, **kwargs)
 
 
-class AstraModel(_WithReference):
+class AstraModel(_WithReference, PeftModel):
     """PeftModel with exact starts, for models without a task of their own."""
 
 
@@ -211,3 +211,9 @@ MODELS: dict[str | None, type[PeftModel]] = {
     "CAUSAL_LM": AstraModelForCausalLM,
     "SEQ_CLS": AstraModelForSequenceClassification,
 }
+
+
+def with_reference(kind: type[PeftModel]) -> type[PeftModel]:
+    """Return the class above that corresponds to a class of PEFT; others, and those above, as they are."""
+    ours = (AstraModel, AstraModelForCausalLM, AstraModelForSequenceClassification)
+    return next((model for model in ours if kind in model.__bases__), kind)

@@ -12,9 +12,10 @@ import dataclasses
 import itertools
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import PartialState
@@ -35,6 +36,7 @@ from trainer.adapter import (
     adapted_modules,
     adapter_layers,
     attach,
+    restart,
     saved_config,
     target_layers,
     trained_head,
@@ -92,6 +94,36 @@ def get_astra_model(
     with _progress(show=show_progress_bar) as progress:
         found = initialise(model, layers, rows, config, "", progress)
     return _started(model, found.starts, config).train(was_training)
+
+
+def initialize_lora_astra_weights(
+    model: PeftModel,
+    data: Iterable[Any],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    subspace: Subspace = "tail",
+    train_b: bool = True,
+    calibration_rows: int = 128,
+    seed: int = 0,
+    show_progress_bar: bool = True,
+) -> None:
+    """Give the LoRA of `model` Astra's start in place, as PEFT's `initialize_lora_eva_weights` does for EVA.
+
+    For models that a trainer makes itself from a `peft_config`. It must be called before the first step, and before an
+    optimizer is made: the parameters are others. The arguments are those of `get_astra_model`; the rank in
+    `model.peft_config` becomes that of the standard LoRA, 2r. Raises TrainerError.
+    """
+    base, given = model.get_base_model(), model.peft_config[ADAPTER]
+    config = _settings(base, given, subspace=subspace, train_b=train_b, seed=seed)
+    adapted = adapted_modules(model)
+    layers = {name: cast(nn.Linear, layer.get_base_layer()) for name, layer in adapted.items()}
+    rows = _calibration(data, tokenizer, calibration_rows, config)
+    was_training = model.training
+    model.eval()
+    with _progress(show=show_progress_bar) as progress, model.disable_adapter(), _plain_attention(base):
+        found = initialise(base, layers, rows, config, "", progress)
+    restart(model, found.starts, config)
+    model.train(was_training)
 
 
 def save_adapter(model: PeftModel, out: str | os.PathLike[str]) -> None:
@@ -246,6 +278,18 @@ def _examples(rows: Sequence[Any], tokenizer: PreTrainedTokenizerBase, settings:
         return [{**tokenizer(*text, truncation=True, max_length=settings.max_length), "labels": 0} for text in texts]
     chosen = [row | {"completion": row["chosen"]} if "chosen" in row else row for row in named]
     return language_examples(chosen, tokenizer, settings.max_length, "data")
+
+
+@contextmanager
+def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let attention take a padded batch: TRL's AsyncGRPOTrainer has an implementation for its own packed rows only."""
+    before = model.config._attn_implementation
+    if before not in ("eager", "sdpa"):
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def _base(model: PreTrainedModel) -> Path:

@@ -1,18 +1,26 @@
 """Astra from Python: what can be given, what is written, and what is refused."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from converter.adapter_dir import OutputExists, WrongBase, load_astra
 from tests.trainer.test_train import astra_train
-from trainer import get_astra_model, load_adapter, save_adapter, save_lora
+from trainer import get_astra_model, initialize_lora_astra_weights, load_adapter, save_adapter, save_lora
 from trainer.errors import ConfigError, DataError, TargetError
+from trainer.exact_start import AstraModelForCausalLM
 
 IDS = torch.arange(5, 45).view(2, 20)
 CONFIG = LoraConfig(r=4, lora_alpha=8)
@@ -68,6 +76,37 @@ def test_the_start_changes_nothing_and_trains_the_moves_alone(tiny_base: Path) -
     model = start(tiny_base)
     assert torch.equal(logits(model), logits(load(tiny_base)))
     assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"move"}
+
+
+@pytest.mark.parametrize("train_b", [True, False])
+def test_a_model_that_peft_has_made_gets_the_same_start_in_place(train_b, tiny_base: Path) -> None:
+    rows = [{"input_ids": ids} for ids in IDS.tolist()]
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", rank_pattern={"q_proj": 2}, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(load(tiny_base), copy.deepcopy(config))
+    initialize_lora_astra_weights(model, rows, train_b=train_b)
+    expected = get_astra_model(load(tiny_base), config, rows, train_b=train_b)
+    assert isinstance(model, AstraModelForCausalLM)
+    assert torch.equal(logits(model), logits(load(tiny_base)))
+    states = model.state_dict(), expected.state_dict()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    trained(model)
+    trained(expected)
+    torch.testing.assert_close(logits(model), logits(expected))
+    found = model.peft_config["default"]
+    assert (found.r, found.lora_alpha, found.rank_pattern["q_proj"]) == ((8, 16, 4) if train_b else (4, 8, 2))
+
+
+def test_attention_of_a_trainer_of_its_own_is_left_alone_for_the_calibration(tiny_base: Path) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("packed rows only")
+
+    AttentionInterface.register("packed_rows_only", refuse)
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, attn_implementation="packed_rows_only")
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    initialize_lora_astra_weights(model, [{"input_ids": ids} for ids in IDS.tolist()])
+    assert model.get_base_model().config._attn_implementation == "packed_rows_only"
 
 
 @pytest.mark.parametrize("train_b", [True, False])
