@@ -9,10 +9,12 @@ from typing import Any
 
 from transformers.trainer_utils import EvalLoopOutput
 
-from trainer.sft import DPOTrainer
+from trainer.sft import trl
+
+DPOConfig = trl.DPOConfig
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(trl.DPOTrainer):
     """DPOTrainer for rows that are tokenised (`as_trl`), whose evaluation has the share of pairs in the right order."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:

@@ -38,9 +38,8 @@ from transformers.integrations import get_available_reporting_integrations
 from trainer import router_loss
 from trainer.config import TrainConfig
 from trainer.data import Example, as_trl
-from trainer.dpo import PreferenceTrainer
 from trainer.errors import ConfigError, Interrupted, TrainingError
-from trainer.sft import SELECTION, DPOConfig, ExactMatchTrainer, SFTConfig, SFTTrainer
+from trainer.sft import SELECTION, ExactMatchTrainer, SFTConfig, SFTTrainer
 from trainer.unfinished import mark_complete
 
 _TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
@@ -221,6 +220,8 @@ def _trainer(
             **common,
         )
     if config.task == "dpo":
+        from trainer.dpo import DPOConfig, PreferenceTrainer
+
         preferences = DPOConfig(
             **_arguments(config, folder, evaluated=bool(held_out)),
             beta=config.dpo_beta,

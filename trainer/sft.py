@@ -1,6 +1,6 @@
 """TRL's `SFTTrainer`, the trainer of language models, and the subclass that counts exactly correct answers.
 
-Only this module imports TRL. It mends two things of version 1.16:
+Only this module imports TRL; others take `trl` from it. It mends two things of version 1.16:
 
 - The import sets VLLM_LOGGING_LEVEL, which would silence vLLM servers started by this process.
 - On a CPU the loss computes the logits of every position, those of the prompt and of padding too. Here it computes the
@@ -18,7 +18,8 @@ from trainer.evaluate import answers_match
 SELECTION = "selection"  # the metric by which ExactMatchTrainer selects the best checkpoint
 _VLLM_LOGGING = "VLLM_LOGGING_LEVEL"
 _vllm_level = os.environ.get(_VLLM_LOGGING)
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
+import trl  # noqa: E402
+from trl import SFTConfig, SFTTrainer  # noqa: E402
 from trl.trainer import utils as trl_utils  # noqa: E402
 
 if _vllm_level is None:
@@ -26,7 +27,7 @@ if _vllm_level is None:
 assert callable(trl_utils._use_triton), "TRL chooses the scored positions in another place now"
 trl_utils._use_triton = lambda _device: True  # the kernels themselves ask `trl.kernels.chunked_logprob`
 
-__all__ = ["SELECTION", "DPOConfig", "DPOTrainer", "ExactMatchTrainer", "SFTConfig", "SFTTrainer"]
+__all__ = ["SELECTION", "ExactMatchTrainer", "SFTConfig", "SFTTrainer", "trl"]
 
 
 class ExactMatchTrainer(SFTTrainer):

@@ -17,7 +17,7 @@ from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.data import preference_examples
 from trainer.learning_rate import losses_of
-from trainer.sft import DPOConfig, DPOTrainer
+from trainer.sft import trl
 
 ROWS = [{"prompt": f"{i} plus one is", "chosen": f" {i + 1}, yes", "rejected": f" {i + 1}, no"} for i in range(40)]
 DPO = ("task=dpo", "rank=4", "learning_rate=auto", "forgetting_rows=0")
@@ -49,7 +49,7 @@ def test_an_adapter_learns_preferences_and_converts(tiny_base, jsonl, tmp_path) 
     assert "nats per pair" in (tmp_path / "out" / "README.md").read_text()
     analyze(tmp_path / "out", tmp_path / "report.html")
     assert "nats per pair" in (tmp_path / "report.html").read_text()
-    convert(tmp_path / "out", tmp_path / "lora")
+    assert convert([str(tmp_path / "out"), str(tmp_path / "lora")]) == 0
     base = AutoModelForCausalLM.from_pretrained(tiny_base)
     before = preferred(base, tiny_base)
     assert preferred(PeftModel.from_pretrained(base, tmp_path / "lora"), tiny_base) > max(0.9, before)
@@ -80,8 +80,10 @@ def test_the_automatic_rate_has_the_gradient_of_trls_loss(tiny_base: Path, tmp_p
     sum(losses_of(model, preference_examples(ROWS[:8], tokenizer, 64, "rows"), tokenizer, config)).backward()
     ours = [parameter.grad.clone() for parameter in moves]
     model.zero_grad()
-    arguments = DPOConfig(str(tmp_path), per_device_train_batch_size=8, bf16=False, use_cpu=True, report_to="none")
-    trainer = DPOTrainer(model, args=arguments, train_dataset=Dataset.from_list(ROWS[:8]), processing_class=tokenizer)
+    arguments = trl.DPOConfig(str(tmp_path), per_device_train_batch_size=8, bf16=False, use_cpu=True, report_to="none")
+    trainer = trl.DPOTrainer(
+        model, args=arguments, train_dataset=Dataset.from_list(ROWS[:8]), processing_class=tokenizer
+    )
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.compute_loss(model, batch).backward()
     for mine, parameter in zip(ours, moves, strict=True):
