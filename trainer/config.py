@@ -91,7 +91,7 @@ class TrainConfig(BaseModel):
     eval_metric: Literal["loss", "exact_match", "accuracy"] = Field(
         "loss",
         description="metric of the best checkpoint; exact_match is of greedy answers, accuracy of classes, or "
-        "of preferences",
+        "of preferences relative to the base",
     )
     patience: int | None = Field(None, ge=1, description="stop after so many evaluations without improvement")
     forgetting_data: str | None = Field(

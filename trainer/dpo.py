@@ -15,7 +15,7 @@ DPOConfig = trl.DPOConfig
 
 
 class PreferenceTrainer(trl.DPOTrainer):
-    """DPOTrainer for rows that are tokenised (`as_trl`), whose evaluation has the share of pairs in the right order."""
+    """DPOTrainer for rows that are tokenised (`as_trl`); its evaluation has the share of pairs with d > d0."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset

@@ -23,9 +23,9 @@ ROWS = [{"prompt": f"{i} plus one is", "chosen": f" {i + 1}, yes", "rejected": f
 DPO = ("task=dpo", "rank=4", "learning_rate=auto", "forgetting_rows=0")
 
 
-def preferred(model: torch.nn.Module, base: Path) -> float:
-    """The share of rows whose chosen answer has the higher probability."""
-    tokenizer, losses = AutoTokenizer.from_pretrained(base), []
+def margins(model: torch.nn.Module, base: Path) -> list[float]:
+    """The log probability of each row's chosen answer minus that of the rejected one."""
+    tokenizer, found = AutoTokenizer.from_pretrained(base), []
     for row in ROWS:
         pair = []
         for answer in ("chosen", "rejected"):
@@ -33,9 +33,9 @@ def preferred(model: torch.nn.Module, base: Path) -> float:
             ids = torch.tensor([[*prompt, *tokenizer(row[answer])["input_ids"], tokenizer.eos_token_id]])
             labels = ids.masked_fill(torch.arange(ids.shape[1]) < len(prompt), -100)
             with torch.no_grad():
-                pair.append(float(model(input_ids=ids, labels=labels).loss) * (ids.shape[1] - len(prompt)))
-        losses.append(pair[0] < pair[1])
-    return sum(losses) / len(losses)
+                pair.append(-float(model(input_ids=ids, labels=labels).loss) * (ids.shape[1] - len(prompt)))
+        found.append(pair[0] - pair[1])
+    return found
 
 
 def test_an_adapter_learns_preferences_and_converts(tiny_base, jsonl, tmp_path) -> None:
@@ -51,8 +51,9 @@ def test_an_adapter_learns_preferences_and_converts(tiny_base, jsonl, tmp_path) 
     assert "nats per pair" in (tmp_path / "report.html").read_text()
     assert convert([str(tmp_path / "out"), str(tmp_path / "lora")]) == 0
     base = AutoModelForCausalLM.from_pretrained(tiny_base)
-    before = preferred(base, tiny_base)
-    assert preferred(PeftModel.from_pretrained(base, tmp_path / "lora"), tiny_base) > max(0.9, before)
+    before = margins(base, tiny_base)
+    after = margins(PeftModel.from_pretrained(base, tmp_path / "lora"), tiny_base)
+    assert all(new > old + 0.1 for new, old in zip(after, before, strict=True))
 
 
 def test_a_resumed_run_has_the_same_bytes(tiny_base, jsonl, tmp_path, monkeypatch) -> None:
