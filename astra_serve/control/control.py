@@ -210,9 +210,9 @@ class Control:
         return entry.model_copy(update={"digest": digest, "canary": canary, "previous": previous})
 
     def _served(self, name: str) -> Step | None:
-        """Return the version that serves now, as a step of the rollback history."""
+        """Return the version that serves now, as a step of the rollback history; none is a trainer's policy."""
         alias = self.fleet.aliases.get(name)
-        if alias is None:
+        if alias is None or not alias.lasting:
             return None
         source = alias.source or self.source(alias.current.digest)
         return Step(digest=alias.current.digest, source=source, replaced=datetime.now(UTC).replace(microsecond=0))

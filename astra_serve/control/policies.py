@@ -87,7 +87,7 @@ class Policies:
                 async with self._preparation.hold(entry, status) as prepared:
                     self._check_free(name)  # the document may have changed meanwhile
                     self._make_room(name)
-                    self._aliases[name] = Alias(prepared.current, source=path)
+                    self._aliases[name] = Alias(prepared.current, source=path, lasting=False)
                     self.fleet.point(name, self._aliases[name], self._drain_s)
                     status.enter(Phase.SERVING, version=prepared.current.name)
                 return prepared.current
