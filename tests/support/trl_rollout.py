@@ -65,7 +65,7 @@ def train(model: PeftModel) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(std=0.1)
+                parameter.normal_(std=0.5)
 
 
 def publish(client: VLLMClient, model: PeftModel, accelerator: Accelerator, folder: Path, version: int) -> None:
