@@ -4,8 +4,14 @@ import os
 
 ADMIN_TOKEN = "ASTRA_ADMIN_TOKEN"  # noqa: S105 (its name)
 ADMIN_URL = "ASTRA_ADMIN_URL"
+POLICY_TOKEN = "ASTRA_POLICY_TOKEN"  # noqa: S105 (its name)
 
 
 def admin_token() -> str:
     """Return the token of the admin API, empty where there is none; a Secret made of a file ends with a newline."""
     return os.environ.get(ADMIN_TOKEN, "").strip()
+
+
+def policy_token() -> str:
+    """Return the token of the policy port: its own one, otherwise that of the admin API; empty where there is none."""
+    return os.environ.get(POLICY_TOKEN, "").strip() or admin_token()

@@ -2,8 +2,9 @@
 
 A request passes the limits of its connection, the API key, the limit of its body, vLLM's and the operator's middleware,
 the gateway (which checks what the request asks for and leases a version), and vLLM's
-handlers. Beside the HTTP servers run: the loop of the engine's memory, the reconciler, the housekeeping, the follower
-of the document and the watch over the engine. If one of them fails, the server ends with status 1 and its reason.
+handlers. On the policy port a token takes the place of the API key. Beside the HTTP servers run: the loop of the
+engine's memory, the reconciler, the housekeeping, the follower of the document and the watch over the engine. If one of
+them fails, the server ends with status 1 and its reason.
 """
 
 import asyncio
@@ -31,10 +32,11 @@ from astra_serve.adapters.residency import Residency
 from astra_serve.adapters.schedule import Limits
 from astra_serve.adapters.store import Store, first_free
 from astra_serve.adapters.templates import Templates
-from astra_serve.control import admin
+from astra_serve.control import admin, policy_port
 from astra_serve.control.control import Control
 from astra_serve.control.desired_state import DesiredState
 from astra_serve.control.housekeeping import Housekeeping
+from astra_serve.control.policies import Policies
 from astra_serve.control.preparation import Preparation
 from astra_serve.control.readiness import RequiredAdapters
 from astra_serve.control.reconcile import Reconciler
@@ -63,6 +65,8 @@ class Settings:
     roots: tuple[Path, ...]  # the folders that local adapters must be in; none: anywhere
     admin: tuple[str, int] | None  # host and port
     admin_token: str
+    policies: tuple[str, int] | None  # host and port of the policy port
+    policy_token: str
     max_body: int | None  # bytes of a request's body; None: as large as the base needs
 
 
@@ -73,11 +77,14 @@ def serve(args: Namespace, base: Base, settings: Settings) -> None:
     when the engine has died, or another part of the server.
     """
     with ExitStack() as stack:
-        public, for_admin = stack.enter_context(server.bound(args, settings.admin))
+        sockets = stack.enter_context(server.bound(args, settings.admin, settings.policies))
         store = first_free(settings.store) if settings.store_shared else Store(settings.store)
         stack.callback(store.close)
+        passing = store.passing() if settings.policies else None
+        if passing:
+            stack.callback(passing.close)
         try:
-            uvloop.run(_serve(args, base, settings, store, public, for_admin))
+            uvloop.run(_serve(args, base, settings, (store, passing), sockets))
         except ExceptionGroup as group:
             error = _first(group.subgroup(ServeError) or group)
             if isinstance(error, ServeError):
@@ -90,13 +97,16 @@ async def _serve(
     args: Namespace,
     base: Base,
     settings: Settings,
-    store: Store,
-    public: socket.socket,
-    for_admin: socket.socket | None,
+    stores: tuple[Store, Store | None],
+    sockets: list[socket.socket | None],
 ) -> None:
+    """Serve; `stores` are the lasting one and that of policies, `sockets` of the public, admin and policy ports."""
+    (store, passing), (public, for_admin, for_policies) = stores, sockets
+    assert public is not None
     clock, events = Clock(), Events()
     async with vllm.started(args, settings.engine_timeout_s, clock) as engine, Templates() as templates:
-        residency = Residency(Loader(engine, store, base, events, clock), events, Limits(settings.resident), clock)
+        loader = Loader(engine, store, base, events, clock, passing)
+        residency = Residency(loader, events, Limits(settings.resident), clock)
         fleet = Fleet(base.name, residency, events)
         document = local_path(settings.document) if isinstance(settings.document, str) else None
         limits = FetchLimits(max_bytes=largest_adapter(base.shapes, base.max_rank))
@@ -104,6 +114,7 @@ async def _serve(
         preparation = Preparation(fleet, store, clock, settings.roots, sources)
         reconciler = Reconciler(fleet, preparation, clock, settings.drain_s)
         subscribers = Subscribers()
+        internal_key = vllm_seams.internal_key(args) if for_policies else None
         app, gateway = await vllm_seams.application(engine.client, args, fleet, subscribers, templates)
         housekeeping = Housekeeping(fleet, store, preparation, reconciler, clock)
         work = [engine.watch, residency.run, reconciler.run, housekeeping.run]
@@ -115,7 +126,7 @@ async def _serve(
             work.append(control.run)
             if for_admin:
                 admin_app = admin.build(control, gateway, settings.admin_token)
-                work.append(partial(server.serve_admin, admin_app, for_admin, server.connection_limits(args)))
+                work.append(partial(server.serve_beside, admin_app, for_admin, server.connection_limits(args)))
 
         def not_ready() -> list[str]:
             return [*gateway.not_ready(), *engine.not_ready(), *(control.not_ready() if control else [])]
@@ -128,6 +139,13 @@ async def _serve(
         _add_health(app, not_ready)
         multimodal = engine.client.model_config.is_multimodal_model
         limited = BodyLimit(app, settings.max_body or (MAX_BODY_MULTIMODAL if multimodal else MAX_BODY))
+        if for_policies and passing:
+            proved = Preparation(fleet, passing, clock, settings.roots, sources, urgent=True)
+            policies = Policies(fleet, proved, passing, clock, most=settings.resident, drain_s=settings.drain_s)
+            info = vllm_seams.server_info(engine.client)
+            for_trainers = policy_port.build(policies, limited, info, settings.policy_token, internal_key)
+            beside = partial(server.serve_beside, for_trainers, for_policies, server.connection_limits(args))
+            work += [policies.run, beside]
         keys = vllm_seams.known_keys(app, args)
         async with asyncio.TaskGroup() as background:
             tasks = [background.create_task(one()) for one in work]

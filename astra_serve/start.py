@@ -14,7 +14,7 @@ from astra_serve.adapters.admission import Base, engine_rank, open_base, parse_a
 from astra_serve.adapters.defaults import BaseTokenizer
 from astra_serve.document import desired, document_text
 from astra_serve.document.desired import Adapter, Document
-from astra_serve.environment import ADMIN_TOKEN, admin_token
+from astra_serve.environment import ADMIN_TOKEN, POLICY_TOKEN, admin_token, policy_token
 from astra_serve.errors import EngineLost, ServeError
 from astra_serve.observe.json_lines import JsonLines
 from converter.errors import AstraError
@@ -60,6 +60,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ServeError(
             f"--admin-port needs a token in {ADMIN_TOKEN}, and --adapters FILE, the document that it edits"
         )
+    if args.policy_port is not None and not (policy_token() and args.adapter_root):
+        raise ServeError(
+            f"--policy-port needs a token in {POLICY_TOKEN} or {ADMIN_TOKEN}, and --adapter-root DIR, the folder that "
+            "the trainer writes its policies in"
+        )
 
 
 def _serve(args: argparse.Namespace, extra: list[str], base: Base, document: Document | str, rank: int) -> None:
@@ -68,6 +73,8 @@ def _serve(args: argparse.Namespace, extra: list[str], base: Base, document: Doc
     from astra_serve.engine import options
 
     known = len(document.adapters) if isinstance(document, Document) else 2 * MAX_SLOTS
+    if args.policy_port is not None:
+        known, rank = max(known, 2 * MAX_SLOTS), max(rank, DOCUMENT_RANK)
     slots = args.max_loras or min(known, MAX_SLOTS)
     resident = max(args.resident or known, slots)
     words = ["--host", args.host, "--port", str(args.port), *extra]
@@ -88,6 +95,8 @@ def _serve(args: argparse.Namespace, extra: list[str], base: Base, document: Doc
             roots=tuple(args.adapter_root),
             admin=(args.admin_host, args.admin_port) if args.admin_port is not None else None,
             admin_token=admin_token(),
+            policies=(args.policy_host, args.policy_port) if args.policy_port is not None else None,
+            policy_token=policy_token(),
             max_body=args.max_body,
         ),
     )
@@ -150,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--adapters", metavar="FILE_OR_URL", help="serve the adapters of this document, and follow its changes")
     add("--max-loras", type=int, metavar="N", help=f"adapters in one batch (default: all, at most {MAX_SLOTS})")
     resident = "adapters in the engine's memory, at least --max-loras; others are loaded when a request needs them "
-    resident += "(default: all with --adapter, 16 with --adapters)"
+    resident += "(default: all with --adapter, 16 with --adapters or --policy-port)"
     add("--resident", type=int, metavar="N", help=resident)
     store = parser.add_mutually_exclusive_group()
     default = "~/.cache/astra/store/PORT"
@@ -167,6 +176,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--log-format", choices=["json", "text"], help="default: text on a terminal, JSON lines everywhere else")
     add("--admin-port", type=int, metavar="PORT", help=f"the port of the admin API, with the token in {ADMIN_TOKEN}")
     add("--admin-host", default="127.0.0.1", help="its address (default: 127.0.0.1)")
+    policies = f"the port of trainers, which load a policy at each step from --adapter-root; token in {POLICY_TOKEN}"
+    add("--policy-port", type=int, metavar="PORT", help=f"{policies}, otherwise in {ADMIN_TOKEN}")
+    add("--policy-host", default="127.0.0.1", help="its address (default: 127.0.0.1)")
     add("--host", default="127.0.0.1", help="the address of the public port (default: 127.0.0.1)")
     add("--port", type=int, default=8000, help="the public port (default: 8000)")
     add("--version", action="version", version=version("astra-serve"))

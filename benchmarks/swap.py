@@ -12,10 +12,15 @@ without a pause, half of them streaming. Every answer is compared with the known
     first       seconds from the publishing call to the first token of a request that was sent after the call and that
                 the new version answers; beside it the server's own times of the parts
 
-The rival is vLLM's own way with the same clients: one folder whose files are replaced, then `load_inplace` from it. It
-has one name and no versions, so an answer counts as `mixed` when it is neither adapter's.
+The rivals are vLLM's own two ways with the same clients:
 
-The two servers run one after the other, in processes of their own. Without --adapters, two adapters are trained first
+    load_inplace   one folder whose files are replaced, then `load_inplace` from it. It has one name and no versions, so
+                   an answer counts as `mixed` when it is neither adapter's
+    new names      the way that is used: load under a new name, let the clients ask for it, unload the old name. Every
+                   client must know the new name; in the benchmark all of them do at once. An answer counts as `mixed`
+                   when it is not that of the adapter that the request asked for
+
+The servers run one after the other, in processes of their own. Without --adapters, two adapters are trained first
 (a minute).
 """
 
@@ -42,6 +47,7 @@ from tests.support.swap import CLIENTS, NAME, SEED, Pace, known_answers, measure
 # Under any load the engine's worker grows by 200 MB in the first minute: the first swap comes after it.
 WARM_UP_S = 60.0
 TOKEN = "benchmark"  # noqa: S105
+RUNTIME_LORAS = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 TARGETS = {"failed": 0, "mixed": 0, "throughput_ratio": 0.9, "rss_growth": 1.03}
 console = Console()
 
@@ -54,7 +60,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="smoke run: 40 swaps, 2 s of warm-up")
     parser.add_argument("--adapters", nargs=2, type=Path, metavar="DIR", help="two LoRAs of the base")
     parser.add_argument("--base", type=Path, default=demo.BASE, help="(default: the embedded base)")
-    parser.add_argument("--no-stock", action="store_true", help="do not measure the rival")
+    parser.add_argument("--no-stock", action="store_true", help="do not measure the rivals")
     args = parser.parse_args()
     if args.base != demo.BASE and not args.adapters:
         parser.error("--base needs --adapters, two LoRAs of it")
@@ -66,6 +72,7 @@ def main() -> int:
         cases = [asyncio.run(ours(folder, args.base, adapters, pace))]
         if not args.no_stock:
             cases.append(asyncio.run(stock(folder, args.base, adapters, pace)))
+            cases.append(asyncio.run(stock_new_names(folder, args.base, adapters, pace)))
     report.write(args.out, summarise(cases), cases, env)
     show(cases)
     return 0
@@ -85,10 +92,8 @@ async def stock(folder: Path, base: Path, adapters: list[Path], pace: Pace) -> d
     """Start vLLM's server, swap by replacing one folder's files and `load_inplace`, and return the measurements."""
     place = folder / "inplace"
     shutil.copytree(adapters[0], place)
-    options = ["--model", str(base), "--enforce-eager", "--served-model-name", "base", "--enable-lora"]
-    options += ["--max-lora-rank", "64", "--max-loras", "4"]
     confirmed: list[tuple[float, int]] = []  # time of each confirmed swap, and the adapter's number
-    with vllm_serve(options, folder / "stock.log", {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}) as server:
+    with vllm_serve(_stock_options(base), folder / "stock.log", RUNTIME_LORAS) as server:
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as api:
 
             async def load(number: int) -> str:
@@ -118,8 +123,40 @@ async def stock(folder: Path, base: Path, adapters: list[Path], pace: Pace) -> d
             return {"server": "vllm load_inplace", **found, "alive": server.process.poll() is None}
 
 
+async def stock_new_names(folder: Path, base: Path, adapters: list[Path], pace: Pace) -> dict[str, Any]:
+    """Start vLLM's server, swap by a new name for the clients each time, and return the measurements."""
+    with vllm_serve(_stock_options(base), folder / "names.log", RUNTIME_LORAS) as server:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as api:
+            names: list[str] = []  # in the order of their loads; requests ask for the newest
+
+            async def swap(number: int) -> str:
+                body = {"lora_name": f"{NAME}-v{len(names)}", "lora_path": str(adapters[number % 2])}
+                (await api.post("/v1/load_lora_adapter", json=body)).raise_for_status()
+                names.append(body["lora_name"])
+                if len(names) > 1:
+                    (await api.post("/v1/unload_lora_adapter", json={"lora_name": names[-2]})).raise_for_status()
+                return names[-1]
+
+            known: dict[str, dict[str, str]] = {}
+            for number in (0, 1):
+                known[str(number)] = await known_answers(server, await swap(number))
+
+            def judge(model: str, prompt: str, answer: Answer) -> str | None:
+                number = int(model.removeprefix(f"{NAME}-v")) % 2
+                right = answer.names == {model} and known[str(number)][prompt] == answer.text
+                return None if right else "mixed"
+
+            found = await measure(server, judge, swap, pace, lambda: names[-1])
+            return {"server": "vllm new names", **found, "alive": server.process.poll() is None}
+
+
+def _stock_options(base: Path) -> list[str]:
+    options = ["--model", str(base), "--enforce-eager", "--served-model-name", "base", "--enable-lora"]
+    return [*options, "--max-lora-rank", "64", "--max-loras", "4"]
+
+
 def summarise(cases: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the headline figures of `astra-serve`, with the rival's under `stock`."""
+    """Return the headline figures of `astra-serve`, with the rivals' under `stock` and `stock_new_names`."""
     keys = ("swaps", "every_s", "requests", "failed", "mixed", "throughput_ratio", "rss_growth")
     mine = cases[0]
     found: dict[str, Any] = {key: mine[key] for key in keys}
@@ -129,8 +166,9 @@ def summarise(cases: list[dict[str, Any]]) -> dict[str, Any]:
         )  # fmt: skip
     found["parts_p50_s"] = {part: seconds.get("p50") for part, seconds in mine["parts_s"].items()}
     found["parts_p99_s"] = {part: seconds.get("p99") for part, seconds in mine["parts_s"].items()}
-    if len(cases) > 1:
-        found["stock"] = {key: cases[1][key] for key in (*keys, "stale", "alive", "broken")}
+    for name, case in zip(("stock", "stock_new_names"), cases[1:], strict=False):
+        found[name] = {key: case[key] for key in (*keys, "stale", "alive", "broken")}
+        found[name] |= {f"{key}_p50_s": case[f"{key}_s"].get("p50") for key in ("swap", "first_token")}
     return {**found, "targets": TARGETS}
 
 

@@ -186,18 +186,25 @@ def _local(path: Path, roots: tuple[Path, ...], max_bytes: int, _: Callable[[int
         is_folder = real.is_dir()
     except (RuntimeError, ValueError, OSError) as error:  # a user or a name that cannot be
         raise CannotFetch(f"{str(path)!r} is no folder: {error}") from error
-    if roots and not any(real.is_relative_to(root.resolve()) for root in roots):
-        raise CannotFetch(f"{path} is outside of the folders that adapters may be in (--adapter-root)")
+    _check_inside(path, real, roots)
     if not is_folder:
         raise CannotFetch(f"there is no folder {path} on the server")
     check_there(real)
-    sizes = {name: (real / name).stat().st_size for name in files_of(real) if (real / name).exists()}
+    there = [name for name in files_of(real) if (real / name).exists()]
+    for name in there:  # a link from a hub's cache may lead out of the roots
+        _check_inside(path / name, (real / name).resolve(), roots)
+    sizes = {name: (real / name).stat().st_size for name in there}
     shards = [size for name, size in sizes.items() if name not in (*FILES, *CHAT_FILES, WEIGHTS_INDEX)]
     sizes[LORA_WEIGHTS] = sizes.get(LORA_WEIGHTS, 0) + sum(shards)
     for name, most in _most(max_bytes).items():
         if sizes.get(name, 0) > most:
             raise MalformedAdapter(f"{path}: {download.too_large(name, most)}")
     return real
+
+
+def _check_inside(path: Path, real: Path, roots: tuple[Path, ...]) -> None:
+    if roots and not any(real.is_relative_to(root.resolve()) for root in roots):
+        raise CannotFetch(f"{path} is outside of the folders that adapters may be in (--adapter-root)")
 
 
 async def _downloaded(source: str, store: Store, sources: Sources) -> Path:

@@ -20,11 +20,15 @@ logger = logging.getLogger("vllm.astra_serve")
 
 
 class Loader:
-    """Loads versions of one store into one engine."""
+    """Loads versions of a store, and of one whose versions end with the server, into one engine."""
 
-    def __init__(self, engine: Engine, store: Store, base: Base, events: Events, clock: Clock) -> None:
-        self._engine, self._store, self._events, self._clock = engine, store, events, clock
-        self._served, self._prover = Served(store, base), Prover(engine)
+    def __init__(
+        self, engine: Engine, store: Store, base: Base, events: Events, clock: Clock, passing: Store | None = None
+    ) -> None:
+        self._engine, self._events, self._clock = engine, events, clock
+        self._stores = [store, passing] if passing else [store]
+        self._served = {one: Served(one, base) for one in self._stores}
+        self._prover = Prover(engine)
 
     async def load(self, residence: Residence) -> dict[str, float]:
         """Load and prove a version, set its handle and proof, and return the seconds of its parts.
@@ -37,10 +41,10 @@ class Loader:
             return await self._load(residence)
         except AstraError as error:
             digest, text = residence.version.digest, str(error)
-            folders = [str(self._store.folder(digest)), str(self._store.engine_folder(digest))]
+            folders = [str(folder(digest)) for one in self._stores for folder in (one.folder, one.engine_folder)]
             if not any(folder in text for folder in folders):
                 raise
-            source = await asyncio.to_thread(self._store.source, digest)
+            source = next(filter(None, (one.source(digest) for one in self._stores)), None)
             shown = without_secrets(source) if source else residence.version.name
             for folder in folders:
                 text = text.replace(folder, shown)
@@ -50,7 +54,8 @@ class Loader:
         version = residence.version
         self._events.emit(Event(version.alias, "loading", version.name))
         began = self._clock.now()
-        read = self._served.folder
+        store = self._store_of(version)
+        read = self._served[store].folder
         folder, admitted = await asyncio.to_thread(read, version.digest, admit=residence.proof is None)
         if admitted is not None:
             for note in admitted.notes():
@@ -61,7 +66,8 @@ class Loader:
         loaded = self._clock.now()
         residence.state = State.PROBING
         self._events.emit(Event(version.alias, "probing", version.name))
-        urgent = not residence.for_publication  # a request waits: its probe is not computed behind all other requests
+        # A request or a trainer waits: its probe is not computed behind all other requests.
+        urgent = residence.urgent or not residence.for_publication
         if residence.proof and not (residence.proof.of_an_effect or residence.allow_no_effect):
             residence.proof = None  # proved earlier with `allow_no_effect`; that permission is gone now
         if residence.proof is None:
@@ -72,7 +78,7 @@ class Loader:
                 )
             allowed = residence.allow_no_effect
             residence.proof = await self._prover.prove(
-                residence.handle, self._store.folder(version.digest), may_change_nothing=allowed, urgent=urgent
+                residence.handle, store.folder(version.digest), may_change_nothing=allowed, urgent=urgent
             )
         elif any(waiter.publication for waiter in residence.waiters):
             await self._prover.again(residence.handle, residence.proof, urgent=urgent)
@@ -89,5 +95,8 @@ class Loader:
         return await self._engine.in_slots()
 
     def stored(self, version: Version) -> bool:
-        """Return whether the store has a version."""
-        return version.digest in self._store
+        """Return whether a store has a version."""
+        return any(version.digest in one for one in self._stores)
+
+    def _store_of(self, version: Version) -> Store:
+        return next((one for one in self._stores if version.digest in one), self._stores[0])

@@ -85,13 +85,16 @@ class Residency:
             self._release(residence, task)
 
     @asynccontextmanager
-    async def hold(self, version: Version, *, allow_no_effect: bool = False) -> AsyncIterator[Residence]:
+    async def hold(
+        self, version: Version, *, allow_no_effect: bool = False, urgent: bool = False
+    ) -> AsyncIterator[Residence]:
         """Keep a version resident, proved, for a publication until the block ends; it stays if an alias serves it then.
 
-        What failed before is tried again. Raises Unavailable.
+        What failed before is tried again. The probe of an `urgent` one is computed like a user's request, otherwise
+        behind them. Raises Unavailable.
         """
         residence = self._needed_again(version)
-        residence.failed, residence.allow_no_effect = None, allow_no_effect
+        residence.failed, residence.allow_no_effect, residence.urgent = None, allow_no_effect, urgent
         try:
             if residence.loaded:
                 residence.holds += 1

@@ -109,6 +109,7 @@ class Residence:
     adapts_head: bool = False
     defaults: Defaults = field(default_factory=Defaults)  # of the requests for it
     allow_no_effect: bool = False
+    urgent: bool = False  # a publication that is proved as soon as requests are answered, not behind them
     seconds: dict[str, float] = field(default_factory=dict)  # the duration of the parts of its last load
     failed: str | None = None  # why it cannot be served; a publication or the reconciler tries again
 

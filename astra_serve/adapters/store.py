@@ -8,6 +8,8 @@
     ROOT/sources/HEX            the source of that version, as the document named it
     ROOT/engine/HEX/            that LoRA as engines read it, where they cannot read the version itself (`served`);
                                 emptied when a server starts
+    ROOT/passing/...            a store of versions that end with the server, as a trainer's policies: removed when a
+                                server starts and when it ends, and never flushed to the disk
 
 The engine reads from here alone. Adapters are copied, not linked: a link to somebody's file would change with the file.
 A download of the server itself is in the staging folder already, and is moved.
@@ -35,6 +37,7 @@ from converter.errors import without_secrets
 FILES = (LORA_WEIGHTS, CONFIG, PROVENANCE)  # beside them there may be those of CHAT_FILES
 FULL = (errno.ENOSPC, errno.EDQUOT)
 BLOCK = 2**22  # bytes
+PASSING = "passing"
 
 
 class Store:
@@ -43,7 +46,9 @@ class Store:
     Raises InUse where another process uses them, and ServeError where the folder cannot be used.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, lasting: bool = True) -> None:
+        """A store that is not `lasting` is empty at first, and removed when it is closed."""
+        self._lasting = lasting
         self._versions, self._staging, self._sources = root / "versions", root / "staging", root / "sources"
         self._engine = root / "engine"
         try:
@@ -65,8 +70,10 @@ class Store:
         self._ended: list[list[str]] = []  # of these, the ones whose block has ended
         self._spare: set[str] = set()  # versions that nothing needed when `collect` was called last
         try:
-            for folder in (self._staging, self._engine):
-                shutil.rmtree(folder, ignore_errors=True)  # left by a server that was killed
+            left = (self._staging, self._engine, root / PASSING, *(() if lasting else (self._versions, self._sources)))
+            for folder in left:
+                shutil.rmtree(folder, ignore_errors=True)  # of a server that was killed
+            for folder in (self._staging, self._engine, self._versions, self._sources):
                 folder.mkdir(exist_ok=True)
             self._there = {f"sha256:{path.name}" for path in self._versions.iterdir()}
             self._source_of = {f"sha256:{path.name}": _text(path) for path in self._sources.iterdir()}
@@ -76,7 +83,13 @@ class Store:
 
     def close(self) -> None:
         """Release the store for another process."""
+        if not self._lasting:
+            shutil.rmtree(self._root, ignore_errors=True)
         self._lock.close()
+
+    def passing(self) -> "Store":
+        """Return the store of versions that end with this server. Raises ServeError."""
+        return Store(self._root / PASSING, lasting=False)
 
     def staging(self) -> Path:
         """Return a new folder to download an adapter into. Raises CannotStore."""
@@ -217,13 +230,15 @@ class Store:
     def _add(
         self, folder: Path, expected: str | None, source: str | None, kept: list[str], on_bytes: Callable[[int], None]
     ) -> str:
-        digest = self._already(folder, expected, on_bytes)
+        # A policy is new bytes nearly always: to look for them first would read them once more.
+        digest = self._already(folder, expected, on_bytes) if self._lasting else None
         if digest is None:
             digest = self._copied(folder, expected, source, kept, on_bytes)
         kept.append(digest)
         if source and self._source_of.get(digest) != source:
-            with atomic.new_file(self._sources / digest.removeprefix("sha256:")) as file:
-                file.write_text(source, encoding="utf-8")
+            if self._lasting:
+                with atomic.new_file(self._sources / digest.removeprefix("sha256:")) as file:
+                    file.write_text(source, encoding="utf-8")
             self._source_of[digest] = source
         return digest
 
@@ -264,8 +279,9 @@ class Store:
             if path.name not in files or path.is_symlink():
                 _remove(path)
                 continue
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+            if self._lasting:
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())
             path.chmod(0o444)
         kept.append(digest)
         if self.intact(digest):

@@ -27,6 +27,7 @@ class Alias:
     weight: float = 0.0  # the canary's share of the users, and of the requests without one
     pinned: bool = False  # current and canary are never evicted
     source: str | None = None  # of `current`; None where only the store has it
+    lasting: bool = True  # False: a policy of a trainer, which is in no document and no history
 
     def serving(self) -> Iterator[Version]:
         """Yield the versions that requests for the bare name reach."""

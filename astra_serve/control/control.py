@@ -158,7 +158,7 @@ class Control:
         try:
             return await self._preparation.prove(entry, Status(entry, self.fleet.events, self._clock))
         except (AstraError, OSError) as error:
-            raise NotPublished(f"{entry.name!r} was not prepared: {_reason(error)}") from error
+            raise NotPublished(f"{entry.name!r} was not prepared: {reason_of(error)}") from error
 
     async def _change(self, name: str, kind: str, edit: Edit) -> None:
         """Prepare, write and follow the entry with the keys of `edit`."""
@@ -172,7 +172,7 @@ class Control:
             try:
                 prepared = await held.enter_async_context(self._preparation.hold(entry, change.status))
             except (AstraError, OSError) as error:
-                raise NotPublished(f"{name!r} was not published: {_reason(error)}") from error
+                raise NotPublished(f"{name!r} was not published: {reason_of(error)}") from error
             spent = Spent(began, change.status.elapsed())
             change.writing, change.status = True, None
             new = self._resolved(entry, old, prepared)
@@ -210,9 +210,9 @@ class Control:
         return entry.model_copy(update={"digest": digest, "canary": canary, "previous": previous})
 
     def _served(self, name: str) -> Step | None:
-        """Return the version that serves now, as a step of the rollback history."""
+        """Return the version that serves now, as a step of the rollback history; none is a trainer's policy."""
         alias = self.fleet.aliases.get(name)
-        if alias is None:
+        if alias is None or not alias.lasting:
             return None
         source = alias.source or self.source(alias.current.digest)
         return Step(digest=alias.current.digest, source=source, replaced=datetime.now(UTC).replace(microsecond=0))
@@ -245,7 +245,7 @@ def _require(entry: Adapter | None, name: str) -> Adapter:
     return entry
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """Return the reason of a failure; what the engine's memory raises has it as its cause."""
     cause = error.__cause__ if isinstance(error, Unavailable) else None
     return str(cause or error)

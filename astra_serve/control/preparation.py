@@ -37,11 +37,21 @@ class Preparation:
     """Prepares versions for one fleet."""
 
     def __init__(
-        self, fleet: Fleet, store: Store, clock: Clock, roots: tuple[Path, ...] = (), sources: Sources | None = None
+        self,
+        fleet: Fleet,
+        store: Store,
+        clock: Clock,
+        roots: tuple[Path, ...] = (),
+        sources: Sources | None = None,
+        *,
+        urgent: bool = False,
     ) -> None:
-        """`roots` are the folders that local adapters must be in; none: they may be anywhere."""
+        """`roots` are the folders that local adapters must be in; none: they may be anywhere.
+
+        The probes of an `urgent` one are not computed behind the requests of users.
+        """
         self.sources = sources or Sources()
-        self._fleet, self._store, self._clock, self._roots = fleet, store, clock, roots
+        self._fleet, self._store, self._clock, self._roots, self._urgent = fleet, store, clock, roots, urgent
         self._for_later: dict[str, tuple[Version, float]] = {}
 
     @asynccontextmanager
@@ -62,7 +72,9 @@ class Preparation:
                 status.enter(Phase.LOADING)
                 for version in (current, canary) if canary else (current,):
                     if again or entry.pin or not self._served(version):
-                        hold = self._fleet.residency.hold(version, allow_no_effect=entry.allow_no_effect)
+                        hold = self._fleet.residency.hold(
+                            version, allow_no_effect=entry.allow_no_effect, urgent=self._urgent
+                        )
                         loaded = self._fleet.residency.of(version).loaded
                         residence = await holds.enter_async_context(hold)
                         for part, seconds in () if loaded else residence.seconds.items():

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
 from vllm import envs
 from vllm.entrypoints.launchers.launcher import NoSignalServer, setup_server
 from vllm.entrypoints.launchers.utils import constants
@@ -31,28 +30,31 @@ SHUTTING_DOWN = "the server is shutting down"
 
 
 @contextmanager
-def bound(args: Namespace, admin: tuple[str, int] | None) -> Iterator[tuple[socket.socket, socket.socket | None]]:
-    """Yield the sockets of the public port and of the `admin` address. Raises ServeError where one cannot be used."""
-    sockets: list[socket.socket] = []
+def bound(args: Namespace, *others: tuple[str, int] | None) -> Iterator[list[socket.socket | None]]:
+    """Yield the sockets of the public port and of the `others`, which are hosts and ports, or None.
+
+    Raises ServeError where one cannot be used.
+    """
+    sockets: list[socket.socket | None] = []
     try:
         where = args.uds or f"{args.host or ''}:{args.port}"
         try:
             sockets.append(setup_server(args, reuse_port=False)[1])
-            if admin:
-                where = f"{admin[0]}:{admin[1]}"
-                sockets.append(_listen(*admin))
+            for other in others:
+                where = f"{other[0]}:{other[1]}" if other else ""
+                sockets.append(_listen(*other) if other else None)
         except (OSError, KeyError) as error:  # a KeyError: an unknown parser, in vLLM's words
             number = getattr(error, "errno", None)
             reason = os.strerror(number) if number else str(error).strip("'\"")
             raise ServeError(f"cannot serve at {where}: {reason}") from error
-        yield sockets[0], sockets[1] if admin else None
+        yield sockets
     finally:
-        for sock in sockets:
+        for sock in filter(None, sockets):
             sock.close()
 
 
 def connection_limits(args: Namespace) -> ConnectionLimits:
-    """Return the limits of connections to both ports; vLLM's options for h11 set two of them."""
+    """Return the limits of connections to all ports; vLLM's options for h11 set two of them."""
     given = {
         "header_bytes": (args.h11_max_incomplete_event_size, constants.H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT),
         "header_count": (args.h11_max_header_count, constants.H11_MAX_HEADER_COUNT_DEFAULT),
@@ -60,8 +62,8 @@ def connection_limits(args: Namespace) -> ConnectionLimits:
     return ConnectionLimits(**{name: value for name, (value, default) in given.items() if value not in (None, default)})
 
 
-async def serve_admin(app: FastAPI, sock: socket.socket, limits: ConnectionLimits) -> None:
-    """Serve the admin API until cancelled; requests that run then have a second to end."""
+async def serve_beside(app: App, sock: socket.socket, limits: ConnectionLimits) -> None:
+    """Serve the admin API or the policy port until cancelled; requests that run then have a second to end."""
     quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off", "ws": "none"}
     server = NoSignalServer(uvicorn.Config(app, http=limited(limits), **quiet, timeout_graceful_shutdown=1))
     serving = asyncio.create_task(server.serve(sockets=[sock]))

@@ -13,6 +13,7 @@
 import asyncio
 import hmac
 import inspect
+import secrets
 import sys
 import time
 from argparse import Namespace
@@ -203,6 +204,35 @@ def known_keys(app: FastAPI, args: Namespace) -> Callable[[Headers], bool] | Non
     """Return whether headers carry one of vLLM's API keys; None where there is no key."""
     keys = _keys(args)
     return AuthenticationMiddleware(app, keys).verify_token if keys else None
+
+
+def internal_key(args: Namespace) -> str | None:
+    """Return a key for requests of another port, beside the keys of the public one; None where there are none.
+
+    Only this process knows it. It has to be added before `application` reads the keys.
+    """
+    if not (keys := _keys(args)):
+        return None
+    args.api_key = [*keys, secrets.token_hex(32)]
+    return str(args.api_key[-1])
+
+
+def server_info(client: EngineClient) -> dict[str, Any]:
+    """Return the engine's settings that trainers read, in the form of vLLM's /server_info.
+
+    An adapter is loaded into all of the engine's processes, so that to trainers there is one data-parallel engine.
+    """
+    config = client.vllm_config
+    lora, parallel = config.lora_config, config.parallel_config
+    return {
+        "model_config": {
+            "model": config.model_config.model,
+            "dtype": str(config.model_config.dtype),
+            "max_model_len": config.model_config.max_model_len,
+        },
+        "lora_config": lora and {"max_lora_rank": lora.max_lora_rank, "max_loras": lora.max_loras},
+        "parallel_config": {"data_parallel_size": 1, "world_size": parallel.world_size_across_dp},
+    }
 
 
 def _keys(args: Namespace) -> list[str]:

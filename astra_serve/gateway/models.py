@@ -1,11 +1,13 @@
 """The models that requests may name: OpenAI's `GET /v1/models` and `GET /v1/models/NAME`."""
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
 from astra_serve.adapters.fleet import Fleet
+from astra_serve.adapters.version import Version
 from astra_serve.errors import Unavailable
 from astra_serve.gateway.errors import error_body
 
@@ -26,9 +28,10 @@ class Models:
         return {"object": "list", "data": [self._card(name) for name in names]}
 
     async def show(self, model: str) -> Response:
-        """Show one model; a name with slashes is a base of the hub."""
-        if model == self._fleet.base_name or self._fleet.resolve(model):
-            return JSONResponse(self._card(model))
+        """Show one model, and the digest and the proof of its version; a name with slashes is a base of the hub."""
+        version = self._fleet.resolve(model)
+        if version or model == self._fleet.base_name:
+            return JSONResponse(self._card(model) | (self._proved(version) if version else {}))
         error = self._fleet.unknown(model)
         if isinstance(error, Unavailable):
             headers = {"Retry-After": str(error.retry_after_s)}
@@ -47,3 +50,10 @@ class Models:
             "parent": base if version else None,
             "max_model_len": self._max_model_len,
         }
+
+    def _proved(self, version: Version) -> dict[str, Any]:
+        """Return a version's digest, and whether the engine has proved it: the state is proved, failed or unproved."""
+        residence = self._fleet.residency.of(version)
+        state = "failed" if residence.failed is not None else "proved" if residence.proof else "unproved"
+        verdict = asdict(residence.proof.verdict) if residence.proof else {}
+        return {"digest": version.digest, "proof": {"state": state, **verdict}}

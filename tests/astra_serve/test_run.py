@@ -31,7 +31,7 @@ Serve = Callable[..., None]
 
 @pytest.fixture
 def serve(engine: StandInEngine, base, tiny_base, tmp_path: Path, monkeypatch) -> Serve:
-    """Return `run.serve` on free ports, with `document` and an admin port if it is a path."""
+    """Return `run.serve` on free ports, with `document`, an admin port if it is a path, and a policy port."""
 
     @asynccontextmanager
     async def started(*_: Any) -> AsyncIterator[StandInEngine]:
@@ -49,10 +49,11 @@ def serve(engine: StandInEngine, base, tiny_base, tmp_path: Path, monkeypatch) -
     monkeypatch.setattr(run.vllm, "started", started)
     monkeypatch.setattr(run.vllm_seams, "application", application)
     monkeypatch.setattr(run.vllm_seams, "known_keys", lambda *_: None)
-    ports = free_port(), free_port()
+    monkeypatch.setattr(run.vllm_seams, "server_info", lambda _: {"parallel_config": {"world_size": 1}})
+    ports = free_port(), free_port(), free_port()
     args = options.parse(str(tiny_base), 0, 1, 0, ["--host", "127.0.0.1", "--port", str(ports[0])])
 
-    def call(document: Document | Path) -> None:
+    def call(document: Document | Path, *, trains: bool = False) -> None:
         settings = run.Settings(
             document=document if isinstance(document, Document) else str(document),
             store=tmp_path / "run-store",
@@ -60,15 +61,17 @@ def serve(engine: StandInEngine, base, tiny_base, tmp_path: Path, monkeypatch) -
             resident=2,
             drain_s=1.0,
             engine_timeout_s=300.0,
-            roots=(),
+            roots=(tmp_path,),
             admin=("127.0.0.1", ports[1]) if isinstance(document, Path) else None,
             admin_token="token",  # noqa: S106
+            policies=("127.0.0.1", ports[2]) if trains else None,
+            policy_token="policy",  # noqa: S106
             max_body=None,
         )
         monkeypatch.setattr(run, "REGISTRY", CollectorRegistry())
         run.serve(args, base, settings)
 
-    call.url, call.admin = (f"http://127.0.0.1:{port}" for port in ports)  # type: ignore[attr-defined]
+    call.url, call.admin, call.policies = (f"http://127.0.0.1:{port}" for port in ports)  # type: ignore[attr-defined]
     return call
 
 
@@ -113,6 +116,24 @@ def test_a_server_answers_on_both_ports_and_ends_with_a_signal(serve, tmp_path, 
     *_, ready, alive, adapters = seen
     assert (ready, alive) == ({"ready": True, "reasons": []}, {"alive": True})
     assert adapters["adapters"][0]["state"] == "serving"
+
+
+def test_a_trainer_loads_a_policy_that_is_gone_when_the_server_ends(serve, write_lora, tmp_path) -> None:
+    url, seen = serve.policies.replace("//", "//x:policy@"), []
+    body = {"lora_name": "p-v1", "lora_path": str(write_lora("one", 1.0))}
+
+    def train() -> None:
+        seen.append(answer(f"{url}/readyz").status_code)
+        seen.append(httpx.post(f"{url}/v1/load_lora_adapter", json=body).json()["state"])
+        seen.append(len(list((tmp_path / "run-store" / "passing" / "versions").iterdir())))
+        seen.append(httpx.get(f"{serve.policies}/readyz").status_code)
+        seen.append(httpx.post(f"{serve.url}/v1/load_lora_adapter", json=body).status_code)
+
+    thread = beside(train)
+    serve(Document(), trains=True)
+    thread.join()
+    assert seen == [200, "serving", 1, 401, 404]
+    assert not (tmp_path / "run-store" / "passing").exists()
 
 
 def test_a_signal_ends_a_server_whose_sources_hang(serve, tmp_path, write_lora) -> None:

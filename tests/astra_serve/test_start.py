@@ -5,6 +5,8 @@ from argparse import Namespace
 import pytest
 
 from astra_serve import start
+from astra_serve.environment import admin_token, policy_token
+from astra_serve.errors import ServeError
 from astra_serve.start import base_as_served
 
 
@@ -27,3 +29,24 @@ def test_with_another_template_for_the_base_an_adapters_is_never_taken_for_the_b
         served = base_as_served(base, Namespace(**{**given, **settings}), 8)
         assert (served.tokenizer.template is not None, served.max_rank) == (known, 64)
     assert base_as_served(base, Namespace(**given), 0) == base
+
+
+@pytest.mark.parametrize("token", ["ASTRA_POLICY_TOKEN", "ASTRA_ADMIN_TOKEN"])
+def test_a_policy_port_needs_a_token_and_a_folder(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ASTRA_POLICY_TOKEN", "ASTRA_ADMIN_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    complete = ["--base", "x", "--policy-port", "1", "--adapter-root", "out"]
+    for words, value in ((complete, ""), (complete, " "), (complete[:-2], "secret")):
+        monkeypatch.setenv(token, value)
+        with pytest.raises(ServeError, match="--policy-port needs a token in ASTRA_POLICY_TOKEN"):
+            start._check(start._parser().parse_args(words))
+    monkeypatch.setenv(token, "secret")
+    start._check(start._parser().parse_args(complete))
+
+
+def test_the_policy_port_has_a_token_of_its_own_before_that_of_the_admin_port(monkeypatch) -> None:
+    monkeypatch.setenv("ASTRA_ADMIN_TOKEN", "admin")
+    monkeypatch.setenv("ASTRA_POLICY_TOKEN", "policy\n")
+    assert (policy_token(), admin_token()) == ("policy", "admin")
+    monkeypatch.delenv("ASTRA_POLICY_TOKEN")
+    assert policy_token() == "admin"

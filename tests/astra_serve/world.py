@@ -20,10 +20,11 @@ from astra_serve.adapters.residency import Residency
 from astra_serve.adapters.schedule import Limits, Residence
 from astra_serve.adapters.store import Store
 from astra_serve.adapters.version import Version
-from astra_serve.control import admin
+from astra_serve.control import admin, policy_port
 from astra_serve.control.control import Control
 from astra_serve.control.desired_state import DesiredState
 from astra_serve.control.housekeeping import Housekeeping
+from astra_serve.control.policies import Policies
 from astra_serve.control.preparation import Preparation
 from astra_serve.control.readiness import RequiredAdapters
 from astra_serve.control.reconcile import Reconciler
@@ -33,7 +34,15 @@ from astra_serve.document.desired import Adapter
 from astra_serve.gateway.middleware import App, Gateway, Subscribers
 from tests.astra_serve.stand_in import StandInEngine
 
-TOKEN = "secret"  # noqa: S105
+TOKEN, POLICY_TOKEN = "secret", "policy-secret"
+
+
+# Of the engine, as `vllm_seams.server_info` returns it.
+INFO = {
+    "model_config": {"model": "base", "dtype": "torch.float32", "max_model_len": 2048},
+    "lora_config": {"max_lora_rank": 64, "max_loras": 8},
+    "parallel_config": {"data_parallel_size": 1, "world_size": 2},
+}
 
 
 class ManualClock(Clock):
@@ -123,7 +132,7 @@ class Memory:
 
 @dataclass
 class World(Memory):
-    """A server with a document, and its admin API."""
+    """A server with a document, its admin API, and its policy port."""
 
     store: Store
     preparation: Preparation
@@ -135,6 +144,10 @@ class World(Memory):
     file: Path
     api: httpx.AsyncClient
     admin_app: Any
+    passing: Store
+    policies: Policies
+    policy_app: App
+    trainer: httpx.AsyncClient
 
     def entry(self, name: str) -> Adapter | None:
         """Return an adapter's entry of the document as it is on disk."""
@@ -176,12 +189,12 @@ async def running(*parts: Any) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def memory(
-    engine: StandInEngine, store: Store, base: Base, capacity: int = 2, **limits: float
+    engine: StandInEngine, store: Store, base: Base, capacity: int = 2, passing: Store | None = None, **limits: float
 ) -> AsyncIterator[Memory]:
     """Yield a running memory of `capacity` residences."""
     engine.capacity = capacity
     clock, events = ManualClock(), Events()
-    loader = Loader(engine, store, base, events, clock)
+    loader = Loader(engine, store, base, events, clock, passing)
     residency = Residency(loader, events, Limits(capacity, **limits), clock)
     async with running(residency):
         yield Memory(engine, clock, events, Fleet(base.name, residency, events))
@@ -189,18 +202,30 @@ async def memory(
 
 @asynccontextmanager
 async def server(
-    engine: StandInEngine, store: Store, base: Base, where: Path | str, capacity: int = 2
+    engine: StandInEngine, store: Store, base: Base, where: Path | str, capacity: int = 2, handler: App | None = None
 ) -> AsyncIterator[World]:
-    """Yield a running server over the document at `where`; its gateway has no handlers."""
+    """Yield a running server over the document at `where`; its gateway is in front of `handler`.
+
+    Policies are read from the folder of the document.
+    """
     async with AsyncExitStack() as stack:
-        memory_ = await stack.enter_async_context(memory(engine, store, base, capacity))
+        passing = store.passing()
+        stack.callback(passing.close)
+        memory_ = await stack.enter_async_context(memory(engine, store, base, capacity, passing))
         clock, fleet = memory_.clock, memory_.fleet
         preparation = Preparation(fleet, store, clock)
         reconciler = Reconciler(fleet, preparation, clock, drain_s=1)
         await stack.enter_async_context(running(reconciler))
         required = RequiredAdapters(fleet, reconciler)
         control = Control(DesiredState(str(where)), fleet, store, preparation, reconciler, required, clock)
-        front = gateway(fleet, None)
+        front = gateway(fleet, handler)
+        roots = (Path(where).parent,)
+        proved = Preparation(fleet, passing, clock, roots, preparation.sources, urgent=True)
+        policies = Policies(fleet, proved, passing, clock, most=capacity, drain_s=1)
+        trainers = policy_port.build(policies, front, INFO, POLICY_TOKEN, None)
+        trainer = httpx.AsyncClient(
+            transport=httpx.ASGITransport(trainers), base_url="http://policies", auth=("x", POLICY_TOKEN)
+        )
         app = admin.build(control, front, TOKEN)
         headers = {"Authorization": f"Bearer {TOKEN}"}
         api = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://admin", headers=headers)
@@ -216,6 +241,10 @@ async def server(
             file=Path(where),
             api=await stack.enter_async_context(api),
             admin_app=app,
+            passing=passing,
+            policies=policies,
+            policy_app=trainers,
+            trainer=await stack.enter_async_context(trainer),
         )
 
 

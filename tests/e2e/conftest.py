@@ -41,11 +41,13 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Admin:
-    """The admin port of the session's server, its token, and the document that it edits."""
+    """The admin port of the session's server, its token, the document that it edits, and its policy port."""
 
     port: int
     token: str
     document: Path
+    policies: int
+    policy_token: str
 
 
 @pytest.fixture(scope="session")
@@ -53,16 +55,18 @@ def admin(loras: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> A
     document = tmp_path_factory.mktemp("desired") / "adapters.yaml"
     entries = [Adapter(name=task, source=str(folder), required=True) for task, folder in loras.items()]
     document.write_text(desired.dump(Document(adapters=entries)))
-    return Admin(free_port(), "e2e-token", document)
+    return Admin(free_port(), "e2e-token", document, free_port(), "e2e-policies")
 
 
 @pytest.fixture(scope="session")
 def server(admin: Admin, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     options = ["--base", str(demo.BASE), "--adapters", str(admin.document), "--store", str(folder / "store")]
-    options += ["--admin-port", str(admin.port)]
+    options += ["--admin-port", str(admin.port), "--policy-port", str(admin.policies)]
+    options += ["--adapter-root", str(tmp_path_factory.getbasetemp())]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASTRA_ADMIN_TOKEN", admin.token)
+        patch.setenv("ASTRA_POLICY_TOKEN", admin.policy_token)
         patch.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
         with astra_serve(options, folder / "server.log") as running:
             while (ready := httpx.get(f"{running.url}/readyz")).status_code == 503:

@@ -97,13 +97,15 @@ async def measure(
     judge: Callable[[str, str, Answer], str | None],
     swap: Callable[[int], Awaitable[str]],
     pace: Pace,
+    model: Callable[[], str] = lambda: NAME,
 ) -> dict[str, Any]:
     """Call `swap` with 0, 1, 2, ... under load, and return counts, times in seconds, throughput ratios and memory.
 
-    `swap` returns the name that new answers carry from then on; an HTTP error of `swap` ends the swaps.
+    `swap` returns the name that new answers carry from then on; an HTTP error of `swap` ends the swaps. `model` returns
+    the name that requests ask for now.
     """
     load = Load(
-        server.url, CLIENTS, lambda number, turn: (NAME, PROMPTS[(number + turn) % len(PROMPTS)]), judge, TOKENS
+        server.url, CLIENTS, lambda number, turn: (model(), PROMPTS[(number + turn) % len(PROMPTS)]), judge, TOKENS
     )
     stop = asyncio.Event()
     running = asyncio.create_task(load.run(stop))
@@ -127,7 +129,7 @@ async def measure(
                 broken = f"swap {number}: {type(error).__name__}: {error}"[:200]
                 break
             done.append((began, time.perf_counter(), name))
-            memory.append(_rss(processes))
+            memory.append(memory_of(processes))
             progress.advance(bar)
             await asyncio.sleep(max(0.0, began + pace.every_s - time.perf_counter()))
             if number % block == block - 1 or number == pace.swaps - 1:
@@ -175,7 +177,8 @@ def _first_tokens(done: list[tuple[float, float, str]], answers: list[Answer]) -
     return found
 
 
-def _rss(processes: list[psutil.Process]) -> int:
+def memory_of(processes: list[psutil.Process]) -> int:
+    """Return the resident bytes of the processes that still run."""
     total = 0
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -257,3 +257,16 @@ def test_a_local_file_that_is_too_large_is_refused_before_it_is_read(store, writ
     (source / "astra.json").write_bytes(b" " * (17 << 20))
     with pytest.raises(MalformedAdapter, match=r"astra\.json has more than 16 MiB, the limit"):
         fetched(str(source), store)
+
+
+@in_a_loop
+async def test_files_of_a_hubs_cache_must_be_in_the_roots_too(write_lora, store, tmp_path) -> None:
+    """The cache's links lead from `snapshots` to `blobs` beside it."""
+    blobs, cached = tmp_path / "models" / "blobs", tmp_path / "models" / "snapshots" / "1"
+    cached.mkdir(parents=True)
+    write_lora("one", 1.0).rename(blobs)
+    for file in blobs.iterdir():
+        (cached / file.name).symlink_to(file)
+    assert await fetch(str(cached), store, (tmp_path / "models",)) == cached
+    with pytest.raises(CannotFetch, match="is outside of the folders that adapters may be in"):
+        await fetch(str(cached), store, (tmp_path / "models" / "snapshots",))

@@ -187,6 +187,19 @@ def test_the_first_wrong_item_of_a_responses_request_is_found_alone() -> None:
     assert vllm_seams._wrong_items([{}]) is None  # vLLM says more about it
 
 
+def test_another_port_has_a_key_of_its_own_where_the_public_one_has_keys(tiny_base: Path, monkeypatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    for words, variable in ((["--api-key", "public"], ""), ([], "public")):
+        monkeypatch.setenv("VLLM_API_KEY", variable)
+        args = options.parse(str(tiny_base), 0, 1, 0, words)
+        key = vllm_seams.internal_key(args)
+        assert vllm_seams._keys(args) == ["public", key]
+        assert len(key or "") == 64
+    monkeypatch.delenv("VLLM_API_KEY")
+    args = options.parse(str(tiny_base), 0, 1, 0, [])
+    assert (vllm_seams.internal_key(args), vllm_seams._keys(args)) == (None, [])
+
+
 def test_headers_have_our_limits_unless_vllms_options_set_others(tiny_base: Path) -> None:
     def limits(*words: str) -> ConnectionLimits:
         return server.connection_limits(options.parse(str(tiny_base), 0, 1, 0, words))

@@ -64,6 +64,27 @@ async def test_one_model_is_retrieved_by_each_name_that_requests_may_use(shown, 
 
 
 @in_a_loop
+async def test_one_adapter_names_the_digest_and_the_proof_of_its_version(shown, store, write_lora) -> None:
+    async with shown() as (client, names):
+        version = Version("sql", store.add(write_lora("one", 1.0)))
+        names.point("sql", Alias(version), 1)
+
+        async def proof() -> dict[str, Any]:
+            card = (await client.models.retrieve("sql")).model_extra or {}
+            assert card["digest"] == version.digest
+            return card["proof"]
+
+        assert await proof() == {"state": "unproved"}
+        async with names.lease("sql"):
+            assert await proof() == {
+                "state": "proved", "recorded": False, "prompts": 8, "effect": 1.0, "deviation": None
+            }  # fmt: skip
+        names.residency.of(version).failed = "/a/path: is gone"
+        assert await proof() == {**await proof(), "state": "failed"}
+        assert "path" not in str(await proof())
+
+
+@in_a_loop
 async def test_created_is_when_the_version_began_to_serve(shown, monkeypatch) -> None:
     async with shown() as (client, names):
         first = (await client.models.retrieve("sql")).created

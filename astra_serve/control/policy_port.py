@@ -1,0 +1,148 @@
+"""The policy port: what trainers of reinforcement learning call, on a port of its own, with a token.
+
+POST /v1/load_lora_adapter     {"lora_name", "lora_path"}: returns when the version serves, with its digest
+POST /v1/unload_lora_adapter   {"lora_name"}: the name gets 404 from now on; running requests end on their version
+GET  /server_info              the settings that trainers read, as vLLM's `?config_format=json`
+GET  /get_world_size           the engine's processes
+POST /pause, /resume           200; nothing is paused: a version never changes under a request
+
+Every other path is the public port's: /health, /v1/models, /v1/models/NAME, /v1/completions, ...
+
+Errors have OpenAI's format: 400 for a body or a name that makes no sense, 401 before the body is read, 404 for an
+unload of a name that no policy has, 409 where the name is another adapter's, 413 for a body of a load over 1 MiB, 422
+with the reason why a policy is not served.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
+
+from astra_serve.adapters.version import Version
+from astra_serve.control.policies import Policies
+from astra_serve.errors import BadDocument, NotPublished, ServeError, UnknownAdapter
+from astra_serve.gateway import json_body
+from astra_serve.gateway.body import MIB, BodyLimit
+from astra_serve.gateway.credential import Credential
+from astra_serve.gateway.errors import error_body
+from astra_serve.gateway.middleware import App, Receive, Scope, Send
+
+STATUS: dict[type[Exception], int] = {BadDocument: 400, UnknownAdapter: 404, NotPublished: 422}  # others: 409
+MAX_BODY = MIB
+
+
+class Load(BaseModel):
+    """vLLM's request; `load_inplace` and other fields have no effect: a load always makes a version."""
+
+    lora_name: str
+    lora_path: str = Field(min_length=1)
+
+
+class Unload(BaseModel):
+    """vLLM's request."""
+
+    lora_name: str
+
+
+def build(policies: Policies, public: App, info: dict[str, Any], token: str, api_key: str | None) -> App:
+    """Return the application of the policy port; every request needs `token`, as Bearer or as HTTP Basic password.
+
+    `info` are the engine's settings in the form of vLLM's /server_info. Other requests go to the `public` application,
+    with `api_key` in place of the token if it wants keys.
+    """
+    app = FastAPI(title="astra-serve: policies", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(BodyLimit, most=MAX_BODY, fault=json_body.fault)
+
+    @app.exception_handler(RequestValidationError)
+    async def _bad_body(_: Request, error: RequestValidationError) -> Response:
+        fault = error.errors()[0]
+        return _openai_error(400, f"{'.'.join(map(str, fault['loc'][1:])) or 'body'}: {fault['msg']}")
+
+    @app.exception_handler(405)
+    async def _no_method(request: Request, _: Exception) -> Response:
+        return _openai_error(405, f"{request.method} {request.url.path[:200]} is not served")
+
+    @app.exception_handler(ServeError)
+    async def _serve_error(_: Request, error: ServeError) -> Response:
+        return _openai_error(STATUS.get(type(error), 409), str(error))
+
+    @app.exception_handler(Exception)
+    async def _failed(*_: Any) -> Response:
+        return _openai_error(500, "the server has failed: its log has the reason")
+
+    app.include_router(_change(policies))
+    app.include_router(_as_vllm(info))
+    return Credential(_Split(app, public, api_key), token)
+
+
+class _Split:
+    """Sends the paths of this port to `own`, and all others to the public application."""
+
+    def __init__(self, own: FastAPI, public: App, api_key: str | None) -> None:
+        self._own, self._public = own, public
+        self._paths = {getattr(route, "path", "") for route in own.routes}
+        self._authorization = f"Bearer {api_key}".encode() if api_key else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("path") in self._paths:
+            await self._own(scope, receive, send)
+            return
+        headers = [(name, value) for name, value in scope.get("headers", ()) if name != b"authorization"]
+        if self._authorization:
+            headers.append((b"authorization", self._authorization))
+        await self._public({**scope, "headers": headers}, receive, send)
+
+
+def _change(policies: Policies) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/load_lora_adapter")
+    async def load(body: Load) -> dict[str, Any]:
+        return _described(policies, await policies.load(body.lora_name, body.lora_path))
+
+    @router.post("/v1/unload_lora_adapter")
+    async def unload(body: Unload) -> dict[str, Any]:
+        policies.unload(body.lora_name)
+        return {"name": body.lora_name, "state": "removed"}
+
+    return router
+
+
+def _as_vllm(info: dict[str, Any]) -> APIRouter:
+    """Return the routes by which trainers learn what the server is."""
+    router = APIRouter()
+
+    @router.get("/server_info")
+    async def server_info() -> dict[str, Any]:
+        return {"vllm_config": info}
+
+    @router.get("/get_world_size")
+    async def world_size() -> dict[str, Any]:
+        return {"world_size": info["parallel_config"]["world_size"]}
+
+    @router.post("/pause")
+    async def pause() -> dict[str, Any]:
+        return {"status": "not paused: versions never change under a request"}
+
+    @router.post("/resume")
+    async def resume() -> dict[str, Any]:
+        return {"status": "running"}
+
+    return router
+
+
+def _described(policies: Policies, version: Version) -> dict[str, Any]:
+    proof = policies.fleet.residency.of(version).proof
+    return {
+        "name": version.alias,
+        "state": "serving",
+        "version": version.name,
+        "digest": version.digest,
+        "probe": asdict(proof.verdict) if proof else None,
+    }
+
+
+def _openai_error(status: int, message: str) -> Response:
+    return Response(error_body(status, message), status, media_type="application/json")
