@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from trainer import load_adapter, save_lora
 from trainer.embedded import tasks
 from trainer.sft import trl
 
+warnings.filterwarnings("ignore", "TRL currently supports vLLM")  # it does not use vLLM here
 PROMPTS, SAMPLES, MAX_TOKENS = 8, 4, 48
 SFT = ("steps=20", "batch_size=8", "learning_rate=2e-3", "forgetting_rows=0", "spectra=false", "rank=8")
 TOKEN = secrets.token_hex(16)
