@@ -229,7 +229,8 @@ def _identity(origin: Json, tokenizer: PreTrainedTokenizerBase, config: TrainCon
     """Return all on which the run's result depends: a run is only continued with the same."""
     template = hashlib.sha256(repr(tokenizer.chat_template).encode()).hexdigest()
     digests = {"base": origin["base"]["digest"], "data": origin["data"]["digest"]}
-    return {**config.model_dump(mode="json"), **digests, "chat_template": f"sha256:{template}"}  # not its file's name
+    settings = {**config.model_dump(mode="json"), "chat_template": f"sha256:{template}"}  # not its file's name
+    return {**settings, **digests, "checkpoints": "standard LoRA"}  # those of earlier versions held dA and dB
 
 
 def read_data(data: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, stops: Collection[int] = ()) -> Data:
