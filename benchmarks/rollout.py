@@ -11,8 +11,9 @@ the same client, with the same CPU kernel.
     tokens_ratio    tokens per second while policies are published, divided by those of the steady phases before and
                     after: the median over 20 blocks of steps
     wrong_version   rollouts whose sampled log probabilities are not those of the policy that the answer names, computed
-                    again in float32: more than 0.3 nats per token from them, the bound of the server's own probe. Of each policy, the first and the last two rollouts are compared. `before` is the
-                    same with the policy before the named one: it shows that a wrong policy would be seen
+                    again in float32: they differ by more than 0.3 nats per token, the bound of the server's own probe.
+                    Of each policy, the first and the last two rollouts are compared. `before` is the same with the
+                    policy before the named one: it shows that a wrong policy would be seen
     failed          rollouts that got an error
     rss_growth      memory of all processes of the server: the last tenth of the steps over the second tenth
 
