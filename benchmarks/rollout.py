@@ -11,8 +11,9 @@ the same client, with the same CPU kernel.
     tokens_ratio    tokens per second while policies are published, divided by those of the steady phases before and
                     after: the median over 20 blocks of steps
     wrong_version   rollouts whose sampled log probabilities are not those of the policy that the answer names, computed
-                    again in float32. Of each policy, the first and the last two rollouts are compared. `before` is the
-                    same with the policy before the named one: it shows that a wrong policy would be seen
+                    again in float32: they differ by more than 0.3 nats per token, the bound of the server's own probe.
+                    Of each policy, the first and the last two rollouts are compared. `before` is the same with the
+                    policy before the named one: it shows that a wrong policy would be seen
     failed          rollouts that got an error
     rss_growth      memory of all processes of the server: the last tenth of the steps over the second tenth
 
@@ -21,6 +22,7 @@ The two servers run one after the other. Without --adapter, that adapter is trai
 
 import argparse
 import asyncio
+import json
 import os
 import sys
 import tempfile
@@ -33,6 +35,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from astra_serve.adapters.probe import MOST_DEVIATION
 from benchmarks import report
 from benchmarks.policies import Policies, Recomputed
 from benchmarks.rollout_load import NAME, PROMPTS, SAMPLES, SEED, STALENESS, Pace, Rollout, measure
@@ -45,13 +48,11 @@ WARM_UP_S = 60.0  # under any load the engine's worker grows in the first minute
 TOKEN = "benchmark"  # noqa: S105
 COMPARED = 4  # rollouts of each policy whose log probabilities are computed again: the first and the last two
 EACH = 10  # policies, of which one is compared with the policy before it
-# Nats per token between a rollout of the engine (bfloat16) and its policy computed in float32; another policy is ten
-# times as far.
-MOST_DEVIATION = 0.1
 SLOTS = STALENESS + 2  # policies that rollouts may name at a time, as TRL wants
 RANK = 64  # the largest that the engines serve
 TARGETS = {"wrong_version": 0, "failed": 0, "tokens_ratio": 0.9, "rss_growth": 1.02, "publish_p50_s": 0.25}
-KEYS = ("publish_p50_s", "publish_p99_s", "tokens_ratio", "wrong_version", "failed", "rss_growth")
+PREFIXES = {"astra-serve": "", "vllm": "stock_"}  # of the summary's keys, by server
+KEYS = ("steps", "publish_p50_s", "publish_p99_s", "tokens_ratio", "wrong_version", "failed", "rss_growth")
 console = Console()
 
 
@@ -63,23 +64,25 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="smoke run: 40 steps, 2 s of warm-up")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA of the base")
     parser.add_argument("--base", type=Path, default=demo.BASE, help="(default: the embedded base)")
-    parser.add_argument("--no-stock", action="store_true", help="do not measure the rival")
+    only = "measure one server alone, and keep the other one's case if FILE has it"
+    parser.add_argument("--only", choices=["astra-serve", "vllm"], help=only)
     args = parser.parse_args()
     if args.base != demo.BASE and not args.adapter:
         parser.error("--base needs --adapter, a LoRA of it")
     pace = Pace(40, args.every, 2.0) if args.quick else Pace(args.steps, args.every, WARM_UP_S)
-    env = report.environment(SEED)
-    cases = []
+    env, cases = report.environment(SEED), _cases(args.out) if args.only else {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
         trained = args.adapter or _train(folder)
-        for name, start in (("astra-serve", ours), ("vllm", stock))[: 1 if args.no_stock else 2]:
+        for name, start in (("astra-serve", ours), ("vllm", stock)):
+            if args.only not in (None, name):
+                continue
             policies = Policies(trained, folder / name)
             with start(folder, args.base) as (server, url):
                 found, rollouts, versions = asyncio.run(measure(server, url, args.base, policies, pace))
-            cases.append({"server": name, **found, **compare(rollouts, versions, Recomputed(args.base, policies))})
-            report.write(args.out, summarise(cases), cases, env)
-    show(cases)
+            cases[name] = {"server": name, **found, **compare(rollouts, versions, Recomputed(args.base, policies))}
+            report.write(args.out, summarise(cases), list(cases.values()), env)
+    show(list(cases.values()))
     return 0
 
 
@@ -128,13 +131,19 @@ def compare(rollouts: list[Rollout], versions: dict[int, str], recomputed: Recom
     }
 
 
-def summarise(cases: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return the figures of `astra-serve`, and those of vLLM with `stock_` before their names."""
-    found: dict[str, Any] = {"steps": cases[0]["steps"], "every_s": cases[0]["every_s"]}
-    for prefix, case in zip(("", "stock_"), cases, strict=False):
+    found: dict[str, Any] = {}
+    for prefix, case in ((prefix, cases[name]) for name, prefix in PREFIXES.items() if name in cases):
         flat = {**case, "publish_p50_s": case["publish_s"].get("p50"), "publish_p99_s": case["publish_s"].get("p99")}
         found |= {f"{prefix}{key}": flat[key] for key in KEYS}
     return {**found, "targets": TARGETS}
+
+
+def _cases(out: Path) -> dict[str, dict[str, Any]]:
+    """Return the cases of a result file, by server; none where there is no such file."""
+    found = json.loads(out.read_text())["cases"] if out.exists() else []
+    return {case["server"]: case for case in found}
 
 
 def show(cases: list[dict[str, Any]]) -> None:
