@@ -109,7 +109,7 @@ def build(control: Control, gateway: Gateway, token: str) -> FastAPI:
 
     @app.exception_handler(ServeError)
     async def _serve_error(_: Request, error: ServeError) -> Response:
-        return _openai_error(STATUS.get(type(error), 409), str(error))
+        return _openai_error(STATUS.get(type(error), 409), str(error), type(error).__name__)
 
     @app.exception_handler(Exception)
     async def _failed(*_: Any) -> Response:
@@ -136,8 +136,8 @@ class _Token:
             await refuse(send, 401, "the admin token is missing or wrong")
 
 
-def _openai_error(status: int, message: str) -> Response:
-    return Response(error_body(status, message), status, media_type="application/json")
+def _openai_error(status: int, message: str, kind: str | None = None) -> Response:
+    return Response(error_body(status, message, kind=kind), status, media_type="application/json")
 
 
 def _show(control: Control) -> APIRouter:
