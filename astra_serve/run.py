@@ -31,6 +31,7 @@ from astra_serve.adapters.residency import Residency
 from astra_serve.adapters.schedule import Limits
 from astra_serve.adapters.store import Store, first_free
 from astra_serve.adapters.templates import Templates
+from astra_serve.adapters.upload_target import UploadTarget
 from astra_serve.control import admin
 from astra_serve.control.control import Control
 from astra_serve.control.desired_state import DesiredState
@@ -39,6 +40,7 @@ from astra_serve.control.preparation import Preparation
 from astra_serve.control.readiness import RequiredAdapters
 from astra_serve.control.reconcile import Reconciler
 from astra_serve.control.status import Phase
+from astra_serve.control.uploads import Uploads
 from astra_serve.document.desired import Document
 from astra_serve.engine import server, vllm, vllm_seams
 from astra_serve.errors import EngineLost, ServeError
@@ -63,6 +65,7 @@ class Settings:
     roots: tuple[Path, ...]  # the folders that local adapters must be in; none: anywhere
     admin: tuple[str, int] | None  # host and port
     admin_token: str
+    upload_to: UploadTarget | None  # where published bytes are copied to; None: they are refused
     max_body: int | None  # bytes of a request's body; None: as large as the base needs
 
 
@@ -76,6 +79,8 @@ def serve(args: Namespace, base: Base, settings: Settings) -> None:
         public, for_admin = stack.enter_context(server.bound(args, settings.admin))
         store = first_free(settings.store) if settings.store_shared else Store(settings.store)
         stack.callback(store.close)
+        if settings.upload_to:
+            settings.upload_to.sweep()
         try:
             uvloop.run(_serve(args, base, settings, store, public, for_admin))
         except ExceptionGroup as group:
@@ -114,7 +119,8 @@ async def _serve(
             control = Control(state, fleet, store, preparation, reconciler, required, clock)
             work.append(control.run)
             if for_admin:
-                admin_app = admin.build(control, gateway, settings.admin_token)
+                uploads = Uploads(control, store, sources, settings.upload_to)
+                admin_app = admin.build(control, gateway, settings.admin_token, uploads)
                 work.append(partial(server.serve_admin, admin_app, for_admin, server.connection_limits(args)))
 
         def not_ready() -> list[str]:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from astra_serve.adapters.admission import Base, engine_rank, open_base, parse_adapter
 from astra_serve.adapters.defaults import BaseTokenizer
+from astra_serve.adapters.upload_target import UploadTarget
 from astra_serve.document import desired, document_text
 from astra_serve.document.desired import Adapter, Document
 from astra_serve.environment import ADMIN_TOKEN, admin_token
@@ -56,6 +57,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ServeError(f"--engine-timeout is {args.engine_timeout}: give the seconds that an engine may be silent")
     if args.adapters and args.adapter:
         raise ServeError("--adapter names a fixed set of adapters, --adapters a document that may change: give one")
+    _upload_target(args)
     if args.admin_port is not None and not (admin_token() and args.adapters):
         raise ServeError(
             f"--admin-port needs a token in {ADMIN_TOKEN}, and --adapters FILE, the document that it edits"
@@ -88,9 +90,23 @@ def _serve(args: argparse.Namespace, extra: list[str], base: Base, document: Doc
             roots=tuple(args.adapter_root),
             admin=(args.admin_host, args.admin_port) if args.admin_port is not None else None,
             admin_token=admin_token(),
+            upload_to=_upload_target(args),
             max_body=args.max_body,
         ),
     )
+
+
+def _upload_target(args: argparse.Namespace) -> UploadTarget | None:
+    """Return where published bytes are copied to. Raises ServeError where no server could fetch them from there."""
+    if args.upload_to is None:
+        return None
+    if args.admin_port is None:
+        raise ServeError("--upload-to is for adapters that the admin API receives: give --admin-port")
+    target = UploadTarget(args.upload_to)
+    roots = [root.resolve() for root in args.adapter_root]
+    if target.folder and roots and not any(target.folder.resolve().is_relative_to(root) for root in roots):
+        raise ServeError(f"--upload-to {args.upload_to} is outside of --adapter-root: adapters there are refused")
+    return target
 
 
 def base_as_served(base: Base, settings: argparse.Namespace, rank: int) -> Base:
@@ -167,6 +183,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--log-format", choices=["json", "text"], help="default: text on a terminal, JSON lines everywhere else")
     add("--admin-port", type=int, metavar="PORT", help=f"the port of the admin API, with the token in {ADMIN_TOKEN}")
     add("--admin-host", default="127.0.0.1", help="its address (default: 127.0.0.1)")
+    upload = (
+        "take adapters as bytes, and copy them there: a folder that every replica sees, or a URL as s3://bucket/key"
+    )
+    add("--upload-to", metavar="DIR_OR_URL", help=upload)
     add("--host", default="127.0.0.1", help="the address of the public port (default: 127.0.0.1)")
     add("--port", type=int, default=8000, help="the public port (default: 8000)")
     add("--version", action="version", version=version("astra-serve"))

@@ -63,6 +63,7 @@ def serve(engine: StandInEngine, base, tiny_base, tmp_path: Path, monkeypatch) -
             roots=(),
             admin=("127.0.0.1", ports[1]) if isinstance(document, Path) else None,
             admin_token="token",  # noqa: S106
+            upload_to=None,
             max_body=None,
         )
         monkeypatch.setattr(run, "REGISTRY", CollectorRegistry())

@@ -12,4 +12,4 @@ from tests.astra_serve.world import server
 @pytest.fixture
 def world(engine, store, base, tmp_path: Path) -> Callable[..., Any]:
     """Return a running server over `adapters.yaml` when it is entered."""
-    return lambda capacity=2: server(engine, store, base, tmp_path / "adapters.yaml", capacity)
+    return lambda capacity=2, **more: server(engine, store, base, tmp_path / "adapters.yaml", capacity, **more)
