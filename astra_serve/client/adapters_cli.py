@@ -92,7 +92,7 @@ def _call(args: argparse.Namespace) -> Call[Any]:
         case "drain":
             return calls.undrain() if args.end else calls.drain()
         case "publish":
-            return calls.publish(args.name, **_wanted(args))
+            return calls.publish(args.name, upload=args.upload, **_wanted(args))
         case "rollback":
             return calls.rollback(args.name, args.digest)
         case "canary":
@@ -131,10 +131,14 @@ def _with_progress(client: Client, args: argparse.Namespace, call: Call[Any]) ->
         asked = pool.submit(client.ask, call)
         while not asked.done():
             time.sleep(_POLL_S)
+            if not console.is_terminal:
+                continue
+            if call.tar and call.tar.sent < call.tar.size:
+                line.update(f"{args.name}: sent {call.tar.sent / 2**20:.1f} of {call.tar.size / 2**20:.1f} MiB")
+                continue
             with suppress(ServeError):  # it is not known yet
                 now = client.get(args.name)
-                if console.is_terminal:
-                    line.update(f"{args.name}: {(now.publishing or now).state}")
+                line.update(f"{args.name}: {(now.publishing or now).state}")
         return asked.result()
 
 
@@ -185,7 +189,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add("list", "Show all adapters.")
     add("get NAME", "Show one adapter.")
-    add_version("publish NAME", "Serve the adapter at SOURCE as NAME, once it is proved.")
+    publish = add_version("publish NAME", "Serve the adapter at SOURCE as NAME, once it is proved.")
+    publish("--upload", action="store_true", help="SOURCE is a folder here: send its files (the server's --upload-to)")
     add_version("prepare NAME", "Prove the adapter at SOURCE on every replica, and print its digest.")
     rollout = add_version("rollout NAME", "Serve the adapter at SOURCE on every replica, or restore the old entry.")
     rollout("--document", metavar="FILE_OR_URL", help="as seen from here (default: the place that the replicas report)")

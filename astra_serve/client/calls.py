@@ -26,10 +26,12 @@ from astra_serve.client.state import (
     Rotation,
     VersionState,
 )
+from astra_serve.client.tar import Tar, of_folder
 from astra_serve.document import desired
 from astra_serve.environment import ADMIN_TOKEN, admin_token
 from astra_serve.errors import (
     BadDocument,
+    BadUpload,
     Conflict,
     NoAnswer,
     NotPublished,
@@ -40,8 +42,9 @@ from astra_serve.errors import (
 )
 
 Result = TypeVar("Result")
+TAR = "application/x-tar"
 # The errors that a server names in `type`; of one that names none the status has to say it.
-NAMED = {one.__name__: one for one in (BadDocument, Conflict, Superseded, UnknownAdapter, NotPublished)}
+NAMED = {one.__name__: one for one in (BadDocument, BadUpload, Conflict, Superseded, UnknownAdapter, NotPublished)}
 FOLLOW: dict[str, Any] = {"method": "GET", "url": "/events", "params": {"follow": "true"}}
 BY_STATUS = {400: BadDocument, 404: UnknownAdapter, 422: NotPublished}
 
@@ -55,12 +58,14 @@ class Call(Generic[Result]):
     answer: type[Result]
     body: Mapping[str, Any] | None = None
     query: Mapping[str, str] = field(default_factory=dict)
+    tar: Tar | None = None  # the body, in place of `body`
 
 
 def publish(
     name: str,
     source: str | os.PathLike[str],
     *,
+    upload: bool = False,
     digest: str | None = None,
     required: bool | None = None,
     pin: bool | None = None,
@@ -71,11 +76,18 @@ def publish(
     `source` is a folder that the server sees, hf://ORG/REPO@REVISION, any fsspec URL, or sha256:... of a version in the
     store; a relative path begins in the caller's folder. `digest` refuses any other content. With `required` a server
     that starts waits for it, with `pin` it is never evicted, with `allow_no_effect` it may change no answer; None keeps
-    the setting as it is. Raises NotPublished with the reason where the version is not served: then the version before
-    serves on. Raises Superseded where a newer change took its place, Conflict and BadDocument.
+    the setting as it is. With `upload` the files of the folder `source` are sent, for a server that does not see it.
+
+    Raises NotPublished with the reason where the version is not served: then the version before
+    serves on. Raises Superseded where a newer change took its place, Conflict, BadDocument, and BadUpload where the
+    folder is no adapter.
     """
     wanted = _version(name, source, digest, required, pin, allow_no_effect)
-    return Call("PUT", _adapter(name), AdapterState, wanted)
+    if not upload:
+        return Call("PUT", _adapter(name), AdapterState, wanted)
+    folder = wanted.pop("source")
+    query = {key: str(value).lower() for key, value in wanted.items()}
+    return Call("PUT", _adapter(name), AdapterState, query=query, tar=of_folder(folder))
 
 
 def prepare(
@@ -214,8 +226,11 @@ def admin_url(url: str) -> httpx.URL:
 
 
 def request(call: Call[Any]) -> dict[str, Any]:
-    """Return the arguments of httpx's `request`."""
-    return {"method": call.method, "url": call.path, "json": call.body, "params": dict(call.query)}
+    """Return the arguments of httpx's `request`; the bytes of a tar are for the client to add as `content`."""
+    found = {"method": call.method, "url": call.path, "params": dict(call.query)}
+    if call.tar is None:
+        return {**found, "json": call.body}
+    return {**found, "headers": {"Content-Type": TAR, "Content-Length": str(call.tar.size)}}
 
 
 def result(call: Call[Result], url: str, answer: httpx.Response) -> Result:

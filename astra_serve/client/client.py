@@ -93,7 +93,7 @@ class Client:
     def ask(self, call: Call[T]) -> T:
         """Make a call of `calls`, and return its answer. Raises the errors of the module's docstring."""
         try:
-            answer = self._http.request(**calls.request(call))
+            answer = self._http.request(**calls.request(call), content=call.tar)
         except httpx.HTTPError as error:
             raise calls.no_answer(self.url, error) from error
         return calls.result(call, self.url, answer)
@@ -170,8 +170,9 @@ class AsyncClient:
     async def ask(self, call: Call[T], timeout_s: float | None = None) -> T:
         """As Client.ask; `timeout_s` is by default the client's."""
         limit = self._http.timeout if timeout_s is None else httpx.Timeout(timeout_s)
+        content = call.tar.pieces() if call.tar else None
         try:
-            answer = await self._http.request(**calls.request(call), timeout=limit)
+            answer = await self._http.request(**calls.request(call), content=content, timeout=limit)
         except httpx.HTTPError as error:
             raise calls.no_answer(self.url, error) from error
         return calls.result(call, self.url, answer)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import uvicorn
 
+from astra_serve.adapters.upload_target import UploadTarget
 from tests.astra_serve.stand_in import StandInEngine
 from tests.astra_serve.world import TOKEN, World, server
 from tests.support.server import free_port
@@ -21,6 +22,11 @@ class Admin:
     port: int
     world: World
     engine: StandInEngine
+    loop: asyncio.AbstractEventLoop
+
+    def release(self) -> None:
+        """Let the engine load what waits at its gate."""
+        self.loop.call_soon_threadsafe(self.engine.gate.set)
 
     @property
     def url(self) -> str:
@@ -33,11 +39,14 @@ def admin(engine, store, base, tmp_path: Path, monkeypatch) -> Iterator[Admin]:
     number, started = free_port(), threading.Event()
     servers: list[uvicorn.Server] = []
     worlds: list[World] = []
+    loops: list[asyncio.AbstractEventLoop] = []
 
     async def serve() -> None:
-        async with server(engine, store, base, tmp_path / "adapters.yaml") as w:
+        target = UploadTarget(str(tmp_path / "shared"))
+        async with server(engine, store, base, tmp_path / "adapters.yaml", upload_to=target) as w:
             servers.append(uvicorn.Server(uvicorn.Config(w.admin_app, port=number, log_level="warning")))
             worlds.append(w)
+            loops.append(asyncio.get_running_loop())
             started.set()
             await servers[0].serve()
 
@@ -46,7 +55,7 @@ def admin(engine, store, base, tmp_path: Path, monkeypatch) -> Iterator[Admin]:
     started.wait(10)
     while not servers[0].started:
         threading.Event().wait(0.01)
-    yield Admin(number, worlds[0], engine)
+    yield Admin(number, worlds[0], engine, loops[0])
     servers[0].should_exit = True
     thread.join(10)
 

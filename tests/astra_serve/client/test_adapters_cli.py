@@ -67,6 +67,17 @@ def test_publish_list_roll_back_and_remove(port: int, write_lora, capsys) -> Non
     assert adapters(port, "remove", "a") == 0
 
 
+def test_a_folder_is_uploaded(port: int, write_lora, tmp_path: Path, capsys) -> None:
+    assert adapters(port, "--json", "publish", "a", write_lora("one", 1.0), "--upload", "--required") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["required"] is True
+    assert found["source"].startswith(str(tmp_path / "shared"))
+    (write_lora("two", 2.0) / "adapter_model.safetensors").unlink()
+    assert adapters(port, "publish", "a", tmp_path / "two", "--upload") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "adapter_model.safetensors" in line
+
+
 def test_events_are_followed_as_they_happen(port: int, write_lora) -> None:
     command = [str(BIN / "astra-serve"), "adapters", "--url", f"http://127.0.0.1:{port}", "--json"]
     with subprocess.Popen([*command, "events", "--follow"], stdout=subprocess.PIPE, text=True) as following:

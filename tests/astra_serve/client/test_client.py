@@ -1,6 +1,7 @@
 """The client for Python against a real admin port, with a stand-in for the engine behind it."""
 
 import asyncio
+import dataclasses
 import inspect
 import threading
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ import pytest
 
 from astra_serve.adapters import events
 from astra_serve.client import AsyncClient, Client, calls, state
+from astra_serve.client.tar import Tar
 from astra_serve.errors import (
     BadDocument,
+    BadUpload,
     NoAnswer,
     NotPublished,
     Refused,
@@ -94,13 +97,50 @@ def test_a_publish_that_a_newer_one_supersedes_says_so(client: Client, admin: Ad
     first = threading.Thread(target=publish)
     first.start()
     while not any(event.event == "loading" for event in client.events()):
-        pass
+        threading.Event().wait(0.01)
     second = threading.Thread(target=client.publish, args=("a", two))
     second.start()
     first.join(20)
-    admin.engine.gate.set()
+    admin.release()
     second.join(20)
     assert isinstance(caught[0], Superseded)
+
+
+def test_a_folder_that_the_server_does_not_see_is_uploaded(client: Client, admin: Admin, write_lora, tmp_path) -> None:
+    served = client.publish("a", write_lora("one", 1.0), upload=True, pin=True)
+    assert (served.state, served.pin) == ("serving", True)
+    assert served.source.startswith(str(tmp_path / "shared"))
+
+    async def use() -> state.AdapterState:
+        async with AsyncClient(admin.url, TOKEN, timeout_s=20) as other:
+            return await other.publish("b", write_lora("two", 2.0), upload=True)
+
+    assert asyncio.run(use()).state == "serving"
+
+
+def test_a_file_that_becomes_shorter_while_it_is_sent_leaves_nothing(client: Client, write_lora, tmp_path) -> None:
+    call = calls.publish("a", write_lora("one", 1.0), upload=True)
+    assert call.tar is not None
+    name, file, size = call.tar.files[-1]
+    longer = dataclasses.replace(call.tar, files=(*call.tar.files[:-1], (name, file, size + 5000)))
+    with pytest.raises(BadUpload, match="became shorter while it was sent"):
+        client.ask(dataclasses.replace(call, tar=longer))
+    staging = tmp_path / "store" / "staging"
+    while list(staging.iterdir()):
+        threading.Event().wait(0.01)
+    assert client.list().adapters == ()
+
+
+def test_the_line_of_a_refused_upload_is_seen_while_it_is_sent(client: Client, tmp_path) -> None:
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(2**26)
+    call = calls.publish("a", "/x")
+    sending = dataclasses.replace(call, tar=Tar((("train.py", large, 2**26),)), query={"digets": "x"})
+    with pytest.raises(BadDocument, match="digets: Extra inputs are not permitted"):
+        client.ask(sending)
+    with pytest.raises(BadUpload, match=r"'train\.py', which is no file of an adapter"):
+        client.ask(dataclasses.replace(sending, query={}))
 
 
 @pytest.mark.parametrize(
@@ -112,10 +152,12 @@ def test_a_publish_that_a_newer_one_supersedes_says_so(client: Client, admin: Ad
         (lambda: calls.canary("a", "x", 1.5), "canary.weight: Input should be less than 1"),
         (lambda: calls.get("../prepared/a"), "name: use up to 128 letters"),
         (lambda: calls.remove(".."), "name: use up to 128 letters"),
+        (lambda: calls.publish("a", "/not/there", upload=True), "of this machine, and /not/there is none"),
+        (lambda: calls.publish("a", "s3://bucket/a", upload=True), "and s3://bucket/a is none"),
     ],
 )
 def test_a_mistake_is_found_before_a_server_is_asked(make, message: str) -> None:
-    with pytest.raises(BadDocument, match=message):
+    with pytest.raises((BadDocument, BadUpload), match=message):
         make()
 
 
