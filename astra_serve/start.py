@@ -57,11 +57,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ServeError(f"--engine-timeout is {args.engine_timeout}: give the seconds that an engine may be silent")
     if args.adapters and args.adapter:
         raise ServeError("--adapter names a fixed set of adapters, --adapters a document that may change: give one")
-    _upload_target(args)
     if args.admin_port is not None and not (admin_token() and args.adapters):
         raise ServeError(
             f"--admin-port needs a token in {ADMIN_TOKEN}, and --adapters FILE, the document that it edits"
         )
+    _upload_target(args)
 
 
 def _serve(args: argparse.Namespace, extra: list[str], base: Base, document: Document | str, rank: int) -> None:
@@ -102,6 +102,8 @@ def _upload_target(args: argparse.Namespace) -> UploadTarget | None:
         return None
     if args.admin_port is None:
         raise ServeError("--upload-to is for adapters that the admin API receives: give --admin-port")
+    if "://" in args.adapters:
+        raise ServeError(f"--upload-to needs a document that this server may change, and {args.adapters} is only read")
     target = UploadTarget(args.upload_to)
     roots = [root.resolve() for root in args.adapter_root]
     if target.folder and roots and not any(target.folder.resolve().is_relative_to(root) for root in roots):

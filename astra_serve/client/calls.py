@@ -44,7 +44,7 @@ from astra_serve.errors import (
 Result = TypeVar("Result")
 TAR = "application/x-tar"
 # The errors that a server names in `type`; of one that names none the status has to say it.
-NAMED = {one.__name__: one for one in (BadDocument, BadUpload, Conflict, Superseded, UnknownAdapter, NotPublished)}
+NAMED = {one.__name__: one for one in (BadDocument, Conflict, Superseded, UnknownAdapter, NotPublished)}
 FOLLOW: dict[str, Any] = {"method": "GET", "url": "/events", "params": {"follow": "true"}}
 BY_STATUS = {400: BadDocument, 404: UnknownAdapter, 422: NotPublished}
 
@@ -260,6 +260,8 @@ def refused(url: str, answer: httpx.Response) -> ServeError:
         return NoAnswer(
             f"{url} answers with {answer.status_code}: is it the admin port, of this version of astra-serve?"
         )
+    if kind == BadUpload.__name__:
+        return BadUpload(message, status)
     named: type[ServeError] | None = NAMED.get(str(kind)) or BY_STATUS.get(status)
     return named(message) if named else Refused(message, status)
 

@@ -60,7 +60,7 @@ def admin(loras: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> A
 def server(admin: Admin, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     options = ["--base", str(demo.BASE), "--adapters", str(admin.document), "--store", str(folder / "store")]
-    options += ["--admin-port", str(admin.port)]
+    options += ["--admin-port", str(admin.port), "--upload-to", str(admin.document.parent / "uploads")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASTRA_ADMIN_TOKEN", admin.token)
         patch.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
