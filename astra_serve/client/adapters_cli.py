@@ -15,9 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.status import Status
 
-from astra_serve.client import calls, replicas_cli, show
-from astra_serve.client.calls import Call
+from astra_serve.client import calls, exchange, replicas_cli, show
 from astra_serve.client.client import DEFAULT_URL, TIMEOUT_S, Client
+from astra_serve.client.exchange import Call
 from astra_serve.document import desired
 from astra_serve.environment import ADMIN_TOKEN, ADMIN_URL
 from astra_serve.errors import NoAnswer, ServeError
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         return 0
     args.url = [*args.before, *args.after] or os.environ.get(ADMIN_URL, "").replace(",", " ").split() or [DEFAULT_URL]
     try:
-        token = calls.checked_token(None)
+        token = exchange.checked_token(None)
         call = _checked(args)
     except ServeError as error:
         return _failed(error, 2)
@@ -66,7 +66,7 @@ def _checked(args: argparse.Namespace) -> Call[Any] | None:
     Raises ServeError where the arguments make no sense.
     """
     for url in args.url:
-        calls.admin_url(url)
+        exchange.admin_url(url)
     if args.command in ("prepare", "rollout"):
         args.source = calls.located(args.source)
         calls.prepare(args.name, **_wanted(args))

@@ -1,4 +1,4 @@
-"""Clients of one server's admin API, sync and async; `calls` has all that they share, and the docstrings.
+"""Clients of one server's admin API, sync and async, which share `calls` and `exchange`.
 
     with Client("http://127.0.0.1:8001", token) as client:
         served = client.publish("sql", "./sql-lora")
@@ -15,8 +15,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx
 
-from astra_serve.client import calls
-from astra_serve.client.calls import Call
+from astra_serve.client import calls, exchange
+from astra_serve.client.exchange import Call
 from astra_serve.client.state import AdapterState, Event
 
 DEFAULT_URL = "http://127.0.0.1:8001"
@@ -33,7 +33,7 @@ def _blocking(make: Callable[P, Call[T]]) -> Callable[Concatenate["Client", P], 
     def method(client: "Client", *args: P.args, **kwargs: P.kwargs) -> T:
         return client.ask(make(*args, **kwargs))
 
-    return calls.as_method(method, make)  # type: ignore[no-any-return]
+    return exchange.as_method(method, make)  # type: ignore[no-any-return]
 
 
 def _awaited(make: Callable[P, Call[T]]) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, T]]:
@@ -42,7 +42,7 @@ def _awaited(make: Callable[P, Call[T]]) -> Callable[Concatenate["AsyncClient", 
     async def method(client: "AsyncClient", *args: P.args, **kwargs: P.kwargs) -> T:
         return await client.ask(make(*args, **kwargs))
 
-    return calls.as_method(method, make)  # type: ignore[no-any-return]
+    return exchange.as_method(method, make)  # type: ignore[no-any-return]
 
 
 class Client:
@@ -76,8 +76,8 @@ class Client:
 
         Raises ServeError for a URL or a token that makes no sense.
         """
-        self.url = str(calls.admin_url(url))
-        headers = {"Authorization": f"Bearer {calls.checked_token(token)}"}
+        self.url = str(exchange.admin_url(url))
+        headers = {"Authorization": f"Bearer {exchange.checked_token(token)}"}
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, transport=transport)
 
     def __enter__(self) -> "Client":
@@ -93,10 +93,10 @@ class Client:
     def ask(self, call: Call[T]) -> T:
         """Make a call of `calls`, and return its answer. Raises the errors of the module's docstring."""
         try:
-            answer = self._http.request(**calls.request(call), content=call.tar)
+            answer = self._http.request(**exchange.request(call), content=call.tar)
         except httpx.HTTPError as error:
-            raise calls.no_answer(self.url, error) from error
-        return calls.result(call, self.url, answer)
+            raise exchange.no_answer(self.url, error) from error
+        return exchange.result(call, self.url, answer)
 
     def wait(self, name: str, digest: str | None = None, timeout_s: float = TIMEOUT_S) -> AdapterState:
         """Let the server read the document, and return the adapter once it serves; `digest` names the version.
@@ -115,14 +115,14 @@ class Client:
     def follow(self) -> Iterator[Event]:
         """Yield the newest events, and then each one as it happens; ends with NoAnswer when the server ends."""
         try:
-            with self._http.stream(**calls.FOLLOW, timeout=None) as answer:
+            with self._http.stream(**exchange.FOLLOW, timeout=None) as answer:
                 if not answer.is_success:
                     answer.read()
-                    raise calls.refused(self.url, answer)
+                    raise exchange.refused(self.url, answer)
                 for line in answer.iter_lines():
-                    yield calls.event(line)
+                    yield exchange.event(line)
         except httpx.HTTPError as error:
-            raise calls.no_answer(self.url, error) from error
+            raise exchange.no_answer(self.url, error) from error
 
 
 class AsyncClient:
@@ -153,8 +153,8 @@ class AsyncClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """As that of Client."""
-        self.url = str(calls.admin_url(url))
-        headers = {"Authorization": f"Bearer {calls.checked_token(token)}"}
+        self.url = str(exchange.admin_url(url))
+        headers = {"Authorization": f"Bearer {exchange.checked_token(token)}"}
         self._http = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=timeout_s, transport=transport)
 
     async def __aenter__(self) -> "AsyncClient":
@@ -172,10 +172,10 @@ class AsyncClient:
         limit = self._http.timeout if timeout_s is None else httpx.Timeout(timeout_s)
         content = call.tar.pieces() if call.tar else None
         try:
-            answer = await self._http.request(**calls.request(call), content=content, timeout=limit)
+            answer = await self._http.request(**exchange.request(call), content=content, timeout=limit)
         except httpx.HTTPError as error:
-            raise calls.no_answer(self.url, error) from error
-        return calls.result(call, self.url, answer)
+            raise exchange.no_answer(self.url, error) from error
+        return exchange.result(call, self.url, answer)
 
     async def wait(self, name: str, digest: str | None = None, timeout_s: float = TIMEOUT_S) -> AdapterState:
         """As Client.wait."""
@@ -190,11 +190,11 @@ class AsyncClient:
     async def follow(self) -> AsyncIterator[Event]:
         """As Client.follow."""
         try:
-            async with self._http.stream(**calls.FOLLOW, timeout=None) as answer:
+            async with self._http.stream(**exchange.FOLLOW, timeout=None) as answer:
                 if not answer.is_success:
                     await answer.aread()
-                    raise calls.refused(self.url, answer)
+                    raise exchange.refused(self.url, answer)
                 async for line in answer.aiter_lines():
-                    yield calls.event(line)
+                    yield exchange.event(line)
         except httpx.HTTPError as error:
-            raise calls.no_answer(self.url, error) from error
+            raise exchange.no_answer(self.url, error) from error

@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from astra_serve.client import calls
+from astra_serve.client import calls, exchange
 from astra_serve.client.client import TIMEOUT_S, Client
 from astra_serve.client.publisher import Outcome, Publisher, Snapshot
 from astra_serve.client.state import AdapterState
@@ -81,7 +81,7 @@ class PublishCallback(TrainerCallback):
         self.log: Log | None = None  # called with what is logged, in place of adding it to the trainer's log
         self._name, self._write_lora, self._every, self._stops = name, write_lora, every, on_failure == "stop"
         self._pin, self._allow_no_effect, self._folder = pin, allow_no_effect, folder
-        self._connect = partial(Client, str(calls.admin_url(url)), calls.checked_token(token), timeout_s)
+        self._connect = partial(Client, str(exchange.admin_url(url)), exchange.checked_token(token), timeout_s)
         self._publisher = Publisher(self._published)
         self._best: float | None = None
         self._active = self._evaluated = False

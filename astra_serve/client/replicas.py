@@ -8,9 +8,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from astra_serve.client import calls
-from astra_serve.client.calls import Call
+from astra_serve.client import calls, exchange
 from astra_serve.client.client import AsyncClient
+from astra_serve.client.exchange import Call
 from astra_serve.client.state import AdapterState, DocumentState, VersionState
 from astra_serve.errors import NoAnswer, ServeError, UnknownAdapter
 
@@ -169,7 +169,7 @@ def _differ(what: str, by_replica: Mapping[str, str]) -> Iterator[str]:
 
 def _each(url: str) -> list[str]:
     """Return `url` for each address of its host: a headless Service's are its pods'. Raises ServeError."""
-    found = calls.admin_url(url)
+    found = exchange.admin_url(url)
     try:
         ipaddress.ip_address(found.host)
         return [str(found)]

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from astra_serve.adapters.store import Store
-from astra_serve.client import AsyncClient, calls, replicas
+from astra_serve.client import AsyncClient, exchange, replicas
 from astra_serve.client.replicas import Replica
 from astra_serve.client.rollout import prepare, rollout
 from astra_serve.control.status import Status
@@ -644,5 +644,5 @@ def test_an_impossible_host_is_one_line(url: str) -> None:
 )
 def test_a_url_with_a_possible_secret_is_refused_and_not_shown(url: str) -> None:
     with pytest.raises(ServeError, match="the token comes from the environment") as caught:
-        calls.admin_url(url)
+        exchange.admin_url(url)
     assert "ter2" not in str(caught.value)
