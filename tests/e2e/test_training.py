@@ -7,13 +7,11 @@ from typing import Any
 import openai
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DataCollatorForLanguageModeling,
-    Trainer,
-    TrainingArguments,
 )
 
 from astra_serve.client import Client, PublishCallback, calls
@@ -21,6 +19,7 @@ from astra_serve.client.tar import Tar
 from astra_serve.errors import BadUpload
 from tests.e2e.conftest import Admin
 from tests.support import demo
+from trainer.sft import SFTConfig, SFTTrainer  # an import of TRL before that of this module would silence servers
 
 pytestmark = [pytest.mark.timeout(500), pytest.mark.usefixtures("server")]
 TEXT = "one two three four five six seven eight. "
@@ -36,19 +35,19 @@ def test_an_adapter_answers_while_it_is_trained(admin: Admin, client: openai.Ope
     tokenizer = AutoTokenizer.from_pretrained(demo.BASE)
     config = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(demo.BASE), config)
-    args = TrainingArguments(
+    args = SFTConfig(
         str(tmp_path / "out"),
         max_steps=20,
         learning_rate=2e-2,
         save_strategy="no",
         use_cpu=True,
+        bf16=False,
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
     callback = PublishCallback(url, admin.token, "counting", write_lora=save_lora, every=10, timeout_s=60)
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    rows = [{"input_ids": tokenizer(TEXT)["input_ids"]} for _ in range(64)]
-    trainer = Trainer(model, args, collator, rows, callbacks=[callback])
+    rows = Dataset.from_list([{"text": TEXT}] * 64)
+    trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer, callbacks=[callback])
     trainer.train()
     last = [entry for entry in trainer.state.log_history if "publish_version" in entry][-1]
     assert last["publish_step"] == 20

@@ -226,7 +226,8 @@ def test_reporters_get_the_entries_if_the_trainer_logs_them(trainer, callback) -
             reported.append(logs)
 
     found = callback(every=1)
-    training = trainer(Reporter(), found, logging_steps=1)
+    wait = At({3: found._publisher.wait})  # so that step 4, which is logged, notices a publish
+    training = trainer(Reporter(), found, wait, logging_steps=1)
     found.log = training.log
     training.train()
     assert [entry for entry in reported if "publish_version" in entry]

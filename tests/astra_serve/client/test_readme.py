@@ -35,7 +35,12 @@ def test_the_script_with_the_client_runs(admin: Admin, write_lora, capsys) -> No
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 def test_the_script_that_publishes_while_it_trains_runs(admin: Admin, tiny_base, capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    words = {"http://127.0.0.1:8001": admin.url, "Qwen/Qwen3-0.6B": tiny_base, "200": 4, "50": 2}
+    words = {
+        "http://127.0.0.1:8001": admin.url,
+        "Qwen/Qwen3-0.6B": tiny_base,
+        "max_steps=200": "max_steps=4",
+        "every=50": "every=2",
+    }
     exec(script("from peft import", **words), {"__name__": "__main__"})  # noqa: S102
     assert "'publish_step': 4, 'publish_version': 'plus@" in capsys.readouterr().out
     with Client(admin.url) as client:
