@@ -14,12 +14,15 @@ class ServeError(AstraError):
     ├── NotPublished   a version was not served: it could not be prepared, or served
     ├── CannotFetch    an adapter's source cannot be read
     ├── CannotStore    the store cannot be written: its disk is full, or read-only
+    ├── BadUpload      the bytes of an upload are no adapter that may be received
     ├── Damaged        a version in the store is no longer as it was published
     ├── InUse          another server uses the store
     ├── ProbeFailed    the engine does not answer as the adapter should
     ├── TemplateFailed a chat template of an adapter cannot be compiled, or makes no prompt of a request
     ├── Unavailable    an adapter that is known cannot answer now
-    └── EngineLost     the engine has died, or has been silent for too long
+    ├── EngineLost     the engine has died, or has been silent for too long
+    ├── Refused        a server has refused a call of a client, for a reason that is none of these
+    └── NoAnswer       no server answers a client there, or none with the admin API
     """
 
 
@@ -51,6 +54,14 @@ class CannotStore(ServeError):
     """The store cannot be written, as when its disk is full or read-only; trying again may help."""
 
 
+class BadUpload(ServeError):
+    """The bytes of an upload are no adapter that may be received."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status  # of HTTP
+
+
 class Damaged(ServeError):
     """A version in the store is no longer as it was published."""
 
@@ -77,3 +88,15 @@ class Unavailable(ServeError):
 
 class EngineLost(ServeError):
     """The engine has died, or has been silent for too long; a supervisor should start the server again."""
+
+
+class Refused(ServeError):
+    """A server has refused a call of a client, for a reason that is none of the others; the message is the server's."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status  # of HTTP
+
+
+class NoAnswer(ServeError):
+    """No server answers a client there, or none with the admin API; the call may have been carried out."""

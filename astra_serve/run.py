@@ -32,6 +32,7 @@ from astra_serve.adapters.residency import Residency
 from astra_serve.adapters.schedule import Limits
 from astra_serve.adapters.store import Store, first_free
 from astra_serve.adapters.templates import Templates
+from astra_serve.adapters.upload_target import UploadTarget
 from astra_serve.control import admin, policy_port
 from astra_serve.control.control import Control
 from astra_serve.control.desired_state import DesiredState
@@ -41,6 +42,7 @@ from astra_serve.control.preparation import Preparation
 from astra_serve.control.readiness import RequiredAdapters
 from astra_serve.control.reconcile import Reconciler
 from astra_serve.control.status import Phase
+from astra_serve.control.uploads import Uploads
 from astra_serve.document.desired import Document
 from astra_serve.engine import server, vllm, vllm_seams
 from astra_serve.errors import EngineLost, ServeError
@@ -67,6 +69,7 @@ class Settings:
     admin_token: str
     policies: tuple[str, int] | None  # host and port of the policy port
     policy_token: str
+    upload_to: UploadTarget | None  # where published bytes are copied to; None: they are refused
     max_body: int | None  # bytes of a request's body; None: as large as the base needs
 
 
@@ -83,6 +86,8 @@ def serve(args: Namespace, base: Base, settings: Settings) -> None:
         passing = store.passing() if settings.policies else None
         if passing:
             stack.callback(passing.close)
+        if settings.upload_to:
+            settings.upload_to.sweep()
         try:
             uvloop.run(_serve(args, base, settings, (store, passing), sockets))
         except ExceptionGroup as group:
@@ -125,7 +130,8 @@ async def _serve(
             control = Control(state, fleet, store, preparation, reconciler, required, clock)
             work.append(control.run)
             if for_admin:
-                admin_app = admin.build(control, gateway, settings.admin_token)
+                uploads = Uploads(control, store, sources, settings.upload_to)
+                admin_app = admin.build(control, gateway, settings.admin_token, uploads)
                 work.append(partial(server.serve_beside, admin_app, for_admin, server.connection_limits(args)))
 
         def not_ready() -> list[str]:

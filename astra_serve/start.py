@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from astra_serve.adapters.admission import Base, engine_rank, open_base, parse_adapter
 from astra_serve.adapters.defaults import BaseTokenizer
+from astra_serve.adapters.upload_target import UploadTarget
 from astra_serve.document import desired, document_text
 from astra_serve.document.desired import Adapter, Document
 from astra_serve.environment import ADMIN_TOKEN, POLICY_TOKEN, admin_token, policy_token
@@ -65,6 +66,7 @@ def _check(args: argparse.Namespace) -> None:
             f"--policy-port needs a token in {POLICY_TOKEN} or {ADMIN_TOKEN}, and --adapter-root DIR, the folder that "
             "the trainer writes its policies in"
         )
+    _upload_target(args)
 
 
 def _serve(args: argparse.Namespace, extra: list[str], base: Base, document: Document | str, rank: int) -> None:
@@ -97,9 +99,25 @@ def _serve(args: argparse.Namespace, extra: list[str], base: Base, document: Doc
             admin_token=admin_token(),
             policies=(args.policy_host, args.policy_port) if args.policy_port is not None else None,
             policy_token=policy_token(),
+            upload_to=_upload_target(args),
             max_body=args.max_body,
         ),
     )
+
+
+def _upload_target(args: argparse.Namespace) -> UploadTarget | None:
+    """Return where published bytes are copied to. Raises ServeError where no server could fetch them from there."""
+    if args.upload_to is None:
+        return None
+    if args.admin_port is None:
+        raise ServeError("--upload-to is for adapters that the admin API receives: give --admin-port")
+    if "://" in args.adapters:
+        raise ServeError(f"--upload-to needs a document that this server may change, and {args.adapters} is only read")
+    target = UploadTarget(args.upload_to)
+    roots = [root.resolve() for root in args.adapter_root]
+    if target.folder and roots and not any(target.folder.resolve().is_relative_to(root) for root in roots):
+        raise ServeError(f"--upload-to {args.upload_to} is outside of --adapter-root: adapters there are refused")
+    return target
 
 
 def base_as_served(base: Base, settings: argparse.Namespace, rank: int) -> Base:
@@ -179,6 +197,10 @@ def _parser() -> argparse.ArgumentParser:
     policies = f"the port of trainers, which load a policy at each step from --adapter-root; token in {POLICY_TOKEN}"
     add("--policy-port", type=int, metavar="PORT", help=f"{policies}, otherwise in {ADMIN_TOKEN}")
     add("--policy-host", default="127.0.0.1", help="its address (default: 127.0.0.1)")
+    upload = (
+        "take adapters as bytes, and copy them there: a folder that every replica sees, or a URL as s3://bucket/key"
+    )
+    add("--upload-to", metavar="DIR_OR_URL", help=upload)
     add("--host", default="127.0.0.1", help="the address of the public port (default: 127.0.0.1)")
     add("--port", type=int, default=8000, help="the public port (default: 8000)")
     add("--version", action="version", version=version("astra-serve"))

@@ -71,6 +71,14 @@ def test_importing_a_package_imports_nothing_heavy(package: str) -> None:
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
 
 
+def test_importing_the_client_imports_nothing_heavy() -> None:
+    heavy = {"torch", "transformers", "vllm"}
+    script = (
+        f"import sys; from astra_serve.client import AsyncClient, Client; sys.exit(bool({heavy} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
+
+
 # Each package of astra_serve may import those that stand before it; `client` talks to servers over HTTP alone.
 ROOMS = (
     "environment",

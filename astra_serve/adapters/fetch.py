@@ -21,7 +21,7 @@ import fsspec
 
 from astra_serve.adapters import download
 from astra_serve.adapters.pool import Slots, Threads
-from astra_serve.adapters.progress import FetchLimits, Progress
+from astra_serve.adapters.progress import FetchLimits, Progress, largest_files
 from astra_serve.adapters.store import FILES, Store, files_of
 from astra_serve.errors import CannotFetch, CannotStore
 from converter.adapter_dir import (
@@ -149,12 +149,6 @@ def origin(source: str) -> str:
     return next((str(one) for one in (path, *path.parents) if str(one) in _mounts()), "/")
 
 
-def _most(max_bytes: int) -> dict[str, int]:
-    """Return the most bytes of each file of an adapter, the small files first; `max_bytes` are those of its weights."""
-    small = {name: MAX_JSON_BYTES for name in reversed(FILES) if name != LORA_WEIGHTS}
-    return {**small, **CHAT_FILES, LORA_WEIGHTS: max_bytes}
-
-
 def _mounts() -> set[str]:
     """Return the mount points of this machine (Linux): a hung one is found without touching it."""
     with suppress(OSError):
@@ -196,7 +190,7 @@ def _local(path: Path, roots: tuple[Path, ...], max_bytes: int, _: Callable[[int
     sizes = {name: (real / name).stat().st_size for name in there}
     shards = [size for name, size in sizes.items() if name not in (*FILES, *CHAT_FILES, WEIGHTS_INDEX)]
     sizes[LORA_WEIGHTS] = sizes.get(LORA_WEIGHTS, 0) + sum(shards)
-    for name, most in _most(max_bytes).items():
+    for name, most in largest_files(max_bytes).items():
         if sizes.get(name, 0) > most:
             raise MalformedAdapter(f"{path}: {download.too_large(name, most)}")
     return real
@@ -222,7 +216,7 @@ async def _download(source: str, folder: Path, sources: Sources) -> None:
     order = {
         "source": source,
         "folder": str(folder),
-        "files": _most(sources.limits.max_bytes),
+        "files": largest_files(sources.limits.max_bytes),
         "optional": [PROVENANCE, *CHAT_FILES],
         "denied": list(CHAT_FILES),
         "split": {

@@ -3,6 +3,9 @@
 from collections import deque
 from dataclasses import dataclass
 
+from astra_serve.adapters.store import FILES
+from converter.adapter_dir import CHAT_FILES, LORA_WEIGHTS, MAX_JSON_BYTES
+
 
 @dataclass(frozen=True, kw_only=True)
 class FetchLimits:
@@ -27,6 +30,12 @@ def largest_adapter(shapes: dict[str, tuple[int, int]], rank: int) -> int:
     factors = sum(rank * (d_out + d_in) for d_out, d_in in shapes.values())
     copied = 2 * max((d_out * d_in for d_out, d_in in shapes.values()), default=0)
     return 4 * (factors + copied) + 2**24
+
+
+def largest_files(max_bytes: int) -> dict[str, int]:
+    """Return the most bytes of each file of an adapter, the small files first; `max_bytes` are those of its weights."""
+    small = {name: MAX_JSON_BYTES for name in reversed(FILES) if name != LORA_WEIGHTS}
+    return {**small, **CHAT_FILES, LORA_WEIGHTS: max_bytes}
 
 
 class Progress:

@@ -96,7 +96,7 @@ class Store:
         try:
             return Path(tempfile.mkdtemp(dir=self._staging))
         except OSError as error:
-            raise self._cannot_store(error) from error
+            raise self.cannot_store(error) from error
 
     @contextmanager
     def keeping(self) -> Iterator[list[str]]:
@@ -141,7 +141,7 @@ class Store:
                 return self._add(folder, expected, source, kept, on_bytes)
         except OSError as error:
             ours = error.errno in (*FULL, errno.EROFS) or str(error.filename).startswith(str(self._root))
-            raise self._cannot_store(error) if ours else error from error
+            raise self.cannot_store(error) if ours else error from error
         finally:
             if staged:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -149,6 +149,14 @@ class Store:
     def source(self, digest: str) -> str | None:
         """Return where a version came from, if the store knows it."""
         return self._source_of.get(digest)
+
+    def note_source(self, digest: str, source: str) -> None:
+        """Keep where a version of the store came from. Raises OSError."""
+        if self._source_of.get(digest) != source:
+            if self._lasting:
+                with atomic.new_file(self._sources / digest.removeprefix("sha256:")) as file:
+                    file.write_text(source, encoding="utf-8")
+            self._source_of[digest] = source
 
     def folder(self, digest: str) -> Path:
         """Return the folder of a version, which may be absent."""
@@ -235,11 +243,8 @@ class Store:
         if digest is None:
             digest = self._copied(folder, expected, source, kept, on_bytes)
         kept.append(digest)
-        if source and self._source_of.get(digest) != source:
-            if self._lasting:
-                with atomic.new_file(self._sources / digest.removeprefix("sha256:")) as file:
-                    file.write_text(source, encoding="utf-8")
-            self._source_of[digest] = source
+        if source:
+            self.note_source(digest, source)
         return digest
 
     def _copied(
@@ -295,7 +300,8 @@ class Store:
                     raise
             self._there.add(digest)
 
-    def _cannot_store(self, error: OSError) -> CannotStore:
+    def cannot_store(self, error: OSError) -> CannotStore:
+        """Return the error for an operation on the store's own folders that has failed."""
         if error.errno in FULL:
             return CannotStore(f"the disk of the store {self._root} is full: remove adapters, or give it more room")
         return CannotStore(f"the store {self._root} cannot be written: {error.strerror}")

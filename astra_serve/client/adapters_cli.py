@@ -7,22 +7,24 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
-import httpx
 from rich.console import Console
 from rich.status import Status
 
-from astra_serve.client import replicas, replicas_cli, show
+from astra_serve.client import calls, exchange, replicas_cli, show
+from astra_serve.client.client import DEFAULT_URL, TIMEOUT_S, Client
+from astra_serve.client.exchange import Call
 from astra_serve.document import desired
-from astra_serve.environment import ADMIN_TOKEN, ADMIN_URL, admin_token
-from astra_serve.errors import ServeError
+from astra_serve.environment import ADMIN_TOKEN, ADMIN_URL
+from astra_serve.errors import NoAnswer, ServeError
 
-DEFAULT_URL = "http://127.0.0.1:8001"
 _POLL_S = 0.3
-VERSION = ("source", "digest", "required", "pin", "allow_no_effect")
+OF_REPLICAS = ("status", "prepare", "rollout")
+VERSION = ("source", "digest", "required", "pin", "allow_no_effect")  # the options that describe a version
 
 
 def main(argv: list[str]) -> int:
@@ -30,25 +32,27 @@ def main(argv: list[str]) -> int:
 
     With several servers it is 1 in these cases, and when the servers differ.
     """
-    args = _parser().parse_args(argv, argparse.Namespace(json=False, timeout=600.0, before=[], after=[]))
+    args = _parser().parse_args(argv, argparse.Namespace(json=False, timeout=TIMEOUT_S, before=[], after=[]))
     if args.command == "schema":
         print(json.dumps(desired.json_schema(), indent=2))
         return 0
     args.url = [*args.before, *args.after] or os.environ.get(ADMIN_URL, "").replace(",", " ").split() or [DEFAULT_URL]
-    if getattr(args, "source", None):
-        args.source = _absolute(args.source)
     try:
-        _check(args)
+        token = exchange.checked_token(None)
+        call = _checked(args)
     except ServeError as error:
         return _failed(error, 2)
     try:
-        if args.command in ("status", "prepare", "rollout"):
-            return replicas_cli.run(args, _wanted(args), admin_token())
-        return _ask_one(args)
+        if args.command in OF_REPLICAS:
+            return replicas_cli.run(
+                args, {key: value for key, value in _wanted(args).items() if value is not None}, token
+            )
+        with Client(args.url[0], token, args.timeout) as client:
+            return _follow(client, args) if call is None else _ask(client, args, call)
+    except NoAnswer as error:
+        return _failed(error, 2)
     except ServeError as error:
         return _failed(error, 1)
-    except httpx.HTTPError as error:
-        return _failed(f"{args.url[0]} does not answer: {error}", 2)
 
 
 def _failed(reason: object, status: int) -> int:
@@ -56,103 +60,93 @@ def _failed(reason: object, status: int) -> int:
     return status
 
 
-def _absolute(source: str) -> str:
-    """Return a source with its path absolute, if it is one: the server runs in another folder."""
-    if "://" in source or source.startswith("sha256:"):
-        return source
-    return os.path.abspath(os.path.expanduser(source))  # noqa: PTH100, PTH111 (links stay as they are)
+def _checked(args: argparse.Namespace) -> Call[Any] | None:
+    """Return the call of a command for one server, None for one that makes others.
 
-
-def _check(args: argparse.Namespace) -> None:
-    """Raise ServeError where the arguments or the environment make no sense."""
-    token = admin_token()
-    if not token or not token.isascii() or not token.isprintable():
-        raise ServeError(f"the admin token, one line of ASCII: put it into {ADMIN_TOKEN}")
-    if args.command in ("publish", "prepare", "rollout"):
-        desired.entry({"name": args.name, **_wanted(args)})
-    elif args.command == "canary":
-        if [args.end] * 2 != [args.source is None, args.weight is None]:
-            raise ServeError("a canary needs SOURCE and WEIGHT; --end ends it")
-        canary = None if args.end else {"version": args.source, "weight": args.weight}
-        desired.entry({"name": args.name, "source": "x", "canary": canary})
+    Raises ServeError where the arguments make no sense.
+    """
+    for url in args.url:
+        exchange.admin_url(url)
+    if args.command in ("prepare", "rollout"):
+        args.source = calls.located(args.source)
+        calls.prepare(args.name, **_wanted(args))
     elif args.command == "status":
         for word in args.expected:
             if not re.fullmatch(f"{desired.NAME}={desired.DIGEST}", word):
                 raise ServeError(f"{word!r} is not NAME=sha256:..., with the digest that `prepare` prints")
         args.expected = dict(word.split("=", 1) for word in args.expected)
-    for url in args.url:
-        replicas.admin_url(url)
-    if len(args.url) > 1 and args.command not in ("status", "prepare", "rollout"):
+    if args.command in OF_REPLICAS:
+        return None
+    if len(args.url) > 1:
         raise ServeError(f"{args.command} asks one server: give one --url")
+    return None if args.command == "events" and args.follow else _call(args)
 
 
-def _ask_one(args: argparse.Namespace) -> int:
-    """Ask one server, and show its answer. Raises httpx.HTTPError."""
-    headers = {"Authorization": f"Bearer {admin_token()}"}
-    with httpx.Client(base_url=args.url[0], headers=headers, timeout=args.timeout) as client:
-        if args.command == "events" and args.follow:
-            return _follow(client, args)
-        answer = _with_progress(client, args) if args.command == "publish" else _ask(client, args)
-    try:
-        content = answer.json()
-    except ValueError:
-        content = {"error": {"message": f"{args.url[0]} answers with {answer.status_code}: is it the admin port?"}}
-    if args.json:
-        print(json.dumps(content, indent=2))
-    elif answer.is_success:
-        show.show(content)
-    if answer.is_success:
-        return 0
-    return _failed(content.get("error", {}).get("message") or json.dumps(content), 1)
+def _call(args: argparse.Namespace) -> Call[Any]:
+    """Return the call of a command for one server. Raises ServeError."""
+    match args.command:
+        case "list":
+            return calls.listing()
+        case "events":
+            return calls.events()
+        case "drain":
+            return calls.undrain() if args.end else calls.drain()
+        case "publish":
+            return calls.publish(args.name, upload=args.upload, **_wanted(args))
+        case "rollback":
+            return calls.rollback(args.name, args.digest)
+        case "canary":
+            if [args.end] * 2 != [args.source is None, args.weight is None]:
+                raise ServeError("a canary needs SOURCE and WEIGHT; --end ends it")
+            return calls.end_canary(args.name) if args.end else calls.canary(args.name, args.source, args.weight)
+        case command:  # get, remove, pin, unpin, unload
+            of_a_name: Callable[[str], Call[Any]] = getattr(calls, command)
+            return of_a_name(args.name)
 
 
-def _ask(client: httpx.Client, args: argparse.Namespace) -> httpx.Response:
-    command, adapter = args.command, f"/adapters/{getattr(args, 'name', '')}"
-    method, path, body = {
-        "list": ("GET", "/adapters", None),
-        "events": ("GET", "/events", None),
-        "get": ("GET", adapter, None),
-        "remove": ("DELETE", adapter, None),
-        "publish": ("PUT", adapter, _wanted(args)),
-        "rollback": ("POST", f"{adapter}/rollback", {"digest": getattr(args, "digest", None)}),
-        "drain": ("POST", "/drain", None),
-        "canary": ("POST", f"{adapter}/canary", _wanted(args, "source", "weight")),
-    }.get(command, ("POST", f"{adapter}/{command}", None))
-    if getattr(args, "end", False):
-        method, body = "DELETE", None
-    return client.request(method, path, json=body)
-
-
-def _wanted(
-    args: argparse.Namespace,
-    *keys: str,
-    of: tuple[str, ...] = ("source", "digest", "required", "pin", "allow_no_effect"),
-) -> dict[str, Any]:
+def _wanted(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options that describe the version that is to be served."""
-    given = {key: getattr(args, key, None) for key in keys or of}
-    return {key: value for key, value in given.items() if value is not None}
+    return {key: getattr(args, key, None) for key in VERSION}
 
 
-def _with_progress(client: httpx.Client, args: argparse.Namespace) -> httpx.Response:
+def _ask(client: Client, args: argparse.Namespace, call: Call[Any]) -> int:
+    """Make a call, and show its answer. Raises ServeError."""
+    try:
+        answer = _with_progress(client, args, call) if args.command == "publish" else client.ask(call)
+    except ServeError as error:
+        if args.json:
+            print(json.dumps({"error": {"message": str(error), "type": type(error).__name__}}, indent=2))
+        raise
+    if args.json:
+        print(json.dumps(asdict(answer), indent=2))
+    else:
+        show.show(answer)
+    return 0
+
+
+def _with_progress(client: Client, args: argparse.Namespace, call: Call[Any]) -> Any:
     """Publish, and show meanwhile how far the adapter is."""
     console = Console(stderr=True)
     with ThreadPoolExecutor(1) as pool, Status(f"{args.name}: requested", console=console) as line:
-        asked: Future[httpx.Response] = pool.submit(_ask, client, args)
+        asked = pool.submit(client.ask, call)
         while not asked.done():
             time.sleep(_POLL_S)
-            now = client.get(f"/adapters/{args.name}")
-            if now.is_success and console.is_terminal:
-                line.update(f"{args.name}: {(now.json()['publishing'] or now.json())['state']}")
+            if not console.is_terminal:
+                continue
+            if call.tar and call.tar.sent < call.tar.size:
+                line.update(f"{args.name}: sent {call.tar.sent / 2**20:.1f} of {call.tar.size / 2**20:.1f} MiB")
+                continue
+            with suppress(ServeError):  # it is not known yet
+                now = client.get(args.name)
+                line.update(f"{args.name}: {(now.publishing or now).state}")
         return asked.result()
 
 
-def _follow(client: httpx.Client, args: argparse.Namespace) -> int:
-    """Show events until Ctrl-C, or until the server ends."""
-    with suppress(KeyboardInterrupt), client.stream("GET", "/events", params={"follow": True}, timeout=None) as answer:
-        if not answer.is_success:
-            return _failed(f"{client.base_url} answers with {answer.status_code}", 1)
-        for line in answer.iter_lines():
-            print(line, flush=True) if args.json else show.event(Console(), json.loads(line))
+def _follow(client: Client, args: argparse.Namespace) -> int:
+    """Show events until Ctrl-C, or until the server ends. Raises ServeError."""
+    with suppress(KeyboardInterrupt):
+        for event in client.follow():
+            print(json.dumps(asdict(event)), flush=True) if args.json else show.event(Console(), event)
     return 0
 
 
@@ -195,7 +189,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add("list", "Show all adapters.")
     add("get NAME", "Show one adapter.")
-    add_version("publish NAME", "Serve the adapter at SOURCE as NAME, once it is proved.")
+    publish = add_version("publish NAME", "Serve the adapter at SOURCE as NAME, once it is proved.")
+    publish("--upload", action="store_true", help="SOURCE is a folder here: send its files (the server's --upload-to)")
     add_version("prepare NAME", "Prove the adapter at SOURCE on every replica, and print its digest.")
     rollout = add_version("rollout NAME", "Serve the adapter at SOURCE on every replica, or restore the old entry.")
     rollout("--document", metavar="FILE_OR_URL", help="as seen from here (default: the place that the replicas report)")

@@ -8,12 +8,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import httpx
-
-from astra_serve.errors import ServeError
+from astra_serve.client import calls, exchange
+from astra_serve.client.client import AsyncClient
+from astra_serve.client.exchange import Call
+from astra_serve.client.state import AdapterState, DocumentState, VersionState
+from astra_serve.errors import NoAnswer, ServeError, UnknownAdapter
 
 ANSWER_S = 30.0  # for requests that change nothing
-NONE = {"name": "none", "digest": ""}  # stands for no version
 Result = TypeVar("Result")
 
 
@@ -21,56 +22,49 @@ Result = TypeVar("Result")
 class Replica:
     """One server's admin port."""
 
-    name: str
-    client: httpx.AsyncClient
+    client: AsyncClient
     patience_s: float = ANSWER_S
 
-    async def adapters(self) -> dict[str, Any]:
-        """Return its description of all adapters, and of the document. Raises ServeError."""
-        return self._content(await self._ask("GET", "/adapters"), "adapters", "document")
+    @property
+    def name(self) -> str:
+        """Return its URL."""
+        return self.client.url
 
-    async def adapter(self, name: str) -> dict[str, Any] | None:
-        """Return its description of an adapter; None where it has none of this name. Raises ServeError."""
-        answer = await self._ask("GET", f"/adapters/{name}")
-        if answer.status_code == httpx.codes.NOT_FOUND:
-            return None
-        return self._content(answer, "state", "version")
-
-    async def prepare(self, name: str, wanted: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """Let it prove the version that `wanted` describes, and return its description. Raises ServeError."""
-        return self._content(await self._ask("PUT", f"/prepared/{name}", wanted, timeout_s), "name", "digest", "probe")
-
-    async def refresh(self) -> dict[str, Any]:
-        """Let it read the document, and return its description of the document. Raises ServeError."""
-        return self._content(await self._ask("POST", "/refresh"), "where", "digest", "fault")
-
-    async def _ask(
-        self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float | None = None
-    ) -> httpx.Response:
+    async def ask(self, call: Call[Result], timeout_s: float | None = None) -> Result:
+        """Return its answer to a call. Raises ServeError, which names it."""
         try:
-            return await self.client.request(method, path, json=body, timeout=timeout_s or self.patience_s)
-        except httpx.HTTPError as error:
-            raise ServeError(f"{self.name} does not answer: {str(error) or type(error).__name__}") from error
+            return await self.client.ask(call, timeout_s or self.patience_s)
+        except NoAnswer:  # which names it
+            raise
+        except ServeError as error:
+            raise ServeError(f"{self.name}: {error}") from error
 
-    def _content(self, answer: httpx.Response, *expected: str) -> dict[str, Any]:
-        """Return the content of an answer, which has the `expected` keys. Raises ServeError that names the replica."""
-        if not answer.is_success:
-            raise ServeError(f"{self.name}: {_reason(answer)}")
+    async def adapter(self, name: str) -> AdapterState | None:
+        """Return the state of an adapter; None where it has none of this name. Raises ServeError."""
         try:
-            content = dict(answer.json())
-        except (ValueError, TypeError):
-            content = {}
-        if not content.keys() >= set(expected):
-            raise ServeError(f"{self.name} does not answer as an admin port of this version of astra-serve does")
-        return content
+            return await self.ask(calls.get(name))
+        except ServeError as error:
+            if isinstance(error.__cause__, UnknownAdapter):
+                return None
+            raise
 
 
-def _reason(answer: httpx.Response) -> str:
-    """Return the reason of a refusal: the server's, if it is an admin port."""
-    try:
-        return str(answer.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"it answers with {answer.status_code}: is it the admin port, of this version of astra-serve?"
+@dataclass(frozen=True)
+class ReplicaState:
+    """One replica's document and adapters; `fault` is the reason if it does not answer."""
+
+    replica: str
+    fault: str | None
+    document: DocumentState | None
+    adapters: tuple[AdapterState, ...] = ()
+
+
+@dataclass(frozen=True)
+class ReplicasState:
+    """The state of each replica, and a line for each difference."""
+
+    replicas: tuple[ReplicaState, ...]
+    drift: tuple[str, ...]
 
 
 @asynccontextmanager
@@ -82,9 +76,8 @@ async def connect(urls: Iterable[str], token: str, timeout_s: float = ANSWER_S) 
     async with AsyncExitStack() as open_clients:
         found = []
         for name in dict.fromkeys(one for url in urls for one in _each(url)):
-            client = httpx.AsyncClient(base_url=name, headers={"Authorization": f"Bearer {token}"})
-            client = await open_clients.enter_async_context(client)
-            found.append(Replica(name, client, min(timeout_s, ANSWER_S)))
+            client = await open_clients.enter_async_context(AsyncClient(name, token))
+            found.append(Replica(client, min(timeout_s, ANSWER_S)))
         if not found:
             raise ServeError("there is no URL of an admin port: give --url")
         yield found
@@ -112,60 +105,57 @@ async def of_all(
     return [one for one in found if not isinstance(one, BaseException)]
 
 
-async def status(replicas: Sequence[Replica], expected: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Let each replica read the document, and return the descriptions of the document and of the adapters.
+async def status(replicas: Sequence[Replica], expected: Mapping[str, str] | None = None) -> ReplicasState:
+    """Let each replica read the document, and return the states of the document and of the adapters.
 
     `drift` has a line for each difference from the document, from each other and from the `expected` digests.
     """
 
-    async def one(replica: Replica) -> dict[str, Any]:
+    async def one(replica: Replica) -> ReplicaState:
         try:
-            await replica.refresh()
-            answer = await replica.adapters()
+            await replica.ask(calls.refresh())
+            found = await replica.ask(calls.listing())
         except ServeError as error:
-            return {"replica": replica.name, "fault": str(error), "document": None, "adapters": []}
-        return {
-            "replica": replica.name,
-            "fault": None,
-            "document": answer["document"],
-            "adapters": answer["adapters"],
-        }
+            return ReplicaState(replica.name, str(error), None)
+        return ReplicaState(replica.name, None, found.document, found.adapters)
 
     found = await of_all(replicas, one)
-    return {"replicas": found, "drift": list(_drift(found, expected or {}))}
+    return ReplicasState(tuple(found), tuple(_drift(found, expected or {})))
 
 
-def _drift(found: Sequence[dict[str, Any]], expected: Mapping[str, str]) -> Iterator[str]:
+def _drift(found: Sequence[ReplicaState], expected: Mapping[str, str]) -> Iterator[str]:
     """Yield a line for each difference from the document, between replicas, and from the expected digests."""
-    yield from (one["fault"] for one in found if one["fault"])
-    there = {one["replica"]: one for one in found if not one["fault"]}
-    for replica, one in there.items():
-        if one["document"]["fault"]:
-            yield f"{replica} does not follow the document as it is now: {one['document']['fault']}"
-    texts = {replica: (one["document"]["digest"] or "unread")[:19] for replica, one in there.items()}
+    yield from (one.fault for one in found if one.fault)
+    documents = {one.replica: one.document for one in found if one.document}
+    for replica, document in documents.items():
+        if document.fault:
+            yield f"{replica} does not follow the document as it is now: {document.fault}"
+    texts = {replica: (document.digest or "unread")[:19] for replica, document in documents.items()}
     yield from _differ("the document", texts)
-    for replica, one in there.items():
-        for adapter in one["adapters"]:
-            if adapter["state"] != "serving":
-                reason = f": {adapter['reason']}" if adapter["reason"] else ""
-                serves = (adapter["version"] or NONE)["name"]
-                yield f"{replica}: {adapter['name']} is {adapter['state']}, serves {serves}{reason}"
-    served = {replica: dict(_versions(one["adapters"])) for replica, one in there.items()}
+    there = {one.replica: one.adapters for one in found if not one.fault}
+    for replica, adapters in there.items():
+        for adapter in adapters:
+            if adapter.state != "serving":
+                reason = f": {adapter.reason}" if adapter.reason else ""
+                serves = adapter.version.name if adapter.version else "none"
+                yield f"{replica}: {adapter.name} is {adapter.state}, serves {serves}{reason}"
+    served = {replica: dict(_versions(adapters)) for replica, adapters in there.items()}
     for name in dict.fromkeys(name for versions in served.values() for name in versions):
-        yield from _differ(name, {replica: versions.get(name, NONE)["name"] for replica, versions in served.items()})
+        shown = {replica: versions[name].name if name in versions else "none" for replica, versions in served.items()}
+        yield from _differ(name, shown)
     for name, digest in expected.items():
         for replica, versions in served.items():
-            if versions.get(name, NONE)["digest"] != digest:
+            if name not in versions or versions[name].digest != digest:
                 yield f"{replica}: {name} is not {digest} yet"
 
 
-def _versions(adapters: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _versions(adapters: Iterable[AdapterState]) -> Iterator[tuple[str, VersionState]]:
     """Yield the version of each name, and its canary."""
     for adapter in adapters:
-        if adapter["version"]:
-            yield adapter["name"], adapter["version"]
-        if adapter.get("canary"):
-            yield f"the canary of {adapter['name']}", adapter["canary"]
+        if adapter.version:
+            yield adapter.name, adapter.version
+        if adapter.canary:
+            yield f"the canary of {adapter.name}", adapter.canary
 
 
 def _differ(what: str, by_replica: Mapping[str, str]) -> Iterator[str]:
@@ -177,23 +167,9 @@ def _differ(what: str, by_replica: Mapping[str, str]) -> Iterator[str]:
         yield f"{what} differs: {'; '.join(groups)}"
 
 
-def admin_url(url: str) -> httpx.URL:
-    """Return the URL of an admin port. Raises ServeError, which shows none of what may be a secret."""
-    if "@" in url or "?" in url:
-        raise ServeError("a URL of an admin port is http://HOST:PORT: the token comes from the environment")
-    try:
-        found = httpx.URL(url.rstrip("/"))
-        named = bool(found.host)
-    except (httpx.InvalidURL, ValueError) as error:  # a host that no name can be is a ValueError
-        raise ServeError(f"{url} is no URL: {error}") from error
-    if found.scheme not in ("http", "https") or not named:
-        raise ServeError(f"{url} is no URL of an admin port: http://HOST:PORT")
-    return found
-
-
 def _each(url: str) -> list[str]:
     """Return `url` for each address of its host: a headless Service's are its pods'. Raises ServeError."""
-    found = admin_url(url)
+    found = exchange.admin_url(url)
     try:
         ipaddress.ip_address(found.host)
         return [str(found)]

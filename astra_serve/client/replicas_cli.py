@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from astra_serve.client import replicas
+from astra_serve.client.replicas import ReplicasState
 from astra_serve.client.rollout import prepare, rollout
+from astra_serve.client.state import AdapterState
 from astra_serve.errors import ServeError
 
 POLL_S = 1.0
@@ -40,7 +43,7 @@ async def _run(args: argparse.Namespace, wanted: dict[str, Any], token: str) -> 
         return await _status(args, token)
     async with replicas.connect(args.url, token, args.timeout) as found:
         if args.command == "prepare":
-            digest = (await prepare(args.name, wanted, found, _report, args.timeout))["digest"]
+            digest = (await prepare(args.name, wanted, found, _report, args.timeout)).digest
             print(json.dumps({"name": args.name, "digest": digest}) if args.json else digest)
             return 0
         entry = await rollout(args.name, wanted, found, _report, args.timeout, args.document)
@@ -57,15 +60,15 @@ async def _status(args: argparse.Namespace, token: str) -> int:
             async with replicas.connect(args.url, token, patience) as found:  # the addresses change with the pods
                 state = await replicas.status(found, args.expected)
         except ServeError as error:
-            state = {"replicas": [], "drift": [str(error)]}
-        if not state["drift"] or loop.time() >= end:
+            state = ReplicasState((), (str(error),))
+        if not state.drift or loop.time() >= end:
             break
         await asyncio.sleep(POLL_S)
     if args.json:
-        print(json.dumps(state, indent=2))
+        print(json.dumps(asdict(state), indent=2))
     else:
         _show(state)
-    return 1 if state["drift"] else 0
+    return 1 if state.drift else 0
 
 
 def _report(step: str, text: str) -> None:
@@ -73,23 +76,23 @@ def _report(step: str, text: str) -> None:
         print(f"{step:8} {text}", file=sys.stderr, flush=True)
 
 
-def _show(state: dict[str, Any]) -> None:
+def _show(state: ReplicasState) -> None:
     console = Console()
-    by_replica = {one["replica"]: {a["name"]: a for a in one["adapters"]} for one in state["replicas"]}
+    by_replica = {one.replica: {adapter.name: adapter for adapter in one.adapters} for one in state.replicas}
     table = Table("adapter", *(name.partition("://")[2] for name in by_replica))
     for name in dict.fromkeys(name for adapters in by_replica.values() for name in adapters):
         cells = [_cell(adapters.get(name)) for adapters in by_replica.values()]
         table.add_row(Text(name), *map(Text, cells))
     if by_replica:
         console.print(table)
-    for line in state["drift"]:
+    for line in state.drift:
         console.print(Text(line), soft_wrap=True)
-    if not state["drift"]:
+    if not state.drift:
         console.print(f"{len(by_replica)} of {len(by_replica)} replicas serve what the document says")
 
 
-def _cell(adapter: dict[str, Any] | None) -> str:
+def _cell(adapter: AdapterState | None) -> str:
     if adapter is None:
         return "-"
-    version = adapter["version"]["name"].partition("@")[2] if adapter["version"] else ""
-    return version if adapter["state"] == "serving" else f"{version} {adapter['state']}".strip()
+    version = adapter.version.name.partition("@")[2] if adapter.version else ""
+    return version if adapter.state == "serving" else f"{version} {adapter.state}".strip()

@@ -24,7 +24,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from astra_serve.client import calls
 from astra_serve.client.replicas import Replica, of_all
+from astra_serve.client.state import AdapterState, DocumentState, VersionState
 from astra_serve.document import desired, document_text
 from astra_serve.document.desired import Adapter, Document, Step
 from astra_serve.document.entry_text import with_entry
@@ -42,20 +44,22 @@ Report = Callable[[str, str], None]  # called with a step, and what happened
 
 async def prepare(
     name: str, wanted: dict[str, Any], replicas: Sequence[Replica], report: Report, timeout_s: float
-) -> dict[str, Any]:
+) -> VersionState:
     """Let every replica prove the version that `wanted` describes, and return it as a replica describes it.
 
-    `wanted` is the body of `PUT /prepared/NAME`. Raises ServeError where a replica cannot, or replicas differ.
+    `wanted` has the parameters of `calls.prepare`. Raises ServeError where a replica cannot, or replicas differ.
     """
 
-    async def one(replica: Replica) -> dict[str, Any]:
-        version = await replica.prepare(name, wanted, timeout_s)
-        effect = f"{version['probe']['effect']:.2f} nats from the base"
-        report("prepare", f"{replica.name} has {version['name']}, {effect}")
+    call = calls.prepare(name, **wanted)
+
+    async def one(replica: Replica) -> VersionState:
+        version = await replica.ask(call, timeout_s)
+        effect = f"{version.probe.effect:.2f} nats from the base" if version.probe else "proved before"
+        report("prepare", f"{replica.name} has {version.name}, {effect}")
         return version
 
     versions = await of_all(replicas, one)
-    digests = [str(version["digest"]) for version in versions]
+    digests = [version.digest for version in versions]
     if len(set(digests)) > 1:
         found = "; ".join(f"{digest} at {replica.name}" for digest, replica in zip(digests, replicas, strict=True))
         raise ServeError(f"{wanted['source']} is not the same everywhere: {found}")
@@ -79,20 +83,20 @@ async def rollout(
     where, document = await _document(replicas, where)
     old = document.get(name)
     adapters = await of_all(replicas, lambda replica: _outcome(replica, name, timeout_s))
-    served = [adapter for adapter in adapters if adapter and adapter["version"]]
+    served = [(adapter, adapter.version) for adapter in adapters if adapter and adapter.version]
     inherited = old.model_dump(include=INHERITED, exclude_defaults=True) if old else {}
     try:
         version = await prepare(name, {**inherited, **wanted}, replicas, report, timeout_s)
     except ServeError as error:
         raise ServeError(f"{error}; nothing was changed") from error
     now = datetime.now(UTC).replace(microsecond=0)
-    steps = [Step(digest=a["version"]["digest"], source=a["version"].get("source"), replaced=now) for a in served]
-    digest, source = version["digest"], wanted["source"]
+    steps = [Step(digest=one.digest, source=one.source, replaced=now) for _, one in served]
+    digest, source = version.digest, wanted["source"]
     if source.startswith("sha256:"):
-        source = known_source(old, digest) or version.get("source") or source
+        source = known_source(old, digest) or version.source or source
     previous = rollback_history(old, steps, digest)
     new = desired.entry({"name": name, **inherited, **wanted, "source": source, "digest": digest, "previous": previous})
-    proved = {adapter["version"]["digest"] for adapter in served if adapter["state"] == "serving"}
+    proved = {one.digest for adapter, one in served if adapter.state == "serving"}
     flip = Flip(where, document, new, proved.pop() if len(proved) == 1 else None)
     await _flip(flip, replicas, report, timeout_s)
     return new
@@ -211,7 +215,7 @@ async def _restore(flip: Flip, replicas: Sequence[Replica], report: Report) -> s
 async def _document(replicas: Sequence[Replica], where: str | None) -> tuple[str, Document]:
     """Return where the document is, and its entries. Raises ServeError unless all replicas follow its present text."""
     found = await of_all(replicas, _refreshed)
-    places = {str(document["where"]) for document in found}
+    places = {document.where for document in found}
     if where is None and len(places) > 1:
         raise ServeError(f"the replicas follow different documents: {', '.join(sorted(places))}")
     where = where or places.pop()
@@ -226,7 +230,7 @@ async def _document(replicas: Sequence[Replica], where: str | None) -> tuple[str
         raise ServeError(f"{error}; `prepare` first, and `status --wait` after that") from error
     for _ in range(READS):
         text = await asyncio.to_thread(_read, where)
-        differs = [one["digest"] != document_text.digest(text) for one in found]
+        differs = [one.digest != document_text.digest(text) for one in found]
         if not any(differs):
             return where, desired.parse(text, where)
         found = await of_all(replicas, _refreshed)  # somebody may have changed it between the two reads
@@ -235,11 +239,10 @@ async def _document(replicas: Sequence[Replica], where: str | None) -> tuple[str
     )
 
 
-async def _refreshed(replica: Replica) -> dict[str, Any]:
-    """Let a replica read the document, and return its description. Raises ServeError where it cannot follow it."""
-    document = await replica.refresh()
-    if document["fault"]:
-        raise ServeError(f"{replica.name} does not follow the document as it is now: {document['fault']}")
+async def _refreshed(replica: Replica) -> DocumentState:
+    """Let a replica read the document, and return its state. Raises ServeError where it cannot follow it."""
+    document = await replica.ask(calls.refresh())
+    calls.check_followed(replica.name, document)
     return document
 
 
@@ -259,11 +262,11 @@ def _edit(where: str, change: Callable[[str], str]) -> tuple[str, str]:
         raise ServeError(f"the document at {where} cannot be changed: {first_line(error)}") from error
 
 
-async def _outcome(replica: Replica, name: str, timeout_s: float) -> dict[str, Any] | None:
+async def _outcome(replica: Replica, name: str, timeout_s: float) -> AdapterState | None:
     """Wait until an adapter is served or failed, and return it; None where there is none. Raises ServeError."""
     try:
         async with asyncio.timeout(timeout_s):
-            while (found := await replica.adapter(name)) and found["state"] not in ("serving", "failed"):
+            while (found := await replica.adapter(name)) and not found.settled:
                 await asyncio.sleep(POLL_S)
             return found
     except TimeoutError as error:
@@ -277,13 +280,13 @@ async def _serves(replica: Replica, name: str, digest: str | None, report: Repor
     """
     await _refreshed(replica)
     found = await _outcome(replica, name, timeout_s)
-    version = found and found["version"]
-    if found and found["state"] == "failed":
-        raise ServeError(f"{replica.name} does not serve it: {found['reason']}")
-    if (version and version["digest"]) != digest:
-        raise ServeError(f"{replica.name} still serves {version['name'] if version else 'nothing'}")
+    version = found and found.version
+    if found and found.state == "failed":
+        raise ServeError(f"{replica.name} does not serve it: {found.reason}")
+    if (version and version.digest) != digest:
+        raise ServeError(f"{replica.name} still serves {version.name if version else 'nothing'}")
     if version:
-        report("serve", f"{replica.name} serves {version['name']}")
+        report("serve", f"{replica.name} serves {version.name}")
 
 
 async def _uncancelled(work: Coroutine[Any, Any, Any]) -> Any:

@@ -3,6 +3,7 @@
 GET    /adapters                      all, with state and versions; where the document is, and its fault
 GET    /adapters/{name}
 PUT    /adapters/{name}               {"source", "digest"?, "required"?, "pin"?, "allow_no_effect"?}; waits until served
+PUT    /adapters/{name}               with Content-Type: application/x-tar: the adapter's files; the other keys as query
 DELETE /adapters/{name}
 POST   /adapters/{name}/rollback      {"digest"?}
 POST   /adapters/{name}/canary        {"source", "weight"}
@@ -16,8 +17,9 @@ GET    /requests                      how many run; POST /drain: not ready from 
 POST   /v1/load_lora_adapter, /v1/unload_lora_adapter    vLLM's calls, as publish and remove
 
 Errors, in OpenAI's format: 400 for a request that makes no sense, 401 before the body is read, 404 for a name without
-an adapter, 409 where the document cannot be changed, was changed by others, or a newer change superseded this one, 413
-for a body over 1 MiB, 422 with the reason why a version is not served.
+an adapter, 408 for an upload that stalls, 409 where the document cannot be changed, was changed by others, a newer
+change superseded this one, or no uploads are taken, 413 for a body over 1 MiB or an upload that is too large, 422 with
+the reason why a version is not served. `type` is the class in `errors`, if the error is one of its tree.
 """
 
 import hmac
@@ -25,26 +27,31 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from astra_serve.control import report
 from astra_serve.control.control import Control
+from astra_serve.control.uploads import Uploads
 from astra_serve.document import desired
 from astra_serve.document.desired import Canary, Digest
-from astra_serve.errors import BadDocument, NotPublished, ServeError, UnknownAdapter
+from astra_serve.errors import BadDocument, BadUpload, NotPublished, ServeError, UnknownAdapter
 from astra_serve.gateway import json_body
-from astra_serve.gateway.body import MIB, BodyLimit
+from astra_serve.gateway.body import MIB, BodyLimit, length_of
 from astra_serve.gateway.errors import error_body
 from astra_serve.gateway.middleware import App, Gateway, Receive, Scope, Send, refuse
 
 STATUS: dict[type[Exception], int] = {BadDocument: 400, UnknownAdapter: 404, NotPublished: 422}  # others: 409
 MAX_BODY = MIB
+TAR = "application/x-tar"
 DIGEST = "a digest is sha256: and 64 hexadecimal digits"
 
 
@@ -52,14 +59,19 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Publish(_Body):
-    """A version that is to be served, and the settings that change."""
+class PublishSettings(_Body):
+    """The settings of an entry that change with its version."""
 
-    source: str = Field(min_length=1)
     digest: Digest | None = None
     required: bool | None = None
     pin: bool | None = None
     allow_no_effect: bool | None = None
+
+
+class Publish(PublishSettings):
+    """A version that is to be served, and the settings that change."""
+
+    source: str = Field(min_length=1)
 
 
 class Rollback(_Body):
@@ -90,11 +102,11 @@ class VllmUnload(_Body):
     lora_int_id: int | None = None
 
 
-def build(control: Control, gateway: Gateway, token: str) -> FastAPI:
+def build(control: Control, gateway: Gateway, token: str, uploads: Uploads) -> FastAPI:
     """Return the admin application; every request needs `Authorization: Bearer TOKEN`."""
 
     app = FastAPI(title="astra-serve: admin", docs_url=None, redoc_url=None)
-    app.add_middleware(BodyLimit, most=MAX_BODY, fault=json_body.fault)
+    app.add_middleware(BodyLimit, most=MAX_BODY, fault=json_body.fault, streamed=_is_upload)
     app.add_middleware(_Token, token=token)
 
     @app.exception_handler(HTTPException)
@@ -109,13 +121,15 @@ def build(control: Control, gateway: Gateway, token: str) -> FastAPI:
 
     @app.exception_handler(ServeError)
     async def _serve_error(_: Request, error: ServeError) -> Response:
-        return _openai_error(STATUS.get(type(error), 409), str(error))
+        status = error.status if isinstance(error, BadUpload) else STATUS.get(type(error), 409)
+        return _openai_error(status, str(error), type(error).__name__)
 
     @app.exception_handler(Exception)
     async def _failed(*_: Any) -> Response:
         return _openai_error(500, "the server has failed: its log has the reason")
 
     app.include_router(_show(control))
+    app.include_router(_upload(control, uploads))
     app.include_router(_change(control))
     app.include_router(_residency(control))
     app.include_router(_drain(gateway))
@@ -136,8 +150,21 @@ class _Token:
             await refuse(send, 401, "the admin token is missing or wrong")
 
 
-def _openai_error(status: int, message: str) -> Response:
-    return Response(error_body(status, message), status, media_type="application/json")
+class _UploadRoute(APIRoute):
+    """A route of requests whose body is a tar; others find the next route of the same path."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        return super().matches(scope) if _is_upload(scope) else (Match.NONE, {})
+
+
+def _is_upload(scope: Scope) -> bool:
+    if scope["type"] != "http" or scope["method"] != "PUT" or not scope["path"].startswith("/adapters/"):
+        return False  # a route that reads its body as a whole
+    return Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower() == TAR
+
+
+def _openai_error(status: int, message: str, kind: str | None = None) -> Response:
+    return Response(error_body(status, message, kind=kind), status, media_type="application/json")
 
 
 def _show(control: Control) -> APIRouter:
@@ -173,6 +200,18 @@ def _show(control: Control) -> APIRouter:
     async def refresh() -> dict[str, Any]:
         await control.refresh()
         return control.state.describe()
+
+    return router
+
+
+def _upload(control: Control, uploads: Uploads) -> APIRouter:
+    router = APIRouter(route_class=_UploadRoute)
+
+    @router.put("/adapters/{name}")
+    async def upload(name: str, request: Request, settings: Annotated[PublishSettings, Query()]) -> dict[str, Any]:
+        length = length_of(request.scope)
+        await uploads.publish(name, request.stream(), length, **settings.model_dump(exclude_none=True))
+        return _described(control, name)
 
     return router
 

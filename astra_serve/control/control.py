@@ -18,7 +18,7 @@ The document is also followed when others change it: within 5 s, or at once wher
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,6 +48,7 @@ logger = logging.getLogger("vllm.astra_serve")
 FOLLOW_S = 5.0  # a changed document is read after this time at the latest
 
 Edit = Callable[[Adapter | None], dict[str, Any]]  # from the entry as it is to the keys that change
+BeforeWrite = Callable[[], Awaitable[None]]
 
 
 class Control:
@@ -95,9 +96,17 @@ class Control:
             return [f"the document has not been read: {self.state.fault or 'not yet'}"]
         return self._required.not_ready()
 
-    async def publish(self, name: str, source: str, digest: str | None = None, **settings: Any) -> None:
+    async def publish(
+        self,
+        name: str,
+        source: str,
+        digest: str | None = None,
+        before_write: BeforeWrite | None = None,
+        **settings: Any,
+    ) -> None:
         """Serve the adapter at `source` as `name`; the version that served becomes the first of its rollback history.
 
+        `before_write` is called once the version is proved, and what it raises is the reason why it is not published.
         Raises ServeError: NotPublished with the reason when the version is not served. If that was found after the
         write, the entry is written back; if it had no digest, with that of the version that served. The error says if
         that failed.
@@ -109,7 +118,7 @@ class Control:
                 return {"source": self._source(old, source), "digest": source, "canary": None, **settings}
             return {"source": source, "digest": digest, "canary": None, **settings}
 
-        await self._change(name, "publish", edit)
+        await self._change(name, "publish", edit, before_write)
 
     async def rollback(self, name: str, digest: str | None = None) -> None:
         """Serve the version before again, or the one with `digest` of the rollback history. Raises ServeError."""
@@ -160,7 +169,7 @@ class Control:
         except (AstraError, OSError) as error:
             raise NotPublished(f"{entry.name!r} was not prepared: {reason_of(error)}") from error
 
-    async def _change(self, name: str, kind: str, edit: Edit) -> None:
+    async def _change(self, name: str, kind: str, edit: Edit, before_write: BeforeWrite | None = None) -> None:
         """Prepare, write and follow the entry with the keys of `edit`."""
         began = self._clock.now()
         async with self.changes.turn(name, kind) as change, AsyncExitStack() as held:
@@ -171,6 +180,8 @@ class Control:
             change.status = Status(entry, self.fleet.events, self._clock)
             try:
                 prepared = await held.enter_async_context(self._preparation.hold(entry, change.status))
+                if before_write:
+                    await before_write()
             except (AstraError, OSError) as error:
                 raise NotPublished(f"{name!r} was not published: {reason_of(error)}") from error
             spent = Spent(began, change.status.elapsed())

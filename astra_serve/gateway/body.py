@@ -22,17 +22,25 @@ class BodyLimit:
     """ASGI middleware that reads the whole body of a request before it hands the request on."""
 
     def __init__(
-        self, app: App, most: int, fault: Callable[[bytes], str | None] = lambda _: None, pause_s: float = PAUSE_S
+        self,
+        app: App,
+        most: int,
+        fault: Callable[[bytes], str | None] = lambda _: None,
+        pause_s: float = PAUSE_S,
+        streamed: Callable[[Scope], bool] = lambda _: False,
     ) -> None:
-        """`most` is in bytes; `fault` returns why a body is refused with 400, or None."""
-        self._app, self._most, self._fault, self._pause_s = app, most, fault, pause_s
+        """`most` is in bytes; `fault` returns why a body is refused with 400, or None.
+
+        A request that is `streamed` is handed on at once: its handler reads the body, with limits of its own.
+        """
+        self._app, self._most, self._fault, self._pause_s, self._streamed = app, most, fault, pause_s, streamed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand a request on with its body, or refuse it with 400, 408 or 413."""
-        if scope["type"] != "http":
+        if scope["type"] != "http" or self._streamed(scope):
             await self._app(scope, receive, send)
             return
-        if _length(scope) > self._most:
+        if length_of(scope) > self._most:
             await self._refuse(receive, send, True)
             return
         pieces, size, more = [], 0, True
@@ -67,7 +75,8 @@ class BodyLimit:
         await send({"type": "http.response.body", "body": b""})
 
 
-def _length(scope: Scope) -> int:
+def length_of(scope: Scope) -> int:
+    """Return the length of a body by its Content-Length, 0 where the request has none."""
     value = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     return int(value) if value.isdigit() else 0
 

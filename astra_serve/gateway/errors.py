@@ -14,8 +14,11 @@ KINDS = {
 }
 
 
-def error_body(status: int, message: str, param: str | None = None) -> bytes:
-    """Return the body of an error as JSON in ASCII: texts of clients that cannot be encoded are escaped."""
-    kind = KINDS.get(status, "BadRequestError")
+def error_body(status: int, message: str, param: str | None = None, kind: str | None = None) -> bytes:
+    """Return the body of an error as JSON in ASCII: texts of clients that cannot be encoded are escaped.
+
+    `kind` is its type, by default the usual one of the status.
+    """
+    kind = kind or KINDS.get(status, "BadRequestError")
     error = {"message": message, "type": kind, "param": param, "code": status}
     return json.dumps({"error": error}).encode()

@@ -66,6 +66,7 @@ def serve(engine: StandInEngine, base, tiny_base, tmp_path: Path, monkeypatch) -
             admin_token="token",  # noqa: S106
             policies=("127.0.0.1", ports[2]) if trains else None,
             policy_token="policy",  # noqa: S106
+            upload_to=None,
             max_body=None,
         )
         monkeypatch.setattr(run, "REGISTRY", CollectorRegistry())

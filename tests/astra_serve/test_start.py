@@ -23,6 +23,30 @@ def test_another_size_is_one_line_with_an_example(text: str, capsys: pytest.Capt
     assert "a size such as 8MiB" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--upload-to", "/shared"], "give --admin-port"),
+        (["--upload-to", "/shared", "--admin-port", "1", "--adapters", "s3://b/a.yaml"], "s3://b/a.yaml is only read"),
+        (["--upload-to", "https://h/x", "--admin-port", "1", "--adapters", "a.yaml"], "such as s3://bucket/prefix"),
+        (
+            ["--upload-to", "/shared", "--admin-port", "1", "--adapters", "a.yaml", "--adapter-root", "/adapters"],
+            "--upload-to /shared is outside of --adapter-root",
+        ),
+    ],
+)
+def test_uploads_that_no_server_could_fetch_are_refused_at_the_start(words, message: str, monkeypatch) -> None:
+    monkeypatch.setenv("ASTRA_ADMIN_TOKEN", "token")
+    with pytest.raises(ServeError, match=message):
+        start._check(start._parser().parse_args(["--base", "x", *words]))
+
+
+def test_a_target_in_one_of_the_roots_is_accepted(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("ASTRA_ADMIN_TOKEN", "token")
+    words = ["--upload-to", str(tmp_path / "up"), "--adapter-root", str(tmp_path), "--admin-port", "1"]
+    start._check(start._parser().parse_args(["--base", "x", *words, "--adapters", "a.yaml"]))
+
+
 def test_with_another_template_for_the_base_an_adapters_is_never_taken_for_the_bases(base) -> None:
     given = {"chat_template": None, "tokenizer": None, "model": "m", "max_lora_rank": 64}
     for settings, known in (({}, True), ({"chat_template": "x.jinja"}, False), ({"tokenizer": "other"}, False)):

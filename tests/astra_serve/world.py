@@ -14,11 +14,13 @@ import httpx
 from astra_serve.adapters.admission import Base
 from astra_serve.adapters.clock import Clock
 from astra_serve.adapters.events import Events
+from astra_serve.adapters.fetch import Sources
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.adapters.loading import Loader
 from astra_serve.adapters.residency import Residency
 from astra_serve.adapters.schedule import Limits, Residence
 from astra_serve.adapters.store import Store
+from astra_serve.adapters.upload_target import UploadTarget
 from astra_serve.adapters.version import Version
 from astra_serve.control import admin, policy_port
 from astra_serve.control.control import Control
@@ -29,6 +31,7 @@ from astra_serve.control.preparation import Preparation
 from astra_serve.control.readiness import RequiredAdapters
 from astra_serve.control.reconcile import Reconciler
 from astra_serve.control.status import Status
+from astra_serve.control.uploads import Uploads
 from astra_serve.document import desired, document_text
 from astra_serve.document.desired import Adapter
 from astra_serve.gateway.middleware import App, Gateway, Subscribers
@@ -202,7 +205,14 @@ async def memory(
 
 @asynccontextmanager
 async def server(
-    engine: StandInEngine, store: Store, base: Base, where: Path | str, capacity: int = 2, handler: App | None = None
+    engine: StandInEngine,
+    store: Store,
+    base: Base,
+    where: Path | str,
+    capacity: int = 2,
+    sources: Sources | None = None,
+    upload_to: UploadTarget | None = None,
+    handler: App | None = None,
 ) -> AsyncIterator[World]:
     """Yield a running server over the document at `where`; its gateway is in front of `handler`.
 
@@ -213,7 +223,7 @@ async def server(
         stack.callback(passing.close)
         memory_ = await stack.enter_async_context(memory(engine, store, base, capacity, passing))
         clock, fleet = memory_.clock, memory_.fleet
-        preparation = Preparation(fleet, store, clock)
+        preparation = Preparation(fleet, store, clock, sources=sources)
         reconciler = Reconciler(fleet, preparation, clock, drain_s=1)
         await stack.enter_async_context(running(reconciler))
         required = RequiredAdapters(fleet, reconciler)
@@ -226,7 +236,8 @@ async def server(
         trainer = httpx.AsyncClient(
             transport=httpx.ASGITransport(trainers), base_url="http://policies", auth=("x", POLICY_TOKEN)
         )
-        app = admin.build(control, front, TOKEN)
+        uploads = Uploads(control, store, preparation.sources, upload_to)
+        app = admin.build(control, front, TOKEN, uploads)
         headers = {"Authorization": f"Bearer {TOKEN}"}
         api = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://admin", headers=headers)
         yield World(

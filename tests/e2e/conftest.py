@@ -64,6 +64,7 @@ def server(admin: Admin, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     options = ["--base", str(demo.BASE), "--adapters", str(admin.document), "--store", str(folder / "store")]
     options += ["--admin-port", str(admin.port), "--policy-port", str(admin.policies)]
     options += ["--adapter-root", str(tmp_path_factory.getbasetemp())]
+    options += ["--admin-port", str(admin.port), "--upload-to", str(admin.document.parent / "uploads")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ASTRA_ADMIN_TOKEN", admin.token)
         patch.setenv("ASTRA_POLICY_TOKEN", admin.policy_token)

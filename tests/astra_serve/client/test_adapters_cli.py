@@ -6,39 +6,15 @@ import re
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import uvicorn
 
 from astra_serve.cli import main
 from astra_serve.document import desired
-from tests.astra_serve.world import TOKEN, server
+from tests.astra_serve.world import TOKEN
 from tests.support.server import BIN, free_port
-
-
-@pytest.fixture
-def port(engine, store, base, tmp_path: Path, monkeypatch) -> Iterator[int]:
-    """A running admin API in a thread of its own."""
-    monkeypatch.setenv("ASTRA_ADMIN_TOKEN", TOKEN)
-    number, started, servers = free_port(), threading.Event(), []
-
-    async def serve() -> None:
-        async with server(engine, store, base, tmp_path / "adapters.yaml") as w:
-            servers.append(uvicorn.Server(uvicorn.Config(w.admin_app, port=number, log_level="warning")))
-            started.set()
-            await servers[0].serve()
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    started.wait(10)
-    while not servers[0].started:
-        threading.Event().wait(0.01)
-    yield number
-    servers[0].should_exit = True
-    thread.join(10)
 
 
 def adapters(port: int, *words: object) -> int:
@@ -89,6 +65,17 @@ def test_publish_list_roll_back_and_remove(port: int, write_lora, capsys) -> Non
     assert "drained: not ready" in capsys.readouterr().out
     assert adapters(port, "drain", "--end") == 0
     assert adapters(port, "remove", "a") == 0
+
+
+def test_a_folder_is_uploaded(port: int, write_lora, tmp_path: Path, capsys) -> None:
+    assert adapters(port, "--json", "publish", "a", write_lora("one", 1.0), "--upload", "--required") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["required"] is True
+    assert found["source"].startswith(str(tmp_path / "shared"))
+    (write_lora("two", 2.0) / "adapter_model.safetensors").unlink()
+    assert adapters(port, "publish", "a", tmp_path / "two", "--upload") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "adapter_model.safetensors" in line
 
 
 def test_events_are_followed_as_they_happen(port: int, write_lora) -> None:

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import httpx
 import pytest
 
 from astra_serve.adapters.store import Store
-from astra_serve.client import replicas
+from astra_serve.client import AsyncClient, exchange, replicas
 from astra_serve.client.replicas import Replica
 from astra_serve.client.rollout import prepare, rollout
 from astra_serve.control.status import Status
@@ -67,7 +68,7 @@ class Three:
     async def prepare(self, name: str, source: Path | str, **wanted: Any) -> str:
         """Return the digest of a version that all replicas have proved."""
         version = await prepare(name, {"source": str(source), **wanted}, self.replicas, lambda *_: None, 600.0)
-        return version["digest"]
+        return version.digest
 
     def served(self, name: str) -> list[str | None]:
         return [world.current(name) for world in self.worlds]
@@ -111,11 +112,10 @@ def three(base, tmp_path: Path, write_lora) -> Callable[..., Any]:
                 stack.callback(store.close)
                 world = await stack.enter_async_context(server(StandInEngine(4), store, base, found.document, 4))
                 wire = Wire(world.admin_app)
-                headers = {"Authorization": f"Bearer {TOKEN}"}
-                client = httpx.AsyncClient(transport=wire, base_url=f"http://r{number}", headers=headers)
+                client = AsyncClient(f"http://r{number}", TOKEN, transport=wire)
                 found.worlds.append(world)
                 found.wires.append(wire)
-                found.replicas.append(Replica(f"r{number}", await stack.enter_async_context(client)))
+                found.replicas.append(Replica(await stack.enter_async_context(client)))
                 await world.control.refresh()
                 await world.settled("a")
             yield found
@@ -146,7 +146,7 @@ async def test_a_version_is_proved_everywhere_before_any_replica_serves_it(three
         (step,) = entry.steps
         assert (step.digest, Path(step.source).name) == (old, "one")
         assert entry.required
-        assert (await replicas.status(t.replicas))["drift"] == []
+        assert (await replicas.status(t.replicas)).drift == ()
         await t.nothing_held()
 
 
@@ -189,7 +189,7 @@ async def test_the_others_restore_when_a_replica_is_gone_after_it_prepared(three
         t.wires[1].cut_after = "PUT /prepared"
         with pytest.raises(
             ServeError,
-            match=r"r1 does not answer.*do not serve the version before yet: r1$",
+            match=r"r1 does not answer.*do not serve the version before yet: http://r1$",
         ):
             await t.roll("a", write_lora("two", 2.0))
         assert t.steps.count("flip") == t.steps.count("restore") == 1
@@ -226,8 +226,8 @@ async def test_a_replica_that_is_too_slow_to_serve_restores_all(three, write_lor
     async with three() as t:
         old = t.served("a")[0]
         t.stall(2)
-        late = "these replicas do not serve the version before yet: r2"
-        reason = f"^r2 does not serve it within 1 s; the document's entry is restored; {late}$"
+        late = "these replicas do not serve the version before yet: http://r2"
+        reason = f"^http://r2 does not serve it within 1 s; the document's entry is restored; {late}$"
         with pytest.raises(ServeError, match=reason):
             await t.roll("a", write_lora("two", 2.0), timeout_s=1.0)
         assert t.served("a") == [old] * 3
@@ -272,10 +272,12 @@ async def test_the_first_adapter_of_an_empty_document_is_removed_when_it_is_rest
     async with three() as t:
         t.document.write_text("adapters: []")
         for replica in t.replicas:
-            await replica.refresh()
+            await replica.client.refresh()
         t.document.write_text("")
         t.wires[1].cut_after = "PUT /prepared"
-        with pytest.raises(ServeError, match=r"is restored; these replicas do not serve the version before yet: r1$"):
+        with pytest.raises(
+            ServeError, match=r"is restored; these replicas do not serve the version before yet: http://r1$"
+        ):
             await t.roll("b", write_lora("two", 2.0))
         assert desired.parse(t.document.read_text(), "") == Document()
         assert t.document.read_text().strip()
@@ -330,7 +332,7 @@ async def test_a_rollout_restores_only_its_own_change(three, write_lora) -> None
 
         t.worlds[0].engine.__class__ = Other
         t.wires[1].cut_after = "PUT /prepared"
-        with pytest.raises(ServeError, match=r"^r1 does not answer: All connection attempts failed$"):
+        with pytest.raises(ServeError, match=r"^http://r1 does not answer: All connection attempts failed$"):
             await t.roll("a", source)
         assert t.entry("a") == entry
 
@@ -371,21 +373,20 @@ async def test_a_server_that_is_no_admin_port_or_silent_is_one_line_in_time(thre
         await say(send, {})
 
     async with three():
-        client = httpx.AsyncClient(transport=httpx.ASGITransport(answer), base_url="http://other")
-        other = Replica("other", client)
+        other = Replica(AsyncClient("http://other", TOKEN, transport=httpx.ASGITransport(answer)))
         for work in (
             rollout("a", {"source": "x"}, [other], lambda *_: None, 600.0),
             prepare("a", {"source": "x"}, [other], lambda *_: None, 600.0),
         ):
             with pytest.raises(ServeError, match="other does not answer as an admin port of this version"):
                 await work
-        (line,) = (await replicas.status([other]))["drift"]
-        assert line.startswith("other does not answer as an admin port")
+        (line,) = (await replicas.status([other])).drift
+        assert line.startswith("http://other does not answer as an admin port")
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         began = time.monotonic()
         async with replicas.connect([f"http://127.0.0.1:{silent.getsockname()[1]}"], TOKEN, 0.2) as found:
-            assert "does not answer" in (await replicas.status(found))["drift"][0]
+            assert "does not answer" in (await replicas.status(found)).drift[0]
         assert time.monotonic() - began < 10
 
 
@@ -404,9 +405,10 @@ async def test_a_version_that_is_prepared_under_several_names_at_once_is_stored_
 @in_a_loop
 async def test_an_impossible_source_is_one_line_and_no_fault_of_the_server(three, source: str) -> None:
     async with three() as t:
-        with pytest.raises(ServeError, match=r"^r0: 'a' was not prepared: ") as caught:
-            await prepare("a", {"source": source}, t.replicas[:1], lambda *_: None, 600.0)
-        assert len(str(caught.value).splitlines()) == 1
+        answer = await t.worlds[0].api.put("/prepared/a", json={"source": source})
+        reason = answer.json()["error"]["message"]
+        assert (answer.status_code, len(reason.splitlines())) == (422, 1)
+        assert reason.startswith("'a' was not prepared: ")
 
 
 @in_a_loop
@@ -420,9 +422,9 @@ async def test_canaries_that_differ_are_drift(three, write_lora) -> None:
             t.write(entry)
             await world.control.refresh()
             await world.settled("a")
-        (line,) = (await replicas.status(t.replicas))["drift"]
+        (line,) = (await replicas.status(t.replicas)).drift
         assert line.startswith("the canary of a differs: a@")
-        assert "at r0, r2; a@" in line
+        assert "at http://r0, http://r2; a@" in line
 
 
 @in_a_loop
@@ -501,7 +503,7 @@ async def test_a_restored_document_has_the_bytes_of_before(three, write_lora) ->
         assert "restore" in t.steps
         assert t.document.read_text() == text
         t.wires[1].cut_after, t.wires[1].cut = None, False
-        await t.replicas[1].refresh()
+        await t.replicas[1].client.refresh()
         assert t.served("a") == [old] * 3
         await t.nothing_held()
 
@@ -572,29 +574,29 @@ async def test_a_second_signal_does_not_prevent_the_restoration(three, write_lor
 @in_a_loop
 async def test_status_lists_every_difference_between_replicas(three, write_lora) -> None:
     async with three() as t:
-        assert (await replicas.status(t.replicas))["drift"] == []
+        assert (await replicas.status(t.replicas)).drift == ()
         (old,) = set(t.served("a"))
-        assert (await replicas.status(t.replicas, {"a": old}))["drift"] == []
+        assert (await replicas.status(t.replicas, {"a": old})).drift == ()
         first, second, third = (world.control for world in t.worlds)
         unread = second.refresh, third.refresh
         second.refresh = third.refresh = lambda: asyncio.sleep(0)  # they do not read it
         t.write(Adapter(name="a", source=str(write_lora("two", 2.0))))
-        assert "r0: a is " in "".join((await replicas.status(t.replicas))["drift"])  # it has looked, and is on its way
+        assert "r0: a is " in "".join((await replicas.status(t.replicas)).drift)  # it has looked, and is on its way
         await first.reconciler.outcome("a")
         state = await replicas.status(t.replicas, {"a": old})
-        assert [line.partition(" ")[0] for line in state["drift"]] == ["the", "a", "r0:"]
-        assert "r1, r2" in state["drift"][1]
-        assert state["drift"][2] == f"r0: a is not {old} yet"
+        assert [line.partition(" ")[0] for line in state.drift] == ["the", "a", "http://r0:"]
+        assert "http://r1, http://r2" in state.drift[1]
+        assert state.drift[2] == f"http://r0: a is not {old} yet"
         second.refresh, third.refresh = unread
         t.worlds[1].engine.refuse.add("a@")
         await second.refresh()
         await second.reconciler.outcome("a")
         t.wires[2].cut = True
-        drift = "\n".join((await replicas.status(t.replicas))["drift"])
+        drift = "\n".join((await replicas.status(t.replicas)).drift)
         assert "r1: a is failed, serves a@" in drift
         assert "it said no" in drift
         assert "r2 does not answer" in drift
-        json.dumps(state)
+        json.dumps(asdict(state))
 
 
 def test_a_name_with_several_addresses_is_several_replicas(monkeypatch) -> None:
@@ -642,5 +644,5 @@ def test_an_impossible_host_is_one_line(url: str) -> None:
 )
 def test_a_url_with_a_possible_secret_is_refused_and_not_shown(url: str) -> None:
     with pytest.raises(ServeError, match="the token comes from the environment") as caught:
-        replicas.admin_url(url)
+        exchange.admin_url(url)
     assert "ter2" not in str(caught.value)
