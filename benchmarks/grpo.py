@@ -24,7 +24,9 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,9 @@ import httpx
 import openai
 from datasets import Dataset
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 
 from benchmarks import report
 from tests.support import demo
@@ -44,7 +47,7 @@ from trainer.sft import trl
 
 warnings.filterwarnings("ignore", "TRL currently supports vLLM")  # it does not use vLLM here
 PROMPTS, SAMPLES, MAX_TOKENS = 8, 4, 48
-SFT = ("steps=20", "batch_size=8", "learning_rate=2e-3", "forgetting_rows=0", "spectra=false", "rank=8")
+SFT = ("steps=40", "batch_size=8", "learning_rate=2e-3", "forgetting_rows=0", "spectra=false", "rank=8")
 TOKEN = secrets.token_hex(16)
 TABLE = re.compile(r"Table (\w+) \(([^)]*)\)")
 console = Console()
@@ -83,10 +86,12 @@ def run(folder: Path, steps: int, n_questions: int) -> tuple[dict[str, Any], lis
     with astra_serve(options, folder / "server.log", environment={"ASTRA_ADMIN_TOKEN": TOKEN}) as server:
         publish(admin_port, "before", before)
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
-        rollouts = Rollouts(f"http://127.0.0.1:{policy_port}", policies, tokenizer)
         began = time.monotonic()
-        trainer = make_trainer(model, tokenizer, rollouts, folder / "runs", steps)
-        trainer.train()
+        with Progress(console=console) as progress:
+            advance = partial(progress.advance, progress.add_task("training", total=steps))
+            rollouts = Rollouts(f"http://127.0.0.1:{policy_port}", policies, tokenizer, advance)
+            trainer = make_trainer(model, tokenizer, rollouts, folder / "runs", steps)
+            trainer.train()
         seconds = time.monotonic() - began
         save_lora(model, folder / "lora" / "after")
         publish(admin_port, "after", folder / "lora" / "after")
@@ -107,8 +112,9 @@ def run(folder: Path, steps: int, n_questions: int) -> tuple[dict[str, Any], lis
 class Rollouts:
     """TRL's `rollout_func`: publishes the policy of each step, and samples answers from it."""
 
-    def __init__(self, url: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, url: str, folder: Path, tokenizer: PreTrainedTokenizerBase, on_step: Callable[[], None]) -> None:
         self.steps: list[dict[str, Any]] = []
+        self._on_step = on_step
         self._folder, self._tokenizer = folder, tokenizer
         self._client = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=120)
 
@@ -128,6 +134,7 @@ class Rollouts:
             answers = list(pool.map(lambda prompt: self._sample(name, prompt), ids))
         wrong = sum(answer["model"] != version for answer in answers)
         self.steps.append({"publish_s": round(seconds, 4), "wrong_version": wrong})
+        self._on_step()
         choices = [answer["choices"][0] for answer in answers]
         return {
             "prompt_ids": ids,
@@ -148,7 +155,7 @@ def make_trainer(
     arguments = trl.GRPOConfig(
         str(folder),
         max_steps=steps,
-        learning_rate=3e-4,
+        learning_rate=1e-3,
         per_device_train_batch_size=PROMPTS * SAMPLES,
         num_generations=SAMPLES,
         max_completion_length=MAX_TOKENS,
@@ -161,7 +168,9 @@ def make_trainer(
     )
     rows = [{"prompt": row["prompt"]} for row in tasks.rows("sql", test=False, n=1000)]
     data = Dataset.from_list(rows)
-    return trl.GRPOTrainer(model, valid, arguments, data, processing_class=tokenizer, rollout_func=rollouts)
+    trainer = trl.GRPOTrainer(model, valid, arguments, data, processing_class=tokenizer, rollout_func=rollouts)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def valid(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
