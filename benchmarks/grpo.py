@@ -150,7 +150,7 @@ class Rollouts:
 
 def make_trainer(
     model: Any, tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts, folder: Path, steps: int
-) -> trl.GRPOTrainer:
+) -> "trl.GRPOTrainer":
     """Return the trainer of the policy; its optimizer and loss are TRL's defaults, but for the learning rate."""
     arguments = trl.GRPOConfig(
         str(folder),
@@ -213,7 +213,7 @@ def scored(client: openai.OpenAI, model: str, rows: list[tasks.Row]) -> dict[str
     }
 
 
-def rewards(trainer: trl.GRPOTrainer) -> list[float]:
+def rewards(trainer: "trl.GRPOTrainer") -> list[float]:
     """Return the mean reward of each step."""
     return [row["reward"] for row in trainer.state.log_history if "reward" in row]
 
