@@ -42,7 +42,7 @@ from trainer.adapter import (
     trained_head,
 )
 from trainer.config import Subspace, TrainConfig
-from trainer.data import Batch, Example, batches, language_examples
+from trainer.data import Batch, Example, batches, language_examples, preference_examples
 from trainer.errors import ConfigError, DataError, TargetError
 from trainer.exact_start import has_start
 from trainer.report import provenance
@@ -85,11 +85,8 @@ def get_astra_model(
         raise ConfigError("the model has an adapter already: pass the base")
     config = _settings(model, peft_config, subspace=subspace, train_b=train_b, seed=seed)
     rows = _calibration(data, tokenizer, calibration_rows, config)
-    state = PartialState(cpu=not torch.cuda.is_available())
-    if model.device.type != state.device.type:
-        model.to(state.device)
     was_training = model.training
-    model.eval()
+    _on_this_device(model).eval()
     layers = target_layers(model, config)
     with _progress(show=show_progress_bar) as progress:
         found = initialise(model, layers, rows, config, "", progress)
@@ -116,10 +113,12 @@ def initialize_lora_astra_weights(
     base, given = model.get_base_model(), model.peft_config[ADAPTER]
     config = _settings(base, given, subspace=subspace, train_b=train_b, seed=seed)
     adapted = adapted_modules(model)
+    if any(layer.lora_B[ADAPTER].weight.any() for layer in adapted.values()):
+        raise ConfigError("the adapter of the model has left its start already: call this before training")
     layers = {name: cast(nn.Linear, layer.get_base_layer()) for name, layer in adapted.items()}
     rows = _calibration(data, tokenizer, calibration_rows, config)
     was_training = model.training
-    model.eval()
+    _on_this_device(model).eval()
     with _progress(show=show_progress_bar) as progress, model.disable_adapter(), _plain_attention(base):
         found = initialise(base, layers, rows, config, "", progress)
     restart(model, found.starts, config)
@@ -199,6 +198,12 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Peft
     return started
 
 
+def _on_this_device(model: nn.Module) -> nn.Module:
+    """Return the model on this process's device, where the batches of the calibration are."""
+    device = PartialState(cpu=not torch.cuda.is_available()).device
+    return model if model.device.type == device.type else model.to(device)
+
+
 def _started(model: PreTrainedModel, starts: Mapping[str, Start], settings: TrainConfig) -> PeftModel:
     """Return the model with its adapter and with our settings, which `save_adapter` records."""
     started = attach(model, starts, settings)
@@ -276,8 +281,8 @@ def _examples(rows: Sequence[Any], tokenizer: PreTrainedTokenizerBase, settings:
     if settings.task == "classification":
         texts = [(row["text"], row.get("text_pair")) for row in named]
         return [{**tokenizer(*text, truncation=True, max_length=settings.max_length), "labels": 0} for text in texts]
-    chosen = [row | {"completion": row["chosen"]} if "chosen" in row else row for row in named]
-    return language_examples(chosen, tokenizer, settings.max_length, "data")
+    make = preference_examples if "chosen" in named[0] else language_examples
+    return make(named, tokenizer, settings.max_length, "data")
 
 
 @contextmanager

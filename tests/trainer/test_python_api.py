@@ -98,6 +98,14 @@ def test_a_model_that_peft_has_made_gets_the_same_start_in_place(train_b, tiny_b
     assert (found.r, found.lora_alpha, found.rank_pattern["q_proj"]) == ((8, 16, 4) if train_b else (4, 8, 2))
 
 
+def test_a_model_that_was_trained_is_not_restarted(tiny_base: Path) -> None:
+    rows = [{"input_ids": ids} for ids in IDS.tolist()]
+    model = get_peft_model(load(tiny_base), LoraConfig(r=4, target_modules="all-linear"))
+    initialize_lora_astra_weights(model, rows)
+    with pytest.raises(ConfigError, match="has left its start already"):
+        initialize_lora_astra_weights(model, rows)
+
+
 def test_attention_of_a_trainer_of_its_own_is_left_alone_for_the_calibration(tiny_base: Path) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("packed rows only")
