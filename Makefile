@@ -13,7 +13,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP = .venv/bin/python -m pip --disable-pip-version-check --quiet
 TORCH = $(shell sed -n 's/^\# \(torch==\)/\1/p' requirements-cpu.lock)
 
-.PHONY: demo demo-real install test attack slow-test model-test docs-test chart-test check clean
+.PHONY: demo demo-real install test test-serve test-rest attack slow-test model-test docs-test chart-test check clean
 demo: .venv/.installed
 	.venv/bin/python -m benchmarks.demo
 
@@ -22,9 +22,15 @@ demo-real: .venv/.installed
 
 install: .venv/.installed
 
-# Two processes: one begins with the tests of the real engine, the other with the rest (tests/conftest.py).
+# Two processes side by side, on a core each: the server with its real engine, and the rest.
 test: .venv/.installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(MAKE) --no-print-directory -j 2 test-serve test-rest
+
+test-serve: .venv/.installed
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q tests/e2e tests/astra_serve
+
+test-rest: .venv/.installed
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q tests/trainer tests/converter tests/benchmarks tests/test_import_rules.py
 
 slow-test: .venv/.installed
 	.venv/bin/python -m pytest tests/slow

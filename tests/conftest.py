@@ -20,18 +20,6 @@ from trainer.embedded.pretrain import train_tokenizer
 EMBEDDED = Path(trainer.embedded.__file__).parent / "base"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let `make test` give whole files to its processes, and the tests of the real engine to one, from the start."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("e2e" if _needs_engine(item) else item.nodeid.partition("::")[0]))
-    items.sort(key=_needs_engine, reverse=True)  # stable
-
-
-def _needs_engine(item: pytest.Item) -> bool:
-    return "e2e" in item.path.parts
-
-
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
     """A shell ignores SIGINT for what it starts in the background, and what a test starts would inherit that."""
