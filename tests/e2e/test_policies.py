@@ -36,6 +36,8 @@ def test_trls_own_code_publishes_samples_and_unloads(server, url, tmp_path: Path
     assert card["proof"]["state"] == "proved"
     assert httpx.get(f"{server.url}/v1/models/trl-policy-v2").json()["root"] == card["root"]
     assert "e2e-policies" not in server.log.read_text()
+    unload = httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "trl-policy-v2"})
+    assert unload.status_code == 200  # other tests list the models of this server
 
 
 def test_a_name_that_is_loaded_again_never_answers_from_a_prefix_of_the_version_before(url, loras) -> None:

@@ -35,7 +35,12 @@ def test_any_text_gives_the_value_of_pyyaml_or_a_fault(text: str) -> None:
         fault = str(error)
     assert len(fault.splitlines()) <= 1
     if not fault:
-        assert value == yaml.load(text, yaml_text.LOADER)  # noqa: S506 (a safe one)
+        try:
+            expected = yaml.load(text, yaml_text.LOADER)  # noqa: S506 (a safe one)
+        except yaml.constructor.ConstructorError:
+            assert "<<" in text  # a value, which PyYAML does not construct, and which is text here
+        else:
+            assert value == expected
 
 
 def test_json_and_anchors_and_merged_mappings_are_read() -> None:
