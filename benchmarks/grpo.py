@@ -38,6 +38,7 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 
+from astra_serve.client import Client
 from benchmarks import report
 from tests.support import demo
 from tests.support.server import astra_serve, free_port
@@ -83,8 +84,11 @@ def run(folder: Path, steps: int, n_questions: int) -> tuple[dict[str, Any], lis
     options = ["--base", str(demo.BASE), "--adapters", str(folder / "adapters.yaml"), "--enforce-eager"]
     options += ["--admin-port", str(admin_port), "--policy-port", str(policy_port), "--adapter-root", str(folder)]
     console.print("starting the engine")
-    with astra_serve(options, folder / "server.log", environment={"ASTRA_ADMIN_TOKEN": TOKEN}) as server:
-        publish(admin_port, "before", before)
+    with (
+        astra_serve(options, folder / "server.log", environment={"ASTRA_ADMIN_TOKEN": TOKEN}) as server,
+        Client(f"http://127.0.0.1:{admin_port}", TOKEN) as admin,
+    ):
+        admin.publish("before", before)
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
         began = time.monotonic()
         with Progress(console=console) as progress:
@@ -94,9 +98,9 @@ def run(folder: Path, steps: int, n_questions: int) -> tuple[dict[str, Any], lis
             trainer.train()
         seconds = time.monotonic() - began
         save_lora(model, folder / "lora" / "after")
-        publish(admin_port, "after", folder / "lora" / "after")
+        admin.publish("after", folder / "lora" / "after")
         scores = {when: scored(client, when, questions) for when in ("before", "after")}
-    cases = [{**step, "reward": reward} for step, reward in zip(rollouts.steps, rewards(trainer), strict=False)]
+    cases = [{**step, "reward": reward} for step, reward in zip(rollouts.steps, rewards(trainer), strict=True)]
     tenth = max(1, len(cases) // 10)
     return {
         "reward_first": statistics.fmean(case["reward"] for case in cases[:tenth]),
@@ -193,13 +197,6 @@ def is_valid(prompt: str, answer: str) -> bool:
     finally:
         database.close()
     return answer.strip().upper().startswith("SELECT")
-
-
-def publish(port: int, name: str, folder: Path) -> None:
-    """Publish a LoRA at the admin port; returns when it serves."""
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    url = f"http://127.0.0.1:{port}/adapters/{name}"
-    httpx.put(url, json={"source": str(folder)}, headers=headers, timeout=300).raise_for_status()
 
 
 def scored(client: openai.OpenAI, model: str, rows: list[tasks.Row]) -> dict[str, float]:

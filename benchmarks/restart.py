@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from astra_serve.adapters.store import version_digest
+from astra_serve.adapters.version_files import version_digest
 from astra_serve.document import desired
 from benchmarks import report
 from tests.support import demo

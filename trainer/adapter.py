@@ -158,10 +158,13 @@ def saved_config(model: PeftModel, base: str) -> Json:
         modules = sorted({*modules, *names.projections})  # what PEFT takes for the stacked parameters
     found: Json = {**settings.to_dict(), "base_model_name_or_path": base, "target_modules": modules}
     factor = 2 if any(is_pair(layer, ADAPTER) for layer in adapted_modules(model).values()) else 1
-    for key in ("rank_pattern", "alpha_pattern"):
-        found[key] = {name: value // factor if key[0] == "r" else value / factor for name, value in found[key].items()}
-    found |= {"r": found["r"] // factor, "lora_alpha": found["lora_alpha"] / factor}
-    return {**found, "target_parameters": parameters or None}
+    of_factors: Json = {
+        "r": settings.r // factor,
+        "lora_alpha": settings.lora_alpha / factor,
+        "rank_pattern": {name: rank // factor for name, rank in settings.rank_pattern.items()},
+        "alpha_pattern": {name: alpha / factor for name, alpha in settings.alpha_pattern.items()},
+    }
+    return {**found, **of_factors, "target_parameters": parameters or None}
 
 
 @torch.no_grad()

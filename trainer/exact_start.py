@@ -72,9 +72,9 @@ class Factor(nn.Module):
         with torch.no_grad():
             return self.standard()
 
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:  # noqa: ARG002  torch's signature
         """Yield what is trained: PEFT lets all that it finds here be trained where it activates an adapter."""
-        return iter([self.move] if recurse and self._trained else [])
+        return iter([self.move] if self._trained else [])
 
     def _in_compute_dtype(self, x: torch.Tensor) -> torch.Tensor:
         """Return the factor in the dtype of the products: autocast's, or the adapter's own."""

@@ -271,9 +271,9 @@ def fit_to_base(
     """Return rows that `model` can read; pads with a token that it knows. Raises DataError for those it cannot read."""
     use_known_padding(tokenizer, model)
     train, held_out = (with_end_tokens(examples, model, config) for examples in (rows.train, rows.held_out))
-    for examples in (train, held_out):
+    for examples, file in ((train, source), (held_out, config.eval_data or source)):
         others = [rejected_example(row) for row in examples] if config.task == "dpo" else []
-        check_rows([*examples, *others], source, model, tokenizer, config)
+        check_rows([*examples, *others], file, model, tokenizer, config)
     return replace(rows, train=train, held_out=held_out)
 
 

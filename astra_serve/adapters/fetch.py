@@ -22,7 +22,8 @@ import fsspec
 from astra_serve.adapters import download
 from astra_serve.adapters.pool import Slots, Threads
 from astra_serve.adapters.progress import FetchLimits, Progress, largest_files
-from astra_serve.adapters.store import FILES, Store, files_of
+from astra_serve.adapters.store import Store
+from astra_serve.adapters.version_files import FILES, files_of
 from astra_serve.errors import CannotFetch, CannotStore
 from converter.adapter_dir import (
     ASTRA_WEIGHTS,

@@ -3,7 +3,7 @@
 from collections import deque
 from dataclasses import dataclass
 
-from astra_serve.adapters.store import FILES
+from astra_serve.adapters.version_files import FILES
 from converter.adapter_dir import CHAT_FILES, LORA_WEIGHTS, MAX_JSON_BYTES
 
 

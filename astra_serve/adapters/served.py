@@ -11,7 +11,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from astra_serve.adapters.admission import Admitted, Base
-from astra_serve.adapters.store import Store, version_digest
+from astra_serve.adapters.store import Store
+from astra_serve.adapters.version_files import version_digest
 from converter import adapter_dir
 from converter.adapter_dir import AdapterError
 

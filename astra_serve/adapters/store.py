@@ -29,12 +29,12 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from astra_serve.adapters.version_files import files_of, named, version_digest
 from astra_serve.errors import CannotStore, Damaged, InUse, ServeError
 from converter import adapter_dir, atomic
-from converter.adapter_dir import CHAT_FILES, CONFIG, LORA_WEIGHTS, PROVENANCE, AdapterError
+from converter.adapter_dir import AdapterError
 from converter.errors import without_secrets
 
-FILES = (LORA_WEIGHTS, CONFIG, PROVENANCE)  # beside them there may be those of CHAT_FILES
 FULL = (errno.ENOSPC, errno.EDQUOT)
 BLOCK = 2**22  # bytes
 PASSING = "passing"
@@ -260,7 +260,7 @@ class Store:
                 if os.path.lexists(folder / name):
                     _copy(adapter_dir.file_in(folder, name), copy / name, on_bytes)
             adapter_dir.load_lora(copy)  # the copy is checked: the original may change
-            digest, with_chat = _named(copy, expected)
+            digest, with_chat = named(copy, expected)
             self._publish(copy, files_of(copy, with_chat=with_chat), digest, kept)
             return digest
         except AdapterError as error:
@@ -273,7 +273,7 @@ class Store:
     def _already(self, source: Path, expected: str | None, on_bytes: Callable[[int], None]) -> str | None:
         """Return the digest of the LoRA in `source` if it is the expected one, and the store has it, intact."""
         try:
-            digest, _ = _named(source, expected, on_bytes)
+            digest, _ = named(source, expected, on_bytes)
             self.verify(digest)
         except (AdapterError, OSError, Damaged):
             return None
@@ -317,43 +317,6 @@ def first_free(parent: Path) -> Store:
         with suppress(InUse):
             return Store(parent / str(number))
     raise AssertionError
-
-
-def version_digest(folder: Path, on_bytes: Callable[[int], None] = lambda _: None, *, with_chat: bool = True) -> str:
-    """Return the digest over the files of a version: weights, config and, where they are there, record and chat files.
-
-    Without the chat files it is the digest that the same folder had before they counted. `on_bytes` is called with the
-    number of bytes of each block. Raises AdapterError and OSError.
-    """
-    names = files_of(folder, with_chat=with_chat)
-    files = [adapter_dir.file_in(folder, name) for name in names if os.path.lexists(folder / name)]
-    return adapter_dir.digest(files, on_bytes)
-
-
-def files_of(folder: Path, *, with_chat: bool = True) -> tuple[str, ...]:
-    """Return the names that the files of a version may have: FILES and CHAT_FILES.
-
-    An index and shards may be in place of one file of weights. Raises AdapterError.
-    """
-    weights = adapter_dir.weight_files(folder) or [LORA_WEIGHTS]
-    return (*weights, CONFIG, PROVENANCE, *(CHAT_FILES if with_chat else ()))
-
-
-def _named(folder: Path, expected: str | None, on_bytes: Callable[[int], None] = lambda _: None) -> tuple[str, bool]:
-    """Return the digest of the version in `folder` that `expected` names, and whether it has the chat files.
-
-    `expected` is that of all its files, of those without the chat files, or of the weights and config alone. Raises
-    AdapterError, OSError, and Damaged where it is another one.
-    """
-    digest = version_digest(folder, on_bytes)
-    if expected in (None, digest):
-        return digest, True
-    has_chat = any(os.path.lexists(folder / name) for name in CHAT_FILES)
-    if has_chat and version_digest(folder, on_bytes, with_chat=False) == expected:
-        return expected, False
-    if expected == adapter_dir.lora_digest(folder):
-        return digest, True
-    raise Damaged(f"its digest is {digest}, not {expected}")
 
 
 def _text(path: Path) -> str:

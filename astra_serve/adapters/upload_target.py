@@ -22,7 +22,8 @@ import fsspec
 from fsspec.callbacks import Callback
 
 from astra_serve.adapters.fetch import local_path
-from astra_serve.adapters.store import BLOCK, files_of, version_digest
+from astra_serve.adapters.store import BLOCK
+from astra_serve.adapters.version_files import files_of, version_digest
 from astra_serve.errors import CannotStore, ServeError
 from converter.adapter_dir import CONFIG, AdapterError
 from converter.errors import first_line
@@ -139,7 +140,7 @@ def _into_objects(version: Path, url: str, on_bytes: OnBytes) -> None:
                 raise CannotStore(f"{url}/{name} has {found} bytes after it was written, and not {size}: try again")
     except BaseException:
         for target in written:
-            with suppress(Exception):
+            with suppress(Exception):  # the first error is the one to report
                 system.rm_file(target)
         raise
 

@@ -146,12 +146,12 @@ class PublishCallback(TrainerCallback):
         try:
             self._write_lora(model, snapshot.folder)
         except Exception as error:  # of a function that others wrote
-            self._discard(snapshot)
+            self._remove(snapshot)
             self._failed(state, control, snapshot.step, error)
             return
         if replaced := self._publisher.submit(snapshot):
             logger.info("the snapshot of step %d is not published: step %d is newer", replaced.step, snapshot.step)
-            self._discard(replaced)
+            self._remove(replaced)
 
     def _new_folder(self, step: int) -> Path:
         """Return a folder that does not exist: a training that was resumed takes some snapshots again."""
@@ -175,11 +175,12 @@ class PublishCallback(TrainerCallback):
                     allow_no_effect=self._allow_no_effect,
                 )
         finally:
-            self._discard(snapshot)
+            if self._folder is None:  # otherwise the document may refer to it
+                self._remove(snapshot)
 
-    def _discard(self, snapshot: Snapshot) -> None:
-        if self._folder is None:  # otherwise the document may refer to it
-            shutil.rmtree(snapshot.folder.parent, ignore_errors=True)
+    def _remove(self, snapshot: Snapshot) -> None:
+        temporary = self._folder is None
+        shutil.rmtree(snapshot.folder.parent if temporary else snapshot.folder, ignore_errors=True)
 
     def _notice(self, state: TrainerState, control: TrainerControl) -> None:
         for outcome in self._publisher.outcomes():

@@ -76,7 +76,7 @@ class Publisher:
             result: AdapterState | Exception
             try:
                 result = self._publish(snapshot)
-            except Exception as error:
+            except Exception as error:  # whatever it is, the thread that reads the outcomes has to know it
                 result = error
             with self._changed:
                 self._outcomes.append(Outcome(snapshot, result, time.monotonic() - began))

@@ -29,30 +29,26 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from astra_serve.control import report
 from astra_serve.control.control import Control
+from astra_serve.control.openai_errors import answer_errors
 from astra_serve.control.uploads import Uploads
 from astra_serve.document import desired
 from astra_serve.document.desired import Canary, Digest
-from astra_serve.errors import BadDocument, BadUpload, NotPublished, ServeError, UnknownAdapter
+from astra_serve.errors import ServeError, UnknownAdapter
 from astra_serve.gateway import json_body
 from astra_serve.gateway.body import MIB, BodyLimit, length_of
-from astra_serve.gateway.errors import error_body
 from astra_serve.gateway.middleware import App, Gateway, Receive, Scope, Send, refuse
 
-STATUS: dict[type[Exception], int] = {BadDocument: 400, UnknownAdapter: 404, NotPublished: 422}  # others: 409
 MAX_BODY = MIB
 TAR = "application/x-tar"
-DIGEST = "a digest is sha256: and 64 hexadecimal digits"
 
 
 class _Body(BaseModel):
@@ -109,25 +105,7 @@ def build(control: Control, gateway: Gateway, token: str, uploads: Uploads) -> F
     app.add_middleware(BodyLimit, most=MAX_BODY, fault=json_body.fault, streamed=_is_upload)
     app.add_middleware(_Token, token=token)
 
-    @app.exception_handler(HTTPException)
-    async def _no_route(request: Request, error: HTTPException) -> Response:
-        return _openai_error(error.status_code, f"{request.method} {request.url.path[:200]} is not served")
-
-    @app.exception_handler(RequestValidationError)
-    async def _bad_body(_: Request, error: RequestValidationError) -> Response:
-        fault = error.errors()[0]
-        reason = DIGEST if fault["type"] == "string_pattern_mismatch" else fault["msg"]
-        return _openai_error(400, f"{'.'.join(map(str, fault['loc'][1:])) or 'body'}: {reason}")
-
-    @app.exception_handler(ServeError)
-    async def _serve_error(_: Request, error: ServeError) -> Response:
-        status = error.status if isinstance(error, BadUpload) else STATUS.get(type(error), 409)
-        return _openai_error(status, str(error), type(error).__name__)
-
-    @app.exception_handler(Exception)
-    async def _failed(*_: Any) -> Response:
-        return _openai_error(500, "the server has failed: its log has the reason")
-
+    answer_errors(app)
     app.include_router(_show(control))
     app.include_router(_upload(control, uploads))
     app.include_router(_change(control))
@@ -161,10 +139,6 @@ def _is_upload(scope: Scope) -> bool:
     if scope["type"] != "http" or scope["method"] != "PUT" or not scope["path"].startswith("/adapters/"):
         return False  # a route that reads its body as a whole
     return Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower() == TAR
-
-
-def _openai_error(status: int, message: str, kind: str | None = None) -> Response:
-    return Response(error_body(status, message, kind=kind), status, media_type="application/json")
 
 
 def _show(control: Control) -> APIRouter:

@@ -10,26 +10,23 @@ Every other path is the public port's: /health, /v1/models, /v1/models/NAME, /v1
 
 Errors have OpenAI's format: 400 for a body or a name that makes no sense, 401 before the body is read, 404 for an
 unload of a name that no policy has, 409 where the name is another adapter's, 413 for a body of a load over 1 MiB, 422
-with the reason why a policy is not served.
+with the reason why a policy is not served. `type` is the class in `errors`, if the error is one of its tree.
 """
 
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import APIRouter, FastAPI
 from pydantic import BaseModel, Field
 
 from astra_serve.adapters.version import Version
+from astra_serve.control.openai_errors import answer_errors
 from astra_serve.control.policies import Policies
-from astra_serve.errors import BadDocument, NotPublished, ServeError, UnknownAdapter
 from astra_serve.gateway import json_body
 from astra_serve.gateway.body import MIB, BodyLimit
 from astra_serve.gateway.credential import Credential
-from astra_serve.gateway.errors import error_body
 from astra_serve.gateway.middleware import App, Receive, Scope, Send
 
-STATUS: dict[type[Exception], int] = {BadDocument: 400, UnknownAdapter: 404, NotPublished: 422}  # others: 409
 MAX_BODY = MIB
 
 
@@ -54,24 +51,7 @@ def build(policies: Policies, public: App, info: dict[str, Any], token: str, api
     """
     app = FastAPI(title="astra-serve: policies", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyLimit, most=MAX_BODY, fault=json_body.fault)
-
-    @app.exception_handler(RequestValidationError)
-    async def _bad_body(_: Request, error: RequestValidationError) -> Response:
-        fault = error.errors()[0]
-        return _openai_error(400, f"{'.'.join(map(str, fault['loc'][1:])) or 'body'}: {fault['msg']}")
-
-    @app.exception_handler(405)
-    async def _no_method(request: Request, _: Exception) -> Response:
-        return _openai_error(405, f"{request.method} {request.url.path[:200]} is not served")
-
-    @app.exception_handler(ServeError)
-    async def _serve_error(_: Request, error: ServeError) -> Response:
-        return _openai_error(STATUS.get(type(error), 409), str(error))
-
-    @app.exception_handler(Exception)
-    async def _failed(*_: Any) -> Response:
-        return _openai_error(500, "the server has failed: its log has the reason")
-
+    answer_errors(app)
     app.include_router(_change(policies))
     app.include_router(_as_vllm(info))
     return Credential(_Split(app, public, api_key), token)
@@ -142,7 +122,3 @@ def _described(policies: Policies, version: Version) -> dict[str, Any]:
         "digest": version.digest,
         "probe": asdict(proof.verdict) if proof else None,
     }
-
-
-def _openai_error(status: int, message: str) -> Response:
-    return Response(error_body(status, message), status, media_type="application/json")

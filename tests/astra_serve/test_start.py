@@ -44,7 +44,11 @@ def test_uploads_that_no_server_could_fetch_are_refused_at_the_start(words, mess
 def test_a_target_in_one_of_the_roots_is_accepted(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("ASTRA_ADMIN_TOKEN", "token")
     words = ["--upload-to", str(tmp_path / "up"), "--adapter-root", str(tmp_path), "--admin-port", "1"]
-    start._check(start._parser().parse_args(["--base", "x", *words, "--adapters", "a.yaml"]))
+    args = start._parser().parse_args(["--base", "x", *words, "--adapters", "a.yaml"])
+    start._check(args)
+    target = start._upload_target(args)
+    assert target is not None
+    assert target.folder == tmp_path / "up"
 
 
 def test_with_another_template_for_the_base_an_adapters_is_never_taken_for_the_bases(base) -> None:

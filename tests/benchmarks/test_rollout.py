@@ -1,4 +1,4 @@
-"""What the rollout benchmark counts as a wrong version, on the tiny base."""
+"""Wrong versions in the rollout benchmark, on the tiny base."""
 
 from pathlib import Path
 

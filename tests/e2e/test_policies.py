@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from astra_serve.adapters.store import version_digest
+from astra_serve.adapters.version_files import version_digest
 from tests.support import demo
 
 pytestmark = pytest.mark.timeout(400)

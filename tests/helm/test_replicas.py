@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 
-from astra_serve.adapters.store import FILES, version_digest
+from astra_serve.adapters.version_files import FILES, version_digest
 from astra_serve.document import desired, document_text
 from astra_serve.document.desired import Adapter, Document
 from converter.adapter_dir import LORA_WEIGHTS

@@ -102,7 +102,7 @@ async def measure(
     """Call `swap` with 0, 1, 2, ... under load, and return counts, times in seconds, throughput ratios and memory.
 
     `swap` returns the name that new answers carry from then on; an HTTP error of `swap` ends the swaps. `model` returns
-    the name that requests ask for now.
+    the name in a request that is sent now.
     """
     load = Load(
         server.url, CLIENTS, lambda number, turn: (model(), PROMPTS[(number + turn) % len(PROMPTS)]), judge, TOKENS

@@ -142,6 +142,13 @@ def test_forgetting_is_measured_on_every_language_model(name, base_of, jsonl, ro
     assert load_astra(tmp_path / "out").provenance["forgetting"]["before"] > 0
 
 
+def test_a_held_out_row_that_is_too_long_is_of_its_own_file(base_of, jsonl, tmp_path, capfd) -> None:
+    files = ["--data", str(jsonl(TEXT)), "--eval-data", str(jsonl(LONG, "held-out.jsonl"))]
+    options = ["--base", str(base_of("llama")), "--out", str(tmp_path / "out"), "--max-length", "256", "--dry-run"]
+    assert main([*options, *files]) == 2
+    assert "held-out.jsonl has a row of" in capfd.readouterr().err
+
+
 def test_forgetting_is_measured_within_few_positions(tokenizer, jsonl, rows, tmp_path) -> None:
     base = save_base("opt", tmp_path / "base", tokenizer, max_position_embeddings=48)
     assert astra_train(base, jsonl(rows), tmp_path / "out", "steps=1") == 0

@@ -7,8 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # label of tokens that do not count in the loss
-
-_OTHERS = ("labels", "rejected_ids")  # what a model does not read of an example
+REJECTED = "rejected_ids"  # the key of a preference that holds the ids of the rejected answer
 
 Example = dict[str, Any]  # causal LM: input_ids and labels of equal length; classifier: tokenizer output and one label
 Batch = dict[str, torch.Tensor]  # (rows, length) int64, padded on the right; attention_mask is 1 on real tokens
@@ -20,7 +19,7 @@ def batches(examples: Sequence[Example], size: int, tokenizer: PreTrainedTokeniz
 
 
 def _collate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Batch:
-    tokens = [{key: value for key, value in example.items() if key not in _OTHERS} for example in examples]
+    tokens = [{key: value for key, value in example.items() if key not in ("labels", REJECTED)} for example in examples]
     batch: Batch = dict(tokenizer.pad(tokens, padding_side="right", return_tensors="pt"))
     labels = [example["labels"] for example in examples]
     if isinstance(labels[0], int):

@@ -6,13 +6,12 @@ from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
 
-from trainer.data.batches import IGNORED, Example
+from trainer.data.batches import IGNORED, REJECTED, Example
 from trainer.data.examples import CUT, SKIPPED, Examples, answer_tokens, in_row, stop_texts
 from trainer.data.files import Row
 from trainer.errors import DataError
 
 SAME = "left out: chosen and rejected are the same, as far as max_length goes"
-REJECTED = "rejected_ids"  # the key of an example that holds the ids of the other answer
 
 
 def preference_examples(

@@ -16,7 +16,8 @@ import pytest
 from astra_serve.adapters import download
 from astra_serve.adapters.fetch import Sources, fetch, origin
 from astra_serve.adapters.progress import FetchLimits
-from astra_serve.adapters.store import Store, version_digest
+from astra_serve.adapters.store import Store
+from astra_serve.adapters.version_files import version_digest
 from astra_serve.errors import CannotFetch, CannotStore
 from converter.adapter_dir import MalformedAdapter
 from tests.astra_serve.world import in_a_loop

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from astra_serve.adapters.served import Served
-from astra_serve.adapters.store import FILES, files_of, version_digest
+from astra_serve.adapters.version_files import FILES, files_of, version_digest
 from astra_serve.errors import CannotFetch
 from converter import adapter_dir
 from converter.adapter_dir import AdapterError, MalformedAdapter, NotAnAdapter, UnsafeAdapter

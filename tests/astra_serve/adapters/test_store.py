@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from astra_serve.adapters import store as store_module
-from astra_serve.adapters.store import Store, first_free, version_digest
+from astra_serve.adapters.store import Store, first_free
+from astra_serve.adapters.version_files import version_digest
 from astra_serve.errors import CannotStore, Damaged, ServeError
 from converter import adapter_dir
 from converter.adapter_dir import MalformedAdapter, NotAnAdapter

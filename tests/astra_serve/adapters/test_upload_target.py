@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from astra_serve.adapters.store import version_digest
 from astra_serve.adapters.upload_target import UploadTarget
+from astra_serve.adapters.version_files import version_digest
 from astra_serve.errors import CannotStore, ServeError
 
 KILLED = """

@@ -225,6 +225,16 @@ def test_a_folder_that_the_server_sees_is_not_uploaded_and_stays(admin: Admin, t
         assert client.get("a").source == str(tmp_path / "seen" / "a-4-2")
 
 
+def test_a_snapshot_that_was_not_written_does_not_stay(trainer, callback, tmp_path) -> None:
+    def broken(_: Any, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+        raise OSError("no space left on the disk")
+
+    trainer(callback(every=2, folder=tmp_path / "seen", write_lora=broken, on_failure="warn")).train()
+    assert list((tmp_path / "seen").iterdir()) == []
+
+
 def test_reporters_get_the_entries_if_the_trainer_logs_them(trainer, callback) -> None:
     reported: list[dict[str, Any]] = []
 

@@ -37,4 +37,6 @@ def test_one_is_published_at_a_time_and_a_newer_one_replaces_the_one_that_waits(
 
 
 def test_nothing_to_publish_is_not_waited_for() -> None:
-    Publisher(lambda _: None).wait()
+    publisher = Publisher(lambda _: None)
+    publisher.wait()
+    assert publisher.outcomes() == []

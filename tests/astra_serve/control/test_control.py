@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from astra_serve.adapters import store as store_module
-from astra_serve.adapters.store import Store, version_digest
+from astra_serve.adapters.store import Store
+from astra_serve.adapters.version_files import version_digest
 from astra_serve.control import preparation
 from astra_serve.control.changes import Changes
 from astra_serve.document import desired, document_text

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import s3fs
 
-from astra_serve.adapters.store import version_digest
+from astra_serve.adapters.version_files import version_digest
 from astra_serve.control.desired_state import DesiredState
 from astra_serve.document import desired
 from astra_serve.document.desired import Adapter, Document

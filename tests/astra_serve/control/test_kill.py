@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from astra_serve.adapters.store import Store, version_digest
+from astra_serve.adapters.store import Store
+from astra_serve.adapters.version_files import version_digest
 from tests.astra_serve.world import in_a_loop, server
 
 

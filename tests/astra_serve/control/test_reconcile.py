@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from astra_serve.adapters.defaults import Defaults
-from astra_serve.adapters.store import version_digest
+from astra_serve.adapters.version_files import version_digest
 from astra_serve.control import preparation
 from astra_serve.control.reconcile import Failed, RetryAfter, outcome_of
 from astra_serve.errors import CannotFetch, CannotStore, Damaged, ProbeFailed, ServeError, Unavailable

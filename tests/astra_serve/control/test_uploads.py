@@ -9,8 +9,9 @@ import pytest
 
 from astra_serve.adapters.fetch import Sources
 from astra_serve.adapters.progress import FetchLimits
-from astra_serve.adapters.store import Store, version_digest
+from astra_serve.adapters.store import Store
 from astra_serve.adapters.upload_target import UploadTarget
+from astra_serve.adapters.version_files import version_digest
 from tests.astra_serve.stand_in import StandInEngine
 from tests.astra_serve.world import TOKEN, World, in_a_loop, server
 from tests.support import tars

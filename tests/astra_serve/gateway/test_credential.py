@@ -1,4 +1,4 @@
-"""Who is let in at a port with one token."""
+"""The credential of a port: with which headers a request passes."""
 
 from base64 import b64encode
 
