@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -32,10 +33,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from transformers.utils import logging
 
 from benchmarks import peak_memory, report
-from trainer.adapter import attach, target_layers
+from trainer.adapter import ADAPTER, attach, target_layers
 from trainer.config import TrainConfig
 from trainer.embedded import pretrain
-from trainer.exact_start import FactorA
+from trainer.exact_start import ExactStart
 from trainer.start.methods import astra_start
 
 RANK, SEED, TURNS, STEPS = 16, 0, 7, 2
@@ -44,11 +45,15 @@ ROWS = {"embedded": (16, 128), "wide": (4, 128)}  # (rows, tokens per row) of th
 console = Console()
 
 
-class Autograd(FactorA):
-    """The same product as ours; autograd saves the tensors for the backward pass."""
+class Autograd(ExactStart):
+    """The same two products as ours; autograd saves the tensors for the backward pass."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.to(self.start.dtype), self.standard())
+    @staticmethod
+    def forward(
+        module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
+        a, b = module.lora_A[active_adapter].standard(), module.lora_B[active_adapter].standard()
+        return result + module.scaling[active_adapter] * F.linear(F.linear(x.to(a.dtype), a), b)
 
 
 FORMS = ("lora", "ours", "autograd")
@@ -89,9 +94,9 @@ def build(model: str, form: str, device: str) -> tuple[nn.Module, Callable[[], N
         adapted = attach(
             base, {name: astra_start(layers[name].weight.detach(), q) for name, q in bases.items()}, config
         )
-        for factor in adapted.modules():
-            if isinstance(factor, FactorA) and form == "autograd":
-                factor.__class__ = Autograd
+        for layer in adapted.modules():
+            if isinstance(layer, LoraLayer) and form == "autograd":
+                layer.lora_variant[ADAPTER] = Autograd()
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     ids = torch.randint(5, 1000, ROWS[model], device=device)

@@ -19,29 +19,51 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, PeftModelForSequenceClassification
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 from torch.nn import functional as F
 
 
-class _Linear(torch.autograd.Function):
-    """x W^T for x (..., d_in) and W (k, d_in), in W's dtype; autograd would keep a copy of x in that dtype."""
+class _AdapterOutput(torch.autograd.Function):
+    """s (dB A x + B0 dA x) with a backward pass written by hand.
+
+    It reads x and the output gradient as often as plain LoRA does. Autograd would store a float32 copy of x and read x
+    twice.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return (..., k)."""
-        ctx.save_for_backward(x, weight)
-        return F.linear(x.to(weight.dtype), weight)
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        d_a: torch.Tensor,
+        d_b: torch.Tensor,
+        a0: torch.Tensor,
+        b0: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Return (..., d_out) for x (..., d_in), in the adapter's dtype."""
+        a0_x, d_a_x = F.linear(x.to(d_a.dtype), torch.cat([a0, d_a])).chunk(2, dim=-1)
+        inner = torch.cat([a0_x + d_a_x, d_a_x], dim=-1)  # A x and dA x, (..., 2r)
+        ctx.save_for_backward(x, inner, d_a, d_b, a0, b0)
+        ctx.scaling = scaling
+        return F.linear(inner, scaling * torch.cat([d_b, b0], dim=1))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients of x and W, given that of the output (..., k)."""
+        """Return the gradients of x, dA and dB, given the gradient of the output (..., d_out)."""
         (gradient,) = gradients
-        x, weight = ctx.saved_tensors
-        grad_x = (gradient @ weight).to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = None
+        x, inner, d_a, d_b, a0, b0 = ctx.saved_tensors
+        rank = len(d_a)
+        through_b, through_b0 = F.linear(gradient, ctx.scaling * torch.cat([d_b, b0], dim=1).T).chunk(2, dim=-1)
+        grad_d_a_x = through_b + through_b0
+        grad_x = grad_d_a = grad_d_b = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (torch.cat([through_b, grad_d_a_x], dim=-1) @ torch.cat([a0, d_a])).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = gradient.flatten(0, -2).T @ x.to(weight.dtype).flatten(0, -2)
-        return grad_x, grad_weight
+            grad_d_a = grad_d_a_x.flatten(0, -2).T @ x.to(d_a.dtype).flatten(0, -2)
+        if ctx.needs_input_grad[2]:
+            grad_d_b = ctx.scaling * gradient.flatten(0, -2).T @ inner[..., :rank].flatten(0, -2)
+        return grad_x, grad_d_a, grad_d_b, None, None, None
 
 
 class Factor(nn.Module):
@@ -75,12 +97,6 @@ class Factor(nn.Module):
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:  # noqa: ARG002  torch's signature
         """Yield what is trained: PEFT lets all that it finds here be trained where it activates an adapter."""
         return iter([self.move] if self._trained else [])
-
-    def _in_compute_dtype(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the factor in the dtype of the products: autocast's, or the adapter's own."""
-        device = x.device.type
-        weight = self.standard()
-        return weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.standard() if keep_vars else self.weight
@@ -124,11 +140,6 @@ class FactorA(Factor):
         if not torch.equal(self.start + d_a, a):  # another start; otherwise A0 stays as it is, to the last bit
             self.start.copy_(a - d_a)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return A x and dA x (..., 2r), or dA x (..., r), for x (..., d_in)."""
-        product: torch.Tensor = _Linear.apply(x, self._in_compute_dtype(x))  # type: ignore[no-untyped-call]
-        return product
-
 
 class FactorB(Factor):
     """`lora_B`: [dB | B0] (d_out, 2r), or B0 (d_out, r) where it is frozen."""
@@ -147,9 +158,44 @@ class FactorB(Factor):
         else:
             self.start.copy_(weight)
 
-    def forward(self, inner: torch.Tensor) -> torch.Tensor:
-        """Return (..., d_out) for the output of `FactorA`."""
-        return F.linear(inner, self._in_compute_dtype(inner))
+
+class ExactStart(LoraVariant):
+    """PEFT's hook into the passes of a layer with such factors; PEFT calls it in place of its own two products."""
+
+    @staticmethod
+    def forward(
+        module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
+        """Return result (..., d_out) + s (B A - B0 A0) x for x (..., d_in).
+
+        The products are in autocast's dtype, or in the adapter's own.
+        """
+        a, b, device = module.lora_A[active_adapter], module.lora_B[active_adapter], x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.move.dtype
+        factors = (part.to(dtype) for part in (a.move, b.move, a.start, b.start))
+        added: torch.Tensor = _AdapterOutput.apply(x, *factors, module.scaling[active_adapter])  # type: ignore[no-untyped-call]
+        return result + added
+
+    @staticmethod
+    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        """Return W + s [dB | B0] [A ; dA]."""
+        return orig_weight + _change(module, active_adapter, orig_weight)
+
+    @staticmethod
+    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
+        """Add the change to W in place."""
+        orig_weight.data += _change(module, active_adapter, orig_weight)
+
+    @staticmethod
+    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        """Return the merged weight without the change."""
+        return orig_weight - _change(module, active_adapter, orig_weight)
+
+
+def _change(layer: LoraLayer, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+    """Return the change of W (d_out, d_in) by an adapter, in W's dtype."""
+    change: torch.Tensor = layer.get_delta_weight(adapter)
+    return change.to(weight.dtype)
 
 
 def set_factors(layer: LoraLayer, adapter: str, a0: torch.Tensor, b0: torch.Tensor, *, train_b: bool) -> None:
@@ -157,7 +203,8 @@ def set_factors(layer: LoraLayer, adapter: str, a0: torch.Tensor, b0: torch.Tens
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     layer.lora_A[adapter] = FactorA(a0.to(a), b_is_trained=train_b)
     layer.lora_B[adapter] = FactorB(b0.to(b), is_trained=train_b)
-    layer.cast_input_dtype_enabled = False  # the product casts; PEFT would keep the copy for the backward pass
+    layer.lora_variant[adapter] = ExactStart()
+    layer.cast_input_dtype_enabled = False  # the products cast; PEFT would keep the copy for the backward pass
 
 
 def has_start(layer: LoraLayer, adapter: str) -> bool:
@@ -183,6 +230,7 @@ class _WithReference(PeftModel):
             if copied is not None and isinstance(layer, LoraLayer) and has_start(layer, copied):
                 for factors in (layer.lora_A, layer.lora_B):
                     factors[adapter_name] = copy.deepcopy(factors[copied]).requires_grad_(requires_grad=False)
+                layer.lora_variant[adapter_name] = ExactStart()
         return result
 
     def save_pretrained(

@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from torch.nn import functional as F
 
 from tests.trainer.test_adapter import IDS, load, random_starts
-from trainer.adapter import Start, attach
+from trainer.adapter import attach
 from trainer.config import TrainConfig
-from trainer.exact_start import FactorA, FactorB
+from trainer.exact_start import _AdapterOutput
 
 
 def adapted(tiny_base: Path, *, train_b: bool = True, dtype: torch.dtype = torch.float32) -> PeftModel:
@@ -93,45 +92,32 @@ def test_a_copy_has_the_same_output_and_is_not_trained(tiny_base: Path) -> None:
     assert {name.rpartition(".")[2] for name in trained} == {"move"}
 
 
-def random_factors(*, train_b: bool, dtype: torch.dtype = torch.float32) -> tuple[FactorA, FactorB]:
-    torch.manual_seed(0)
-    start = Start(torch.randn(3, 12, dtype=dtype), torch.randn(7, 3, dtype=dtype))
-    a, b = FactorA(start.a0, b_is_trained=train_b), FactorB(start.b0, is_trained=train_b)
-    with torch.no_grad():
-        for parameter in (a.move, *([b.move] if train_b else [])):
-            parameter.normal_()
-    return a, b
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("train_b", [True, False])
-def test_the_gradients_equal_those_of_the_definition(train_b: bool, dtype: torch.dtype) -> None:
-    a, b = random_factors(train_b=train_b)
+def test_the_gradients_equal_those_of_autograd(train_b: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
     x = torch.randn(2, 5, 12, dtype=dtype, requires_grad=True)
+    d_a, d_b = torch.randn(3, 12, requires_grad=True), torch.randn(7, 3, requires_grad=train_b)
+    a0, b0 = torch.randn(3, 12), torch.randn(7, 3)
     upstream = torch.randn(2, 5, 7)
-    inputs = [x, a.move, *([b.move] if train_b else [])]
-    factor_a, factor_b = a.start + a.move, b.start + b.move
-    wide = x.float()
-    reference = wide @ factor_a.T @ factor_b.T - wide @ a.start.T @ b.start.T
+
+    def gradients(output: torch.Tensor) -> list[torch.Tensor]:
+        inputs = [x, d_a, d_b] if train_b else [x, d_a]
+        return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
+
     tolerance = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
-    output = b(a(x))
-    torch.testing.assert_close(output, reference, **tolerance)
-    expected = torch.autograd.grad(reference, inputs, upstream)
-    for ours, theirs in zip(torch.autograd.grad(output, inputs, upstream), expected, strict=True):
-        assert ours.dtype == theirs.dtype
-        torch.testing.assert_close(ours, theirs, **tolerance)
+    reference = 1.5 * (x.float() @ (a0 + d_a).T @ (b0 + d_b).T - x.float() @ a0.T @ b0.T)
+    output = _AdapterOutput.apply(x, d_a, d_b, a0, b0, 1.5)
+    for ours, expected in zip(gradients(output), gradients(reference), strict=True):
+        assert ours.dtype == expected.dtype
+        torch.testing.assert_close(ours, expected, **tolerance)
 
 
 def test_the_gradients_pass_autograds_numeric_check() -> None:
-    a, b = random_factors(train_b=True, dtype=torch.float64)
-    x = torch.randn(4, 12, dtype=torch.float64, requires_grad=True)
-
-    def change(x: torch.Tensor, d_a: torch.Tensor, d_b: torch.Tensor) -> torch.Tensor:
-        with torch.nn.utils.stateless._reparametrize_module(a, {"move": d_a}):
-            inner = a(x)
-        return F.linear(inner, torch.cat([d_b, b.start], dim=1))
-
-    assert torch.autograd.gradcheck(change, (x, a.move, b.move))
+    torch.manual_seed(0)
+    x, d_a, d_b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 6), (2, 6), (5, 2)))
+    a0, b0 = torch.randn(2, 6, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *inputs: _AdapterOutput.apply(*inputs, a0, b0, 0.7), (x, d_a, d_b))
 
 
 def test_products_and_gradients_follow_autocast(tiny_base: Path) -> None:
