@@ -111,6 +111,8 @@ def answer_tokens(
             yield from _chat_tokens(messages, row, tokenizer, stops, remarks)
         case {"prompt": [_, *_] as messages, "completion": list() as completion}:
             yield from _chat_tokens([*messages, *completion], row, tokenizer, stops, remarks)
+        case {"chosen": _, "rejected": _}:
+            raise ValueError("the row is a preference, with two answers: set task=dpo")
         case _:
             raise ValueError(
                 'a row must be {"prompt", "completion"}, {"messages"} or {"text"}, each with non-empty text; '

@@ -120,6 +120,7 @@ def test_cut_answers_are_counted(tokenizer) -> None:
     [
         ({"question": "a", "answer": "b"}, "this row has: question, answer"),
         ({"prompt": "a"}, "this row has: prompt"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "the row is a preference, with two answers: set task=dpo"),
         ({"prompt": "a", "completion": ""}, "non-empty"),
         ({"text": 3}, "this row has: text"),
         ({"messages": []}, "this row has: messages"),
