@@ -49,6 +49,7 @@ TOKEN = "benchmark"  # noqa: S105
 COMPARED = 4  # rollouts of each policy whose log probabilities are computed again: the first and the last two
 EACH = 10  # policies, of which one is compared with the policy before it
 SLOTS = STALENESS + 2  # policies that rollouts may name at a time, as TRL wants
+KEPT = 4 * SLOTS  # policies in vLLM's memory: it reads others from their folders again, and the trainer removes those
 RANK = 64  # the largest that the engines serve
 TARGETS = {"wrong_version": 0, "failed": 0, "tokens_ratio": 0.9, "rss_growth": 1.02, "publish_p50_s": 0.25}
 PREFIXES = {"astra-serve": "", "vllm": "stock_"}  # of the summary's keys, by server
@@ -101,7 +102,7 @@ def ours(folder: Path, base: Path) -> Iterator[tuple[Server, str]]:
 def stock(folder: Path, base: Path) -> Iterator[tuple[Server, str]]:
     """Start vLLM's server as TRL's documentation says, and yield it and its URL."""
     options = ["--model", str(base), "--served-model-name", "base", "--enforce-eager", "--enable-lora"]
-    options += ["--max-loras", str(SLOTS), "--max-lora-rank", str(RANK)]
+    options += ["--max-loras", str(SLOTS), "--max-cpu-loras", str(KEPT), "--max-lora-rank", str(RANK)]
     environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_SERVER_DEV_MODE": "1"}
     with vllm_serve(options, folder / "stock.log", environment) as server:
         yield server, server.url

@@ -95,7 +95,7 @@ class Base:
                 f"{len(self.shapes)} layers"
             )
         defaults, of_tokenizer = read_defaults(folder, self.tokenizer)
-        adapter_dir.check_weights(folder)
+        adapter_dir.check_weights(folder, lora)
         has_bases_names = all(old == new for old, new in fitted.names.items())
         as_it_is = has_bases_names and not fitted.dropped and adapter_dir.is_plainly_written(folder)
         rewritten = None if as_it_is else fitted.lora

@@ -35,7 +35,7 @@ def test_weights_with_which_an_engine_cannot_compute_are_refused_in_one_line(
 ) -> None:
     lora = write(tmp_path / "lora", torch.full((4, 6), a), torch.full((5, 4), b), lora_alpha=alpha)
     with pytest.raises(MalformedAdapter) as refused:
-        adapter_dir.check_weights(lora)
+        adapter_dir.check_weights(lora, adapter_dir.load_lora(lora))
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -57,7 +57,7 @@ def test_an_adapter_that_is_admitted_changes_no_weight_by_more_than_the_limit(
     with TemporaryDirectory() as folder:
         lora = write(Path(folder) / "lora", a, b, lora_alpha=alpha, use_rslora=use_rslora)
         try:
-            adapter_dir.check_weights(lora)
+            adapter_dir.check_weights(lora, adapter_dir.load_lora(lora))
         except MalformedAdapter:
             assert change > weights.LARGEST_CHANGE / 100  # the estimate is not far from it
         else:
