@@ -1,10 +1,10 @@
 """The server put together: engine, store, fleet, reconciliation, gateway, admin API, metrics and log.
 
 A request passes the limits of its connection, the API key, the limit of its body, vLLM's and the operator's middleware,
-the gateway (which checks what the request asks for and leases a version), and vLLM's
-handlers. On the policy port a token takes the place of the API key. Beside the HTTP servers run: the loop of the
-engine's memory, the reconciler, the housekeeping, the follower of the document and the watch over the engine. If one of
-them fails, the server ends with status 1 and its reason.
+the gateway (which checks what the request asks for, asks its tenant's quota, leases a version, and waits for a place in
+the engine), and vLLM's handlers. On the policy port a token takes the place of the API key. Beside the HTTP servers
+run: the loop of the engine's memory, the reconciler, the housekeeping, the followers of the documents and the watch
+over the engine. If one of them fails, the server ends with status 1 and its reason.
 """
 
 import asyncio
@@ -46,9 +46,11 @@ from astra_serve.control.uploads import Uploads
 from astra_serve.document.desired import Document
 from astra_serve.engine import server, vllm, vllm_seams
 from astra_serve.errors import EngineLost, ServeError
-from astra_serve.gateway.api_key import ApiKeys
 from astra_serve.gateway.body import MAX_BODY, MAX_BODY_MULTIMODAL, BodyLimit
 from astra_serve.gateway.middleware import Subscribers
+from astra_serve.gateway.tenancy.authentication import Authentication
+from astra_serve.gateway.tenancy.keyring import Keyring
+from astra_serve.gateway.tenancy.station import Stations
 from astra_serve.observe import log
 from astra_serve.observe.metrics import Metrics
 from converter.errors import first_line
@@ -119,8 +121,8 @@ async def _serve(
         preparation = Preparation(fleet, store, clock, settings.roots, sources)
         reconciler = Reconciler(fleet, preparation, clock, settings.drain_s)
         subscribers = Subscribers()
-        internal_key = vllm_seams.internal_key(args) if for_policies else None
-        app, gateway = await vllm_seams.application(engine.client, args, fleet, subscribers, templates)
+        keyring, stations = Keyring(vllm_seams.take_keys(args)), Stations()
+        app, gateway = await vllm_seams.application(engine.client, args, fleet, subscribers, templates, stations)
         housekeeping = Housekeeping(fleet, store, preparation, reconciler, clock)
         work = [engine.watch, residency.run, reconciler.run, housekeeping.run]
         control = None
@@ -149,16 +151,14 @@ async def _serve(
             proved = Preparation(fleet, passing, clock, settings.roots, sources, urgent=True)
             policies = Policies(fleet, proved, passing, clock, most=settings.resident, drain_s=settings.drain_s)
             info = vllm_seams.server_info(engine.client)
-            for_trainers = policy_port.build(policies, limited, info, settings.policy_token, internal_key)
+            for_trainers = policy_port.build(policies, limited, info, settings.policy_token)
             beside = partial(server.serve_beside, for_trainers, for_policies, server.connection_limits(args))
             work += [policies.run, beside]
-        keys = vllm_seams.known_keys(app, args)
         async with asyncio.TaskGroup() as background:
             tasks = [background.create_task(one()) for one in work]
             if isinstance(settings.document, Document):
                 await _serve_all(reconciler, settings.document)
-            outer = ApiKeys(limited, keys) if keys else limited
-            await server.serve(outer, app.state, args, public, gateway, settings.drain_s)
+            await server.serve(Authentication(limited, keyring), app.state, args, public, gateway, settings.drain_s)
             for task in tasks:
                 task.cancel()
 

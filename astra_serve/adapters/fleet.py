@@ -8,7 +8,7 @@ when nothing needs it any more.
 import hashlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from difflib import get_close_matches
 from heapq import nlargest
@@ -23,6 +23,10 @@ from astra_serve.errors import Unavailable, UnknownAdapter
 SHORTEST_PREFIX = 6  # hexadecimal digits by which a request may name a version
 LONGEST_NAME = 200  # characters of a name that is compared with the known ones: the time grows with its square
 COMPARED = 100  # known names that one unknown name is compared with
+
+
+def _all(_: str) -> bool:
+    return True
 
 
 class Fleet:
@@ -58,8 +62,12 @@ class Fleet:
         return alias.current
 
     @asynccontextmanager
-    async def lease(self, model: str, share_by: str = "") -> AsyncIterator[Residence | None]:
+    async def lease(
+        self, model: str, share_by: str = "", visible: Callable[[str], bool] = _all
+    ) -> AsyncIterator[Residence | None]:
         """Keep the version that `model` points at now in the engine until the block ends; None for the base.
+
+        An error names no models but those that are `visible`.
 
         Raises UnknownAdapter, and Unavailable where the version cannot be loaded, or not in time, or the name is not
         served yet.
@@ -73,17 +81,17 @@ class Fleet:
         elif model == self.base_name:
             yield None
         else:
-            raise self.unknown(model)
+            raise self.unknown(model, visible)
 
-    def unknown(self, model: str) -> UnknownAdapter | Unavailable:
-        """Return the error of a request for a name that points at nothing."""
+    def unknown(self, model: str, visible: Callable[[str], bool] = _all) -> UnknownAdapter | Unavailable:
+        """Return the error of a request for a name that points at nothing, or at nothing that is `visible`."""
         name = model.partition("@")[0]
-        if name in self.expected - self.aliases.keys():
+        if name in self.expected and name not in self.aliases and visible(model):
             return Unavailable(f"{model} is not served yet", retry_after_s=5)
         shown = repr(model if len(model) <= LONGEST_NAME else f"{model[:LONGEST_NAME]}...")
         if not self.complete:
             return Unavailable(f"the document has not been read, and may have {shown}: ask again", retry_after_s=5)
-        nearest = self._nearest(model)
+        nearest = self._nearest(model, visible)
         hint = f"did you mean {nearest!r}?" if nearest else "GET /v1/models lists the models"
         return UnknownAdapter(f"the model {shown} does not exist: {hint}")
 
@@ -115,13 +123,14 @@ class Fleet:
         """Return the versions that a request may name."""
         return {version for alias in self.aliases.values() for version in alias.versions()}
 
-    def _nearest(self, model: str) -> str | None:
+    def _nearest(self, model: str, visible: Callable[[str], bool]) -> str | None:
         """Return the name that a request most likely meant: a version of the adapter that it names, or a name."""
         if len(model) > LONGEST_NAME:
             return None
-        if alias := self.aliases.get(model.partition("@")[0]):
+        alias = self.aliases.get(model.partition("@")[0])
+        if alias and visible(alias.current.name):
             return alias.current.name
-        names = [self.base_name, *self.aliases]
+        names = [name for name in (self.base_name, *self.aliases) if visible(name)]
         if len(names) > COMPARED:  # in linear time: the names that have the most characters at the same place
             names = nlargest(COMPARED, names, lambda name: sum(map(eq, name, model)))
         return next(iter(get_close_matches(model, names, 1)), None)

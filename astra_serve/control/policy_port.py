@@ -43,35 +43,32 @@ class Unload(BaseModel):
     lora_name: str
 
 
-def build(policies: Policies, public: App, info: dict[str, Any], token: str, api_key: str | None) -> App:
+def build(policies: Policies, public: App, info: dict[str, Any], token: str) -> App:
     """Return the application of the policy port; every request needs `token`, as Bearer or as HTTP Basic password.
 
     `info` are the engine's settings in the form of vLLM's /server_info. Other requests go to the `public` application,
-    with `api_key` in place of the token if it wants keys.
+    which asks for no key: a trainer may use every model, without limits.
     """
     app = FastAPI(title="astra-serve: policies", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyLimit, most=MAX_BODY, fault=json_body.fault)
     answer_errors(app)
     app.include_router(_change(policies))
     app.include_router(_as_vllm(info))
-    return Credential(_Split(app, public, api_key), token)
+    return Credential(_Split(app, public), token)
 
 
 class _Split:
     """Sends the paths of this port to `own`, and all others to the public application."""
 
-    def __init__(self, own: FastAPI, public: App, api_key: str | None) -> None:
+    def __init__(self, own: FastAPI, public: App) -> None:
         self._own, self._public = own, public
         self._paths = {getattr(route, "path", "") for route in own.routes}
-        self._authorization = f"Bearer {api_key}".encode() if api_key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope.get("path") in self._paths:
             await self._own(scope, receive, send)
             return
         headers = [(name, value) for name, value in scope.get("headers", ()) if name != b"authorization"]
-        if self._authorization:
-            headers.append((b"authorization", self._authorization))
         await self._public({**scope, "headers": headers}, receive, send)
 
 

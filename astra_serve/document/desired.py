@@ -15,18 +15,15 @@
 The admin API and the CLI edit this document; every server follows it, now and after a restart.
 """
 
-import difflib
-import re
 from datetime import datetime
 from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
+from pydantic import BaseModel, Field, PrivateAttr, StringConstraints, ValidationError
 
 from astra_serve.document import yaml_text
+from astra_serve.document.strict import Place, Strict, content_of, dumped, first_fault
 from astra_serve.errors import BadDocument, Conflict
 
-_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 MAX_SOURCE = yaml_text.MAX_SCALAR
 DIGEST = r"sha256:[0-9a-f]{64}"
@@ -38,11 +35,7 @@ _IN_WORDS = {
 }
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Canary(_Strict):
+class Canary(Strict):
     """A version that gets a share of an adapter's requests."""
 
     version: str = Field(
@@ -52,7 +45,7 @@ class Canary(_Strict):
     weight: float = Field(gt=0, lt=1, description="share of the requests, by a hash of the caller")
 
 
-class Step(_Strict):
+class Step(Strict):
     """A version that a rollback can go back to."""
 
     digest: Digest = Field(description="its content")
@@ -62,7 +55,7 @@ class Step(_Strict):
     replaced: datetime | None = Field(default=None, description="when another version took its place")
 
 
-class Adapter(_Strict):
+class Adapter(Strict):
     """One adapter that is to be served."""
 
     name: Name = Field(description="the `model` of requests: letters, digits, '.', '_' and '-'")
@@ -86,7 +79,7 @@ class Adapter(_Strict):
         return [step if isinstance(step, Step) else Step(digest=step) for step in self.previous]
 
 
-class Document(_Strict):
+class Document(Strict):
     """Which adapters are served."""
 
     adapters: list[Adapter] = Field(default_factory=list, description="in any order")
@@ -128,10 +121,7 @@ def parse(text: str, origin: str) -> Document:
     """
     if not text.strip():
         return Document()
-    try:
-        content = yaml_text.load(text)
-    except yaml_text.BadYaml as error:
-        raise BadDocument(f"{origin} is not YAML{error.where}: {error}") from error
+    content = content_of(text, origin)
     if content is None or content == {}:
         raise BadDocument(f"{origin} has no 'adapters': write 'adapters: []' to serve none")
     try:
@@ -174,7 +164,7 @@ def dump(content: Document | dict[str, Any]) -> str:
     """Return a document, or the keys of an entry, as YAML in block style."""
     if isinstance(content, Document):
         content = plain(content) or {"adapters": []}
-    return str(yaml.dump(content, Dumper=_DUMPER, sort_keys=False, width=2**20, allow_unicode=True))
+    return dumped(content)
 
 
 def json_schema() -> dict[str, Any]:
@@ -182,19 +172,9 @@ def json_schema() -> dict[str, Any]:
     return Document.model_json_schema()
 
 
-def _first(error: ValidationError, place: tuple[str | int, ...] = ()) -> str:
-    """Return the first fault in one line, below `place`; of an unknown key with the nearest known one."""
-    fault = error.errors(include_input=False, include_url=False)[0]
-    loc = (*place, *fault["loc"])
-    path = [str(part) for part in loc if isinstance(part, int) or re.fullmatch("[a-z_]+", part)]
-    where = ".".join(path)
-    if fault["type"] == "string_pattern_mismatch":
-        return f"{where}: {_IN_WORDS[fault['ctx']['pattern']]}"
-    if fault["type"] != "extra_forbidden":
-        return f"{where}: {re.sub(r'^Value error, ', '', fault['msg'])}" if where else str(fault["msg"])
-    *parents, last = loc
-    model = Document if not parents else Canary if "canary" in parents else Step if "previous" in parents else Adapter
-    near = difflib.get_close_matches(str(last), model.model_fields, n=1)
-    return f"{where}: no such key; " + (
-        f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(model.model_fields)}"
-    )
+def _first(error: ValidationError, place: Place = ()) -> str:
+    return first_fault(error, _model_at, _IN_WORDS, place)
+
+
+def _model_at(place: Place) -> type[BaseModel]:
+    return Document if not place else Canary if "canary" in place else Step if "previous" in place else Adapter

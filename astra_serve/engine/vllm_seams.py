@@ -13,7 +13,7 @@
 import asyncio
 import hmac
 import inspect
-import secrets
+import os
 import sys
 import time
 from argparse import Namespace
@@ -25,7 +25,6 @@ from uuid import uuid4
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
-from starlette.datastructures import Headers
 from starlette.routing import Match
 from vllm import SamplingParams, envs
 from vllm.engine.protocol import EngineClient
@@ -34,7 +33,6 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
-from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.chat_utils import load_chat_template
 from vllm.renderers.hf import HfRenderer
@@ -56,11 +54,11 @@ from astra_serve.engine.chat import OwnTemplates, Sampling, with_stop_tokens
 from astra_serve.errors import ServeError
 from astra_serve.gateway import limits
 from astra_serve.gateway import request as requests
-from astra_serve.gateway.api_key import CacheSalts
 from astra_serve.gateway.limits import Checked, Fault
 from astra_serve.gateway.middleware import OPEN, Gateway, Served, Subscribers
 from astra_serve.gateway.models import PATH, Models
 from astra_serve.gateway.routes import RouteErrors, served
+from astra_serve.gateway.tenancy.station import Stations
 
 GENERATE = ["prompt", "sampling_params", "request_id"]
 CLIENT = ("generate", "encode", "abort", "add_lora", "remove_lora", "list_loras", "collective_rpc", "errored")
@@ -72,7 +70,6 @@ def check(client: EngineClient) -> None:
         _expect(hasattr(client, name), f"EngineClient.{name}")
     for name, holds in {
         "EngineClient.generate": list(inspect.signature(client.generate).parameters)[:3] == GENERATE,
-        "AuthenticationMiddleware.verify_token": hasattr(AuthenticationMiddleware, "verify_token"),
         "OpenAIServingModels.lora_requests": "self.lora_requests" in inspect.getsource(OpenAIServingModels.__init__),
         "SamplingParams.update_from_generation_config": list(
             inspect.signature(SamplingParams.update_from_generation_config).parameters
@@ -91,12 +88,17 @@ def _expect(holds: bool, name: str) -> None:
 
 
 async def application(
-    client: EngineClient, args: Namespace, fleet: Fleet, subscribers: Subscribers, templates: Templates
+    client: EngineClient,
+    args: Namespace,
+    fleet: Fleet,
+    subscribers: Subscribers,
+    templates: Templates,
+    stations: Stations,
 ) -> tuple[FastAPI, Gateway]:
     """Return vLLM's application around the gateway, and the gateway. Raises ServeError.
 
     A request passes vLLM's middleware and the operator's `--middleware`, then the gateway, then vLLM's handlers: a
-    request that middleware refuses, as one without an API key, loads nothing.
+    request that middleware refuses loads nothing.
     """
     tasks = await client.get_supported_tasks()
     app = build_app(args, tasks, client.model_config)
@@ -123,7 +125,7 @@ async def application(
         subscribers,
         abort=client.abort,
         serves=lambda scope: _serves(app, scope),
-        cache_salt=CacheSalts(_keys(args)).of,
+        stations=stations,
         check=_check(client),
     )
     app.router.middleware_stack = gateway
@@ -200,21 +202,12 @@ def _wrong_items(items: Any) -> str | None:
     return None
 
 
-def known_keys(app: FastAPI, args: Namespace) -> Callable[[Headers], bool] | None:
-    """Return whether headers carry one of vLLM's API keys; None where there is no key."""
-    keys = _keys(args)
-    return AuthenticationMiddleware(app, keys).verify_token if keys else None
-
-
-def internal_key(args: Namespace) -> str | None:
-    """Return a key for requests of another port, beside the keys of the public one; None where there are none.
-
-    Only this process knows it. It has to be added before `application` reads the keys.
-    """
-    if not (keys := _keys(args)):
-        return None
-    args.api_key = [*keys, secrets.token_hex(32)]
-    return str(args.api_key[-1])
+def take_keys(args: Namespace) -> list[str]:
+    """Return the keys of --api-key and VLLM_API_KEY, and take them from vLLM: `gateway.tenancy` asks for keys."""
+    keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+    args.api_key = None
+    os.environ.pop("VLLM_API_KEY", None)
+    return keys
 
 
 def server_info(client: EngineClient) -> dict[str, Any]:
@@ -233,10 +226,6 @@ def server_info(client: EngineClient) -> dict[str, Any]:
         "lora_config": lora and {"max_lora_rank": lora.max_lora_rank, "max_loras": lora.max_loras},
         "parallel_config": {"data_parallel_size": 1, "world_size": parallel.world_size_across_dp},
     }
-
-
-def _keys(args: Namespace) -> list[str]:
-    return [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
 
 
 def _serves(app: FastAPI, scope: Any) -> bool:
@@ -258,7 +247,7 @@ class MeteredClient:
         """Return the engine's answers of a pooling model."""
         request = requests.current.get()
         found: AsyncGenerator[Any, None] = self._client.encode(
-            _salted(prompt, request.cache_salt if request else None), *settings, **more
+            _salted(prompt, request.caller.cache_salt if request else None), *settings, **more
         )
         return found
 
@@ -273,7 +262,7 @@ class MeteredClient:
             return
         if request.over:  # a handler that was left behind: no client waits for it, and its adapter may be evicted
             raise RuntimeError("the request has ended")
-        prompt = _salted(prompt, request.cache_salt)
+        prompt = _salted(prompt, request.caller.cache_salt)
         if stops := request.defaults.stop_tokens:
             sampling_params = with_stop_tokens(sampling_params, stops, self._client.renderer.get_eos_token_id())
         # The id may be the client's, and another request's, too: to abort this one it needs an id of its own.

@@ -16,17 +16,19 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.adapters.residency import PAST_DEADLINE
-from astra_serve.errors import Unavailable, UnknownAdapter
+from astra_serve.errors import LimitExceeded, Unavailable, UnknownAdapter
 from astra_serve.gateway import limits
 from astra_serve.gateway import request as requests
 from astra_serve.gateway.errors import error_body
 from astra_serve.gateway.limits import Checked
 from astra_serve.gateway.request import Request
+from astra_serve.gateway.tenancy import caller
+from astra_serve.gateway.tenancy.station import OPEN_STATIONS, Stations
+from astra_serve.gateway.tenancy.view import View
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -78,18 +80,18 @@ class Gateway:
         abort: Callable[[set[str]], Awaitable[None]],
         serves: Callable[[Scope], bool],
         check: Callable[[str, bytes], Checked] = limits.check,
-        cache_salt: Callable[[Headers], str | None] = lambda _: None,
+        stations: Stations = OPEN_STATIONS,
     ) -> None:
         """`abort` ends the engine's work by its ids; `serves` says whether a request is one to a model.
 
-        `check` reads the body of a request, by its path; `cache_salt` returns the salt of the prefix cache for the API
-        key in a request's headers.
+        `check` reads the body of a request, by its path. A request passes the quota of `stations` before its
+        version is leased, and their place after that.
         """
         self.running: set[Request] = set()
         self.drained = False  # by an operator: not ready, but requests that arrive all the same are served
         self.closed: str | None = None  # why no request is admitted any more
         self._app, self._fleet, self._subscribers = app, fleet, subscribers
-        self._abort, self._serves, self._check, self._cache_salt = abort, serves, check, cache_salt
+        self._abort, self._serves, self._check, self._stations = abort, serves, check, stations
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -123,20 +125,21 @@ class Gateway:
         model = checked.content.get("model")
         if not (model and isinstance(model, str)):  # the base, as vLLM reads it, or a mistake that the handler reports
             model = self._fleet.base_name
+        view = View(self._fleet, caller.current.get())
         request = Request(
             id=_request_id(scope),
             path=scope["path"],
             model=model,
             task=_this_task(),
-            adapter=self._fleet.known(model),
-            cache_salt=self._cache_salt(Headers(scope=scope)),
+            adapter=view.known(model),
+            caller=caller.current.get(),
             on_first_token=self._subscribers.first_token,
         )
         send = _recorded(send, request)
         self.running.add(request)
         self._idle.clear()
         try:
-            await self._serve(request, checked, scope, _watched(replay, request), send)
+            await self._serve(request, checked, view, scope, _watched(replay, request), send)
         except asyncio.CancelledError as error:
             if error.args != (PAST_DEADLINE,):
                 raise
@@ -170,7 +173,9 @@ class Gateway:
             logger.exception("%s 500, request %s", request.path, request.id, extra=facts)
             await refuse(send, 500, f"the server has failed: its log has the reason beside the id {request.id}")
 
-    async def _serve(self, request: Request, checked: Checked, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(
+        self, request: Request, checked: Checked, view: View, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         content = checked.content
         user = content.get("user")
         if self.closed:
@@ -182,7 +187,7 @@ class Gateway:
         scope["headers"] = [header for header in scope["headers"] if header[0] not in INTERNAL]
         try:
             share_by = user if user and isinstance(user, str) else request.id  # of a canary
-            async with self._fleet.lease(request.model, share_by) as residence:
+            async with self._stations.quota(request, content), view.lease(request.model, share_by) as residence:
                 if residence:
                     request.version, request.handle = residence.version, residence.handle
                     request.defaults = residence.defaults
@@ -190,18 +195,25 @@ class Gateway:
                     reason = "log probabilities of the prompt are not served for an adapter of lm_head: leave them out"
                     await refuse(send, 400, reason, "prompt_logprobs")
                     return
-                token = requests.current.set(request)
-                try:
-                    await self._call(request, scope, receive, send)
-                    if request.background and not request.broke:
-                        await asyncio.wait(request.background)
-                finally:
-                    requests.current.reset(token)
-                    await self._finish(request)
+                async with self._stations.place(request, content):
+                    await self._compute(request, scope, receive, send)
+        except LimitExceeded as error:
+            await refuse(send, 429, str(error), None, error.retry_after_s)
         except Unavailable as error:
             await refuse(send, 503, str(error), "model", error.retry_after_s)
         except UnknownAdapter as error:
             await refuse(send, 404, str(error), "model")
+
+    async def _compute(self, request: Request, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the handlers answer, and end the work for the request."""
+        token = requests.current.set(request)
+        try:
+            await self._call(request, scope, receive, send)
+            if request.background and not request.broke:
+                await asyncio.wait(request.background)
+        finally:
+            requests.current.reset(token)
+            await self._finish(request)
 
     async def _finish(self, request: Request) -> None:
         """End the work for a request, in the background and in the engine: its version is leased until then.
@@ -256,7 +268,8 @@ def _recorded(send: Send, request: Request) -> Send:
         if message["type"] == "http.response.start":
             request.status = message["status"]
             request.streams = any(value.startswith(b"text/event-stream") for _, value in message["headers"])
-            message = {**message, "headers": [*message["headers"], (b"x-request-id", request.id.encode())]}
+            added = [(b"x-request-id", request.id.encode()), *request.answer_headers]
+            message = {**message, "headers": [*message["headers"], *added]}
         elif not message.get("more_body"):
             request.complete = True
         await send(message)

@@ -10,6 +10,8 @@ from astra_serve.adapters.fleet import Fleet
 from astra_serve.adapters.version import Version
 from astra_serve.errors import Unavailable
 from astra_serve.gateway.errors import error_body
+from astra_serve.gateway.tenancy import caller
+from astra_serve.gateway.tenancy.view import View
 
 PATH = "/v1/models"
 
@@ -23,20 +25,23 @@ class Models:
         self._started = int(time.time())
 
     async def show_all(self) -> dict[str, Any]:
-        """List the base and the adapters that are served."""
-        names = [self._fleet.base_name, *self._fleet.aliases]
-        return {"object": "list", "data": [self._card(name) for name in names]}
+        """List the base and the adapters that are served to the tenant."""
+        return {"object": "list", "data": [self._card(name) for name in self._view().names()]}
 
     async def show(self, model: str) -> Response:
         """Show one model, and the digest and the proof of its version; a name with slashes is a base of the hub."""
-        version = self._fleet.resolve(model)
-        if version or model == self._fleet.base_name:
+        view = self._view()
+        version = view.resolve(model)
+        if version or (model == self._fleet.base_name and view.has(model)):
             return JSONResponse(self._card(model) | (self._proved(version) if version else {}))
-        error = self._fleet.unknown(model)
+        error = view.unknown(model)
         if isinstance(error, Unavailable):
             headers = {"Retry-After": str(error.retry_after_s)}
             return Response(error_body(503, str(error), "model"), 503, headers, "application/json")
         return Response(error_body(404, str(error), "model"), 404, media_type="application/json")
+
+    def _view(self) -> View:
+        return View(self._fleet, caller.current.get())
 
     def _card(self, model: str) -> dict[str, Any]:
         """Return a model's facts; `created` is when the base, or the adapter's current version, began to serve."""

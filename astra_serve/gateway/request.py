@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from astra_serve.adapters.defaults import Defaults
 from astra_serve.adapters.version import Version
+from astra_serve.gateway.tenancy.caller import EVERYTHING, Caller
 
 CLOSING_S = 10.0  # for the engine to end the work of a request that was aborted
 
@@ -27,9 +28,10 @@ class Request:
     version: Version | None = None  # that serves it; None for the base, and before the lease
     handle: object = None  # the engine's, of that version
     defaults: Defaults = field(default_factory=Defaults)  # of that version
-    cache_salt: str | None = None  # of its API key, for the engine's prefix cache
+    caller: Caller = EVERYTHING  # whose request it is
     status: int | None = None
     streams: bool = False
+    answer_headers: list[tuple[bytes, bytes]] = field(default_factory=list)  # beside those of the handler
     complete: bool = False  # the last byte was sent
     disconnected: bool = False  # the client closed the connection before that, or cancelled the background work
     broke: bool = False  # the engine failed it, or it was past its deadline

@@ -232,7 +232,7 @@ async def server(
         roots = (Path(where).parent,)
         proved = Preparation(fleet, passing, clock, roots, preparation.sources, urgent=True)
         policies = Policies(fleet, proved, passing, clock, most=capacity, drain_s=1)
-        trainers = policy_port.build(policies, front, INFO, POLICY_TOKEN, None)
+        trainers = policy_port.build(policies, front, INFO, POLICY_TOKEN)
         trainer = httpx.AsyncClient(
             transport=httpx.ASGITransport(trainers), base_url="http://policies", auth=("x", POLICY_TOKEN)
         )

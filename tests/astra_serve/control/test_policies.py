@@ -292,16 +292,15 @@ async def test_every_path_of_the_port_wants_the_token_before_the_body_is_read(wo
             assert (await w.trainer.post(path, content=body())).status_code == 401
 
 
-@pytest.mark.parametrize("key", [None, "internal"])
 @in_a_loop
-async def test_the_public_application_sees_a_key_of_its_own_in_place_of_the_token(world, key: str | None) -> None:
+async def test_the_public_application_does_not_see_the_token(world) -> None:
     async def public(scope: Any, _receive: Any, send: Any) -> None:
         await say(send, [value.decode() for name, value in scope["headers"] if name == b"authorization"])
 
     async with world() as w:
-        app = policy_port.build(w.policies, public, INFO, "the-token", key)
+        app = policy_port.build(w.policies, public, INFO, "the-token")
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x:the-token@y") as http:
-            assert (await http.get("/v1/models")).json() == ([f"Bearer {key}"] if key else [])
+            assert (await http.get("/v1/models")).json() == []
 
 
 @in_a_loop

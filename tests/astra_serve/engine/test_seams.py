@@ -20,6 +20,7 @@ from astra_serve.errors import ServeError
 from astra_serve.gateway import request as requests
 from astra_serve.gateway.connection import ConnectionLimits
 from astra_serve.gateway.request import Request
+from astra_serve.gateway.tenancy.caller import Caller
 from tests.astra_serve.world import in_a_loop
 
 PACKAGE = Path(vllm_seams.__file__).parents[1]
@@ -125,7 +126,7 @@ async def engine_prompt(salt: str | None, prompt: Any, method: str = "generate")
     """Return the prompt that the engine gets for one of a request with this salt."""
     client, task = Recording(), asyncio.current_task()
     assert task is not None
-    token = requests.current.set(Request("1", "/v1", "a", task, cache_salt=salt))
+    token = requests.current.set(Request("1", "/v1", "a", task, caller=Caller(cache_salt=salt)))
     try:
         metered = vllm_seams.MeteredClient(client)  # type: ignore[arg-type]
         async for _ in getattr(metered, method)(prompt, SamplingParams(), "id"):
@@ -187,17 +188,12 @@ def test_the_first_wrong_item_of_a_responses_request_is_found_alone() -> None:
     assert vllm_seams._wrong_items([{}]) is None  # vLLM says more about it
 
 
-def test_another_port_has_a_key_of_its_own_where_the_public_one_has_keys(tiny_base: Path, monkeypatch) -> None:
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    for words, variable in ((["--api-key", "public"], ""), ([], "public")):
+def test_vllm_has_no_keys_of_its_own(tiny_base: Path, monkeypatch) -> None:
+    for words, variable in ((["--api-key", "public"], "other"), ([], "public")):
         monkeypatch.setenv("VLLM_API_KEY", variable)
         args = options.parse(str(tiny_base), 0, 1, 0, words)
-        key = vllm_seams.internal_key(args)
-        assert vllm_seams._keys(args) == ["public", key]
-        assert len(key or "") == 64
-    monkeypatch.delenv("VLLM_API_KEY")
-    args = options.parse(str(tiny_base), 0, 1, 0, [])
-    assert (vllm_seams.internal_key(args), vllm_seams._keys(args)) == (None, [])
+        assert vllm_seams.take_keys(args) == ["public"]
+        assert vllm_seams.take_keys(args) == []
 
 
 def test_headers_have_our_limits_unless_vllms_options_set_others(tiny_base: Path) -> None:

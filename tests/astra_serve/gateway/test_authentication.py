@@ -4,16 +4,16 @@ import json
 
 import httpx
 import pytest
-from fastapi import FastAPI
 from starlette.datastructures import Headers
-from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from astra_serve.gateway.api_key import ApiKeys, CacheSalts
 from astra_serve.gateway.middleware import OPEN
+from astra_serve.gateway.tenancy import caller
+from astra_serve.gateway.tenancy.authentication import Authentication
+from astra_serve.gateway.tenancy.keyring import Keyring
 from tests.astra_serve.adapters.test_fleet import in_a_loop
 from tests.astra_serve.gateway.test_gateway import say
 
-KNOWN = AuthenticationMiddleware(FastAPI(), ["first-key", "second-key"]).verify_token  # as the server has it
+KEYS = Keyring(["first-key", "second-key"])
 
 
 async def behind(_scope, _receive, send) -> None:
@@ -22,7 +22,7 @@ async def behind(_scope, _receive, send) -> None:
 
 def client(**headers: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(
-        transport=httpx.ASGITransport(ApiKeys(behind, KNOWN)), base_url="http://x", headers=headers
+        transport=httpx.ASGITransport(Authentication(behind, KEYS)), base_url="http://x", headers=headers
     )
 
 
@@ -62,17 +62,26 @@ async def test_a_websocket_without_a_key_is_closed() -> None:
         sent.append(message)
 
     scope = {"type": "websocket", "path": "/v1/realtime", "headers": []}
-    await ApiKeys(behind, KNOWN)(scope, None, send)
+    await Authentication(behind, KEYS)(scope, None, send)
     assert json.dumps(sent) == '[{"type": "websocket.close", "code": 1008}]'
 
 
+def salt(keyring: Keyring, key: str) -> str | None:
+    found = keyring.caller(Headers({"Authorization": f"Bearer {key}"}))
+    assert found is not None
+    return found.cache_salt
+
+
 def test_each_of_several_keys_has_a_salt_of_its_own_that_only_this_process_knows() -> None:
-    first, second = (Headers({"Authorization": f"Bearer {key}"}) for key in ("one", "two"))
-    salts = CacheSalts(["one", "two"])
-    assert salts.of(first) == salts.of(Headers({"authorization": "bearer one"}))
-    assert len({salts.of(first), salts.of(second), CacheSalts(["one", "two"]).of(first)}) == 3
+    one, other = Keyring(["one", "two"]), Keyring(["one", "two"])
+    assert salt(one, "one") == salt(one, "one")
+    assert len({salt(one, "one"), salt(one, "two"), salt(other, "one")}) == 3
 
 
-@pytest.mark.parametrize("keys", [[], ["one"], ["one", "one"]])
-def test_one_key_or_none_has_no_salt(keys: list[str]) -> None:
-    assert CacheSalts(keys).of(Headers({"Authorization": "Bearer one"})) is None
+@pytest.mark.parametrize("keys", [["one"], ["one", "one"]])
+def test_one_key_has_no_salt(keys: list[str]) -> None:
+    assert salt(Keyring(keys), "one") is None
+
+
+def test_without_keys_everybody_has_everything() -> None:
+    assert Keyring([]).caller(Headers()) == caller.EVERYTHING
