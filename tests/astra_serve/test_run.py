@@ -37,7 +37,7 @@ def serve(engine: StandInEngine, base, tiny_base, tmp_path: Path, monkeypatch) -
     async def started(*_: Any) -> AsyncIterator[StandInEngine]:
         yield engine
 
-    async def application(_client: Any, _args: Any, fleet: Any, subscribers: Any, _templates: Any) -> Any:
+    async def application(_client: Any, _args: Any, fleet: Any, subscribers: Any, *_: Any) -> Any:
         return FastAPI(), gateway(fleet, None, subscribers)
 
     async def watch() -> None:
@@ -48,7 +48,7 @@ def serve(engine: StandInEngine, base, tiny_base, tmp_path: Path, monkeypatch) -
     engine.watch, engine.client, engine.not_ready = watch, client, list
     monkeypatch.setattr(run.vllm, "started", started)
     monkeypatch.setattr(run.vllm_seams, "application", application)
-    monkeypatch.setattr(run.vllm_seams, "known_keys", lambda *_: None)
+    monkeypatch.setattr(run.vllm_seams, "take_keys", lambda _: [])
     monkeypatch.setattr(run.vllm_seams, "server_info", lambda _: {"parallel_config": {"world_size": 1}})
     ports = free_port(), free_port(), free_port()
     args = options.parse(str(tiny_base), 0, 1, 0, ["--host", "127.0.0.1", "--port", str(ports[0])])
