@@ -20,6 +20,7 @@ class ServeError(AstraError):
     ├── ProbeFailed    the engine does not answer as the adapter should
     ├── TemplateFailed a chat template of an adapter cannot be compiled, or makes no prompt of a request
     ├── Unavailable    an adapter that is known cannot answer now
+    ├── BadQuery       a parameter of a question cannot be understood
     ├── LimitExceeded  a tenant has used what it may use for now
     ├── EngineLost     the engine has died, or has been silent for too long
     ├── Refused        a server has refused a call of a client, for a reason that is none of these
@@ -85,6 +86,14 @@ class Unavailable(ServeError):
     def __init__(self, message: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s  # None: trying again does not help
+
+
+class BadQuery(ServeError):
+    """A parameter of a question cannot be understood."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param  # its name
 
 
 class LimitExceeded(ServeError):

@@ -14,7 +14,8 @@ class Event:
     """Something happened to an adapter.
 
     `event` is a state of its publication (see `control.reconcile`), or one of: loading, probing, loaded, load_failed,
-    probe_failed, unloaded (a version in the engine); prepared, removed; document_failed, which concerns no adapter.
+    probe_failed, unloaded (a version in the engine); prepared, removed; document_failed, usage_failed, usage_written,
+    which concern no adapter.
     """
 
     adapter: str

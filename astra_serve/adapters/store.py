@@ -10,6 +10,7 @@
                                 emptied when a server starts
     ROOT/passing/...            a store of versions that end with the server, as a trainer's policies: removed when a
                                 server starts and when it ends, and never flushed to the disk
+    ROOT/usage.sqlite           the ledger of usage (`observe.ledger_file`)
 
 The engine reads from here alone. Adapters are copied, not linked: a link to somebody's file would change with the file.
 A download of the server itself is in the staging folder already, and is moved.
@@ -64,7 +65,7 @@ class Store:
             if not isinstance(error, BlockingIOError):
                 raise ServeError(f"store {root} cannot be locked: {error.strerror}") from error
             raise InUse(f"store {root} is in use by another server: give each its own --store") from error
-        self._root = root
+        self.root = root
         self._changing = threading.RLock()  # held while a version appears, or is removed
         self._kept: list[list[str]] = []
         self._ended: list[list[str]] = []  # of these, the ones whose block has ended
@@ -84,12 +85,12 @@ class Store:
     def close(self) -> None:
         """Release the store for another process."""
         if not self._lasting:
-            shutil.rmtree(self._root, ignore_errors=True)
+            shutil.rmtree(self.root, ignore_errors=True)
         self._lock.close()
 
     def passing(self) -> "Store":
         """Return the store of versions that end with this server. Raises ServeError."""
-        return Store(self._root / PASSING, lasting=False)
+        return Store(self.root / PASSING, lasting=False)
 
     def staging(self) -> Path:
         """Return a new folder to download an adapter into. Raises CannotStore."""
@@ -140,7 +141,7 @@ class Store:
                     raise
                 return self._add(folder, expected, source, kept, on_bytes)
         except OSError as error:
-            ours = error.errno in (*FULL, errno.EROFS) or str(error.filename).startswith(str(self._root))
+            ours = error.errno in (*FULL, errno.EROFS) or str(error.filename).startswith(str(self.root))
             raise self.cannot_store(error) if ours else error from error
         finally:
             if staged:
@@ -303,8 +304,8 @@ class Store:
     def cannot_store(self, error: OSError) -> CannotStore:
         """Return the error for an operation on the store's own folders that has failed."""
         if error.errno in FULL:
-            return CannotStore(f"the disk of the store {self._root} is full: remove adapters, or give it more room")
-        return CannotStore(f"the store {self._root} cannot be written: {error.strerror}")
+            return CannotStore(f"the disk of the store {self.root} is full: remove adapters, or give it more room")
+        return CannotStore(f"the store {self.root} cannot be written: {error.strerror}")
 
 
 def first_free(parent: Path) -> Store:

@@ -34,6 +34,7 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.exceptions import VLLMValidationError
+from vllm.outputs import RequestOutput
 from vllm.renderers.chat_utils import load_chat_template
 from vllm.renderers.hf import HfRenderer
 from vllm.sampling_params import RequestOutputKind
@@ -75,6 +76,7 @@ def check(client: EngineClient) -> None:
             inspect.signature(SamplingParams.update_from_generation_config).parameters
         )[1:]
         == ["generation_config", "eos_token_id"],
+        "RequestOutput.num_cached_tokens": "num_cached_tokens" in inspect.signature(RequestOutput).parameters,
         "RequestStateStats": hasattr(RequestStateStats, "__dataclass_fields__")
         and {"first_token_ts", "last_token_ts", "num_generation_tokens"}
         <= RequestStateStats.__dataclass_fields__.keys(),
@@ -291,6 +293,7 @@ class MeteredClient:
         finally:
             if answer is not None:
                 request.prompt_tokens += len(answer.prompt_token_ids or ())
+                request.cached_tokens += answer.num_cached_tokens or 0
                 request.output_tokens += sum(tokens.values())
                 _note_latency(request, answer.metrics)
 

@@ -37,6 +37,7 @@ class Request:
     broke: bool = False  # the engine failed it, or it was past its deadline
     over: bool = False  # nothing may be computed for it any more
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of these, found in the prefix cache
     output_tokens: int = 0
     first_token_s: list[float] = field(default_factory=list)  # per prompt, since the request arrived
     between_tokens_s: list[float] = field(default_factory=list)  # per answer, the mean

@@ -41,16 +41,18 @@ def _escape(record: logging.LogRecord) -> bool:
 
 
 def request(ended: Request) -> None:
-    """Write a request's model, version, outcome, tokens and times."""
+    """Write a request's tenant, model, version, outcome, tokens and times."""
     fields = {
         "request_id": ended.id,
         "path": escaped(ended.path),
+        "tenant": ended.caller.name,
         "model": escaped(ended.model[:256]),
         "adapter": ended.adapter,
         "version": ended.version.name if ended.version else None,
         "status": ended.status,
         "outcome": ended.outcome,
         "prompt_tokens": ended.prompt_tokens,
+        "cached_tokens": ended.cached_tokens,
         "output_tokens": ended.output_tokens,
         "first_token_s": round(min(ended.first_token_s), 4) if ended.first_token_s else None,
         "seconds": round(ended.seconds, 4),
@@ -74,5 +76,7 @@ def event(happened: Event) -> None:
         "reason": reason,
         "seconds": {part: round(taken, 4) for part, taken in happened.seconds.items()},
     }
-    adapter = f"adapter {happened.version or happened.adapter}" if happened.adapter else "document"
-    logger.log(level, "%s: %s%s", adapter, happened.event, f": {reason}" if reason else "", extra=fields)
+    subject = (
+        f"adapter {happened.version or happened.adapter}" if happened.adapter else happened.event.partition("_")[0]
+    )
+    logger.log(level, "%s: %s%s", subject, happened.event, f": {reason}" if reason else "", extra=fields)

@@ -165,7 +165,7 @@ async def test_a_grammar_that_the_engine_ends_a_request_for_is_the_clients_fault
     class Engine:
         async def generate(self, *_: Any, **__: Any) -> Any:
             output = SimpleNamespace(token_ids=[], index=0, finish_reason="error")
-            yield SimpleNamespace(metrics=None, outputs=[output], prompt_token_ids=[1])
+            yield SimpleNamespace(metrics=None, outputs=[output], prompt_token_ids=[1], num_cached_tokens=None)
 
     async def ask(params: SamplingParams) -> list[Any]:
         return [answer async for answer in vllm_seams.MeteredClient(Engine()).generate("x", params, "id")]  # type: ignore[arg-type]
