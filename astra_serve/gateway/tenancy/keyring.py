@@ -40,6 +40,10 @@ class Keyring:
                 found[key.hash] = caller, key.expires.timestamp() if key.expires else None
         self._found = found
 
+    def tenants(self) -> set[str]:
+        """Return the names of the document's tenants that have keys."""
+        return {caller.name for caller, _ in self._found.values()}
+
     def caller(self, headers: Headers) -> Caller | None:
         """Return whose key the headers have; None where they have none that opens anything."""
         if not (self.follows or self._fixed):
