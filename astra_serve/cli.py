@@ -1,4 +1,4 @@
-"""`astra-serve`: starts a server, or with `adapters` as its first word calls the admin API of servers that run."""
+"""`astra-serve`: starts a server, or with `adapters` or `usage` first calls the admin API of servers that run."""
 
 import sys
 
@@ -11,6 +11,10 @@ def main(argv: list[str] | None = None) -> int:
         from astra_serve.client import adapters_cli
 
         return adapters_cli.main(argv[1:])
+    if argv[:1] == ["usage"]:
+        from astra_serve.client import usage_cli
+
+        return usage_cli.main(argv[1:])
     from astra_serve.engine.process_guard import ended_by_signals
     from astra_serve.observe.json_lines import JsonLines
 

@@ -3,8 +3,8 @@
 A request passes the limits of its connection, the API key, the limit of its body, vLLM's and the operator's middleware,
 the gateway (which checks what the request asks for, asks its tenant's quota, leases a version, and waits for a place in
 the engine), and vLLM's handlers. On the policy port a token takes the place of the API key. Beside the HTTP servers
-run: the loop of the engine's memory, the reconciler, the housekeeping, the followers of the documents and the watch
-over the engine. If one of them fails, the server ends with status 1 and its reason.
+run: the loop of the engine's memory, the reconciler, the housekeeping, the followers of the documents, the writer of
+the usage ledger and the watch over the engine. If one of them fails, the server ends with status 1 and its reason.
 """
 
 import asyncio
@@ -51,8 +51,11 @@ from astra_serve.gateway.middleware import Subscribers
 from astra_serve.gateway.tenancy.authentication import Authentication
 from astra_serve.gateway.tenancy.keyring import Keyring
 from astra_serve.gateway.tenancy.station import Stations
-from astra_serve.observe import log
+from astra_serve.observe import log, usage
+from astra_serve.observe.ledger import Ledger
+from astra_serve.observe.ledger_file import LedgerFile
 from astra_serve.observe.metrics import Metrics
+from astra_serve.observe.tenants import TenantMetrics
 from converter.errors import first_line
 
 
@@ -124,7 +127,8 @@ async def _serve(
         keyring, stations = Keyring(vllm_seams.take_keys(args)), Stations()
         app, gateway = await vllm_seams.application(engine.client, args, fleet, subscribers, templates, stations)
         housekeeping = Housekeeping(fleet, store, preparation, reconciler, clock)
-        work = [engine.watch, residency.run, reconciler.run, housekeeping.run]
+        ledger = Ledger(LedgerFile(store.root), fleet, clock)
+        work = [engine.watch, residency.run, reconciler.run, housekeeping.run, ledger.run]
         control = None
         if isinstance(settings.document, str):
             required = RequiredAdapters(fleet, reconciler)
@@ -134,6 +138,7 @@ async def _serve(
             if for_admin:
                 uploads = Uploads(control, store, sources, settings.upload_to)
                 admin_app = admin.build(control, gateway, settings.admin_token, uploads)
+                admin_app.include_router(usage.for_operators(ledger))
                 work.append(partial(server.serve_beside, admin_app, for_admin, server.connection_limits(args)))
 
         def not_ready() -> list[str]:
@@ -141,10 +146,13 @@ async def _serve(
 
         metrics = Metrics(fleet, reconciler, gateway, REGISTRY, not_ready, control)
         subscribers.first_token.append(metrics.first_token)
-        subscribers.ended.extend([metrics.count, log.request])
+        subscribers.ended.extend([metrics.count, log.request, ledger.count])
+        if keyring.follows:
+            subscribers.ended.append(TenantMetrics(REGISTRY, keyring.tenants).count)
         events.subscribers.extend([metrics.note, log.event])
         log.protect()
         _add_health(app, not_ready)
+        usage.for_tenants(app, ledger)
         multimodal = engine.client.model_config.is_multimodal_model
         limited = BodyLimit(app, settings.max_body or (MAX_BODY_MULTIMODAL if multimodal else MAX_BODY))
         if for_policies and passing:
@@ -154,7 +162,7 @@ async def _serve(
             for_trainers = policy_port.build(policies, limited, info, settings.policy_token)
             beside = partial(server.serve_beside, for_trainers, for_policies, server.connection_limits(args))
             work += [policies.run, beside]
-        async with asyncio.TaskGroup() as background:
+        async with ledger, asyncio.TaskGroup() as background:
             tasks = [background.create_task(one()) for one in work]
             if isinstance(settings.document, Document):
                 await _serve_all(reconciler, settings.document)

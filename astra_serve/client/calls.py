@@ -6,6 +6,8 @@ returns the answer. So the docstrings here are those of the methods.
 
 import os
 import re
+from collections.abc import Sequence
+from datetime import date
 from typing import Any
 from urllib.parse import quote
 
@@ -17,6 +19,7 @@ from astra_serve.client.state import (
     EventList,
     Removed,
     Rotation,
+    Usage,
     VersionState,
 )
 from astra_serve.client.tar import of_folder
@@ -146,6 +149,28 @@ def drain() -> Call[Rotation]:
 def undrain() -> Call[Rotation]:
     """Put the server back into rotation."""
     return Call("DELETE", "/drain", Rotation)
+
+
+def usage(
+    *,
+    first_day: date | str | None = None,
+    last_day: date | str | None = None,
+    tenant: str | None = None,
+    adapter: str | None = None,
+    by: Sequence[str] | None = None,
+) -> Call[Usage]:
+    """Return the requests and tokens of some days of UTC, as 2026-11-28; by default of the last 31.
+
+    `by` are the columns of the rows, of day, tenant, adapter and version; by default all. Raises BadQuery.
+    """
+    given = {
+        "from": first_day,
+        "to": last_day,
+        "tenant": tenant,
+        "adapter": adapter,
+        "by": ",".join(by) if by else None,
+    }
+    return Call("GET", "/usage", Usage, query={name: str(value) for name, value in given.items() if value is not None})
 
 
 def serves(adapter: AdapterState, digest: str | None) -> bool:

@@ -64,6 +64,7 @@ class Client:
     rotation = _blocking(calls.rotation)
     drain = _blocking(calls.drain)
     undrain = _blocking(calls.undrain)
+    usage = _blocking(calls.usage)
 
     def __init__(
         self,
@@ -144,6 +145,7 @@ class AsyncClient:
     rotation = _awaited(calls.rotation)
     drain = _awaited(calls.drain)
     undrain = _awaited(calls.undrain)
+    usage = _awaited(calls.usage)
 
     def __init__(
         self,

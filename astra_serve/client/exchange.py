@@ -14,6 +14,7 @@ from astra_serve.client.tar import Tar
 from astra_serve.environment import ADMIN_TOKEN, admin_token
 from astra_serve.errors import (
     BadDocument,
+    BadQuery,
     BadUpload,
     Conflict,
     NoAnswer,
@@ -27,7 +28,7 @@ from astra_serve.errors import (
 Result = TypeVar("Result")
 TAR = "application/x-tar"
 # The errors that a server names in `type`; of one that names none the status has to say it.
-NAMED = {one.__name__: one for one in (BadDocument, Conflict, Superseded, UnknownAdapter, NotPublished)}
+NAMED = {one.__name__: one for one in (BadDocument, BadQuery, Conflict, Superseded, UnknownAdapter, NotPublished)}
 FOLLOW: dict[str, Any] = {"method": "GET", "url": "/events", "params": {"follow": "true"}}
 BY_STATUS = {400: BadDocument, 404: UnknownAdapter, 422: NotPublished}
 

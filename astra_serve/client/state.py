@@ -131,6 +131,43 @@ class Rotation:
     running: int
 
 
+@dataclass(frozen=True)
+class UsageNumbers:
+    """Sums over requests that have ended. `prompt_tokens` includes `cached_tokens`, found in the prefix cache."""
+
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    errors: int  # 4xx, 5xx and broken streams
+    limited: int  # refused by a limit of the tenant (429), and no errors
+
+
+@dataclass(frozen=True)
+class UsageRow(UsageNumbers):
+    """The usage of a day, tenant, adapter and version; one that the rows are not divided by is None."""
+
+    day: str | None = None  # of UTC, as 2026-11-28
+    tenant: str | None = None  # _all: keys of --api-key, and servers without keys
+    adapter: str | None = None  # _unknown: no such model; _other: policies of trainers
+    version: str | None = None  # empty for the base
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The usage of some days, both ends included. Iterating over it yields the rows."""
+
+    first_day: str
+    last_day: str
+    by: tuple[str, ...]
+    rows: tuple[UsageRow, ...]
+    total: UsageNumbers
+    fault: str | None  # why the sums are in the server's memory alone
+
+    def __iter__(self) -> Iterator[UsageRow]:
+        return iter(self.rows)
+
+
 def read(kind: type[Answer], content: Any) -> Answer:
     """Return an answer's JSON as `kind`. Raises ValueError where a field is absent, or of another type."""
     found: Answer = _reader(cast(Hashable, kind)).validate_python(content)

@@ -17,7 +17,7 @@ SERVED = re.compile(
     r"|models(/\{[^/]+\})?|responses(/\{[^/]+\}(/cancel)?)?)"
     r"|v2/(embed|rerank)"
     r"|tokenize|detokenize|classify|pooling|score|rerank"
-    r"|health|livez|readyz|metrics|ping|version|load|openapi\.json"
+    r"|health|livez|readyz|metrics|ping|version|load|usage|openapi\.json"
     ")"
 )
 
