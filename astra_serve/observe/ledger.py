@@ -41,7 +41,7 @@ class Ledger:
         self._pending: Sums = {}  # the next batch, since the last write
         self._writing: Batch | None = None  # until it is known to be on the disk; it does not change
         self._newest = 0  # number of the last batch that was begun
-        self._threads = Threads(2, 1)  # one writes, one reads; a disk that hangs holds no other thread
+        self._writer, self._readers = Threads(1, 1), Threads(4, 1)  # a disk that hangs holds no other thread
 
     def today(self) -> date:
         """Return the present day of UTC."""
@@ -69,24 +69,19 @@ class Ledger:
         if await self._try(self._file.add, self._writing):
             self._writing = None
 
-    async def answer(self, question: Question) -> Table:
+    async def answer(self, question: Question, asked_by: str = "") -> Table:
         """Return the rows of an answer, with the requests that have ended up to now.
 
-        Raises BadQuery where there are too many, and Unavailable where the file cannot be read.
+        One question of each `asked_by` is answered at a time. Raises BadQuery where there are too many rows, and
+        Unavailable where the file cannot be read.
         """
         # Taken before the file is read: a batch that is written meanwhile is in the file, and is left out here.
         batches = self._unwritten()
         try:
-            newest, found = await self._threads.run("usage-read", self._file.read, question)
+            return await self._readers.run(f"usage of {asked_by}", self._read, question, batches)
         except Failures as error:
             logger.warning("the usage ledger cannot be read: %s", error)
             raise Unavailable("the usage cannot be read now: the server's log has the reason", 5) from error
-        for batch in batches:
-            if batch.number > newest:
-                for key, numbers in batch.sums.items():
-                    if question.matches(key):
-                        add_to(found, question.row_of(key), numbers)
-        return dict(sorted(found.items()))
 
     async def __aenter__(self) -> "Ledger":
         return self
@@ -95,7 +90,7 @@ class Ledger:
         """Write everything, and close the file. What cannot be written within CLOSE_S is lost, with a line."""
         left = self._unwritten()
         try:
-            await asyncio.wait_for(self._threads.run("usage-write", self._file.close, left), CLOSE_S)
+            await asyncio.wait_for(self._writer.run("usage", self._file.close, left), CLOSE_S)
         except Failures as error:
             lost = sum(numbers.requests for batch in left for numbers in batch.sums.values())
             reason = str(error) or "the disk does not answer"
@@ -105,10 +100,19 @@ class Ledger:
         """Return the batch that may not be on the disk yet, and the next one as it is now."""
         return [*([self._writing] if self._writing else []), Batch(self._newest + 1, dict(self._pending))]
 
+    def _read(self, question: Question, unwritten: list[Batch]) -> Table:
+        newest, found = self._file.read(question)
+        for batch in unwritten:
+            if batch.number > newest:
+                for key, numbers in batch.sums.items():
+                    if question.matches(key):
+                        add_to(found, question.row_of(key), numbers)
+        return dict(sorted(found.items()))
+
     async def _try(self, work: Callable[..., None], *given: object) -> bool:
         """Do some work on the file in a thread, and return whether it is done. The first failure is an event."""
         try:
-            await self._threads.run("usage-write", work, *given)
+            await self._writer.run("usage", work, *given)
         except Failures as error:
             reason = f"the usage ledger {self._file.path} cannot be written: {error}; its sums stay in memory"
             if reason != self.fault:

@@ -10,6 +10,7 @@ all rows, as they use all models. A cell of the CSV begins with a letter, a digi
 formula.
 """
 
+import asyncio
 import csv
 import io
 from typing import Any
@@ -32,7 +33,7 @@ def for_operators(ledger: Ledger) -> APIRouter:
 
     @router.get(PATH)
     async def usage(request: Request) -> Response:
-        return await _answer(ledger, dict(request.query_params), ledger.fault)
+        return await _answer(ledger, dict(request.query_params), "an operator", ledger.fault)
 
     return router
 
@@ -47,25 +48,26 @@ def for_tenants(app: FastAPI, ledger: Ledger) -> None:
             return _error(403, "this key may not read usage: see `usage` of the keys document")
         if who.tenant is not None and given.setdefault("tenant", who.name) != who.name:
             return _error(403, f"this key may read the usage of {who.name} alone", "tenant")
-        return await _answer(ledger, given)
+        return await _answer(ledger, given, who.name)
 
     app.add_api_route(PATH, usage, methods=["GET"])
 
 
-async def _answer(ledger: Ledger, given: dict[str, str], fault: str | None = None) -> Response:
+async def _answer(ledger: Ledger, given: dict[str, str], asked_by: str, fault: str | None = None) -> Response:
     form = given.get("format", "json")
     try:
         if form not in ("json", "csv"):
             raise BadQuery(f"format={form[:64]} is unknown: give json or csv", "format")
         asked = question(given, ledger.today())
-        table = await ledger.answer(asked)
+        table = await ledger.answer(asked, asked_by)
     except BadQuery as error:
         return _error(400, str(error), error.param, type(error).__name__)
     except Unavailable as error:
         return _error(503, str(error))
+    # Large tables are made texts in a thread: the streams of other requests go on.
     if form == "csv":
-        return Response(_csv(asked, table), media_type="text/csv")
-    return JSONResponse({**_json(asked, table), "fault": fault})
+        return Response(await asyncio.to_thread(_csv, asked, table), media_type="text/csv")
+    return await asyncio.to_thread(lambda: JSONResponse({**_json(asked, table), "fault": fault}))
 
 
 def _json(asked: Question, table: Table) -> dict[str, Any]:

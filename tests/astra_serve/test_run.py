@@ -3,10 +3,11 @@
 import os
 import signal
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from astra_serve.control.housekeeping import Housekeeping
 from astra_serve.document.desired import Adapter, Document
 from astra_serve.engine import options
 from astra_serve.errors import EngineLost, InUse, ServeError
+from astra_serve.gateway.request import Request
 from tests.astra_serve.stand_in import StandInEngine
 from tests.astra_serve.world import gateway
 from tests.support.server import free_port
@@ -38,6 +40,7 @@ def serve(engine: StandInEngine, base, tiny_base, tmp_path: Path, monkeypatch) -
         yield engine
 
     async def application(_client: Any, _args: Any, fleet: Any, subscribers: Any, *_: Any) -> Any:
+        call.subscribers = subscribers  # type: ignore[attr-defined]
         return FastAPI(), gateway(fleet, None, subscribers)
 
     async def watch() -> None:
@@ -109,12 +112,20 @@ def test_a_server_answers_on_both_ports_and_ends_with_a_signal(serve, tmp_path, 
             seen.append(ready.json()["reasons"])
         seen.append(ready.json())
         seen.append(httpx.get(f"{serve.url}/livez").json())
-        seen.append(answer(f"{serve.admin}/adapters", headers={"Authorization": "Bearer token"}).json())
+        headers = {"Authorization": "Bearer token"}
+        seen.append(answer(f"{serve.admin}/adapters", headers=headers).json())
+        for subscriber in serve.subscribers.ended:
+            subscriber(Request("1", "/v1", "a", None, "a", status=200, complete=True))
+        seen.append(httpx.get(f"{serve.admin}/usage", headers=headers).json())
+        seen.append(httpx.get(f"{serve.url}/usage").json())
 
     thread = beside(ask)
     serve(document)
     thread.join()
-    *_, ready, alive, adapters = seen
+    *_, ready, alive, adapters, usage, own = seen
+    assert usage["rows"] == own["rows"]
+    with closing(sqlite3.connect(tmp_path / "run-store" / "usage.sqlite")) as ledger:  # all of it, at an orderly end
+        assert ledger.execute("SELECT tenant, adapter, requests FROM usage").fetchall() == [("_all", "a", 1)]
     assert (ready, alive) == ({"ready": True, "reasons": []}, {"alive": True})
     assert adapters["adapters"][0]["state"] == "serving"
 

@@ -4,10 +4,12 @@ import asyncio
 import json
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,30 @@ def metrics(server: Server) -> dict[str, float]:
     page = httpx.get(f"{server.url}/metrics").text.replace(',version=""', "")
     lines = (line.rpartition(" ") for line in page.splitlines() if not line.startswith("#"))
     return {name: float(value) for name, _, value in lines}
+
+
+def test_the_tokens_of_a_request_are_in_the_usage_at_once_and_on_the_disk_within_2_s(
+    server: Server, api: httpx.Client
+) -> None:
+    def used(url: httpx.URL | str) -> dict[str, int]:
+        return api.get(url, params={"adapter": "sql"}).json()["total"]
+
+    def on_disk() -> int:
+        with closing(sqlite3.connect(server.log.parent / "store" / "usage.sqlite")) as ledger:
+            return ledger.execute("SELECT sum(requests) FROM usage WHERE adapter = 'sql'").fetchone()[0] or 0
+
+    body = {"model": "sql", "prompt": list(range(3, 67)), "max_tokens": 3, "ignore_eos": True, "cache_salt": "usage"}
+    before = used("/usage")
+    for _ in range(2):
+        assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).is_success
+    end = time.monotonic() + 2
+    after = until(lambda: (now := used("/usage"))["requests"] == before["requests"] + 2 and now)
+    tokens = {name: after[f"{name}_tokens"] - before[f"{name}_tokens"] for name in ("prompt", "cached", "output")}
+    assert (tokens["prompt"], tokens["output"]) == (128, 6)
+    assert 0 < tokens["cached"] < 64  # of the second prompt; its last block is computed
+    assert used(f"{server.url}/usage") == after  # without keys everyone reads all of it
+    until(lambda: on_disk() == after["requests"])
+    assert time.monotonic() < end
 
 
 def test_every_request_has_a_line_of_json_in_the_log_with_its_id_adapter_and_version(server: Server) -> None:

@@ -137,6 +137,27 @@ async def engine_prompt(salt: str | None, prompt: Any, method: str = "generate")
     return found
 
 
+@in_a_loop
+async def test_a_request_has_the_tokens_of_its_prompt_answer_and_prefix_cache() -> None:
+    class Engine:
+        async def generate(self, *_: Any, **__: Any) -> Any:
+            for ids in ([7], [7, 8]):
+                output = SimpleNamespace(token_ids=ids, index=0, finish_reason=None)
+                yield SimpleNamespace(metrics=None, outputs=[output], prompt_token_ids=[1, 2, 3], num_cached_tokens=2)
+
+    task = asyncio.current_task()
+    assert task is not None
+    request = Request("1", "/v1", "a", task)
+    token = requests.current.set(request)
+    try:
+        for _ in range(2):  # two prompts of one request
+            async for _ in vllm_seams.MeteredClient(Engine()).generate("x", SamplingParams(), "id"):  # type: ignore[arg-type]
+                pass
+    finally:
+        requests.current.reset(token)
+    assert (request.prompt_tokens, request.cached_tokens, request.output_tokens) == (6, 4, 4)
+
+
 @pytest.mark.parametrize("method", ["generate", "encode"])
 @in_a_loop
 async def test_prompts_reach_the_prefix_cache_with_the_salt_of_their_key_and_the_clients_own(method: str) -> None:

@@ -1,5 +1,6 @@
 """The ledger of usage: on disk after a kill, in memory while the disk is full, and never in the way of a request."""
 
+import asyncio
 import signal
 import sqlite3
 import subprocess
@@ -125,8 +126,6 @@ def test_after_sigkill_all_but_the_last_second_is_there(tmp_path) -> None:
 
 @in_a_loop
 async def test_a_task_writes_once_a_second(make, tmp_path) -> None:
-    import asyncio
-
     async with make() as ledger:
         task = asyncio.create_task(ledger.run())
         ledger.count(ended())

@@ -12,6 +12,7 @@ from vllm.logging_utils import NewLineFormatter
 
 from astra_serve.adapters.events import Event
 from astra_serve.gateway.request import Request
+from astra_serve.gateway.tenancy.caller import Caller
 from astra_serve.observe import log
 
 FORGED = "/v1/x\nINFO the server is fine\r\x1b[2J\x9b\u2028\u202e\ud800"
@@ -50,6 +51,23 @@ def check(text: str) -> None:
 def test_a_request_is_one_line_whatever_its_path_and_model_are(written) -> None:
     log.request(Request("1", FORGED, FORGED, None))  # type: ignore[arg-type]
     check(written())
+
+
+def test_the_line_of_a_request_names_its_tenant_and_its_tokens(caplog) -> None:
+    caplog.set_level(logging.INFO, log.logger.name)
+    caplog.handler.setLevel(logging.INFO)
+    log.logger.addHandler(caplog.handler)
+    try:
+        log.request(Request("1", "/v1", "a", None, caller=Caller("team"), prompt_tokens=5, cached_tokens=2))  # type: ignore[arg-type]
+    finally:
+        log.logger.removeHandler(caplog.handler)
+    record = vars(caplog.records[0])
+    assert (record["tenant"], record["prompt_tokens"], record["cached_tokens"]) == ("team", 5, 2)
+
+
+def test_an_event_without_an_adapter_names_its_subject(written) -> None:
+    log.event(Event("", "usage_failed", reason="the disk is full"))
+    assert any("usage: usage_failed: the disk is full" in str(value) for value in values(written()))
 
 
 def test_an_event_is_one_line_whatever_its_source_is(written) -> None:
