@@ -2,12 +2,13 @@
 
 import asyncio
 import logging
+from pathlib import Path
 from typing import Any
 
 from astra_serve.adapters.admission import Base
 from astra_serve.adapters.clock import Clock
 from astra_serve.adapters.events import Event, Events
-from astra_serve.adapters.probe import Prover
+from astra_serve.adapters.probe import Proof, Prover
 from astra_serve.adapters.protocol import Engine
 from astra_serve.adapters.schedule import Residence, State
 from astra_serve.adapters.served import Served
@@ -71,20 +72,32 @@ class Loader:
         if residence.proof and not (residence.proof.of_an_effect or residence.allow_no_effect):
             residence.proof = None  # proved earlier with `allow_no_effect`; that permission is gone now
         if residence.proof is None:
-            if left_out := await self._engine.left_out(residence.handle):
-                raise ServeError(
-                    f"the engine does not adapt {len(left_out)} of its modules: {', '.join(left_out[:8])}; see "
-                    "--lora-target-modules, and vLLM's list of modules for this base"
-                )
-            allowed = residence.allow_no_effect
-            residence.proof = await self._prover.prove(
-                residence.handle, store.folder(version.digest), may_change_nothing=allowed, urgent=urgent
-            )
+            residence.proof = await self._proved(residence, store.folder(version.digest), urgent=urgent)
         elif any(waiter.publication for waiter in residence.waiters):
             await self._prover.again(residence.handle, residence.proof, urgent=urgent)
         else:
             return {"loading": loaded - began}
         return {"loading": loaded - began, "probing": self._clock.now() - loaded}
+
+    async def _proved(self, residence: Residence, folder: Path, *, urgent: bool) -> Proof:
+        """Return the proof of a version that was loaded for the first time. Raises ServeError."""
+        may_change_nothing = residence.allow_no_effect
+        # At the same time: each call waits until the engine has ended the step that it computes.
+        left_out, proof = await asyncio.gather(
+            self._engine.left_out(residence.handle),
+            self._prover.prove(residence.handle, folder, may_change_nothing=may_change_nothing, urgent=urgent),
+            return_exceptions=True,
+        )
+        if isinstance(left_out, BaseException):
+            raise left_out
+        if left_out:
+            raise ServeError(
+                f"the engine does not adapt {len(left_out)} of its modules: {', '.join(left_out[:8])}; see "
+                "--lora-target-modules, and vLLM's list of modules for this base"
+            )
+        if isinstance(proof, BaseException):
+            raise proof
+        return proof
 
     async def unload(self, handle: Any) -> None:
         """Let the engine forget an adapter. Raises ServeError."""

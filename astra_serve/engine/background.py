@@ -6,28 +6,51 @@ of a response that was cancelled or has failed ends, where vLLM's would wait for
 """
 
 import asyncio
+from collections import UserDict
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from vllm.entrypoints.openai.responses.protocol import ResponseCompletedEvent
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
 from astra_serve.gateway import request as requests
+from astra_serve.gateway.tenancy import caller
 
-KEPT = 256  # responses that can be retrieved: the newest ones
+KEPT = 256  # responses of a tenant that can be retrieved: the newest ones
+KEPT_OF_ALL = 8192  # of all tenants: beyond it the tenant with the most loses its oldest
 Value = TypeVar("Value")
 
 
-class Newest(dict[str, Value]):
-    """A dictionary of the newest `KEPT` values."""
+class OwnValues(UserDict[str, Value]):
+    """A dictionary in which each tenant finds its own keys alone: clients choose ids, and may guess those of others."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, dict[str, Value]] = {}
+
+    @property
+    def data(self) -> dict[str, Value]:  # type: ignore[override]
+        """Return the values of the tenant of the running request."""
+        return self._of.setdefault(caller.current.get().name, {})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self.data))
+
+
+class Newest(OwnValues[Value]):
+    """The newest `KEPT` values of each tenant."""
 
     def __setitem__(self, key: str, value: Value) -> None:
-        self.pop(key, None)
-        super().__setitem__(key, value)
-        if len(self) > KEPT:
-            del self[next(iter(self))]
+        own = self.data
+        own.pop(key, None)
+        own[key] = value
+        if len(own) > KEPT:
+            del own[next(iter(own))]
+        while sum(map(len, self._of.values())) > KEPT_OF_ALL:
+            most = max(self._of.values(), key=len)
+            del most[next(iter(most))]
 
 
-class Tasks(dict[str, "asyncio.Task[Any]"]):
+class Tasks(OwnValues["asyncio.Task[Any]"]):
     """The tasks of background responses; each belongs to the request that started it."""
 
     def __init__(self, responses: OpenAIServingResponses) -> None:
