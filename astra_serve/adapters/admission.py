@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from astra_serve.adapters.defaults import BaseTokenizer, Defaults, read_defaults
-from astra_serve.document.desired import NAME
+from astra_serve.document.desired import NAME, NAME_IN_WORDS
 from astra_serve.errors import ServeError
 from converter import adapter_dir
 from converter.adapter_dir import ENGINE_RANKS, BaseModules, LoraAdapter
@@ -109,9 +109,7 @@ def parse_adapter(text: str) -> tuple[str, Path]:
     if not equals or not folder:
         raise ServeError(f"--adapter takes name=DIR, not {text!r}")
     if not re.fullmatch(NAME, name):
-        raise ServeError(
-            f"adapter name {name!r}: use up to 128 letters, digits, '.', '_' and '-', a letter or digit first"
-        )
+        raise ServeError(f"adapter name {name!r}: {NAME_IN_WORDS}")
     return name, Path(folder)
 
 

@@ -21,7 +21,7 @@ from astra_serve.adapters.version import Alias, Version
 from astra_serve.errors import Unavailable, UnknownAdapter
 
 SHORTEST_PREFIX = 6  # hexadecimal digits by which a request may name a version
-LONGEST_NAME = 200  # characters of a name that is compared with the known ones: the time grows with its square
+LONGEST_NAME = 300  # characters of a name that is compared with the known ones: the time grows with its square
 COMPARED = 100  # known names that one unknown name is compared with
 
 

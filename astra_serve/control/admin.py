@@ -16,6 +16,8 @@ GET    /events                        the newest, oldest first; ?follow=true: JS
 GET    /requests                      how many run; POST /drain: not ready from now on; DELETE /drain: ready again
 POST   /v1/load_lora_adapter, /v1/unload_lora_adapter    vLLM's calls, as publish and remove
 
+A slash of a name is written %2F: PUT /adapters/team%2Fadapter.
+
 Errors, in OpenAI's format: 400 for a request that makes no sense, 401 before the body is read, 404 for a name without
 an adapter, 408 for an upload that stalls, 409 where the document cannot be changed, was changed by others, a newer
 change superseded this one, or no uploads are taken, 413 for a body over 1 MiB or an upload that is too large, 422 with
@@ -39,6 +41,7 @@ from starlette.routing import Match
 from astra_serve.control import report
 from astra_serve.control.control import Control
 from astra_serve.control.openai_errors import answer_errors
+from astra_serve.control.path_names import EncodedSlashes, PathName
 from astra_serve.control.uploads import Uploads
 from astra_serve.document import desired
 from astra_serve.document.desired import Canary, Digest
@@ -102,6 +105,7 @@ def build(control: Control, gateway: Gateway, token: str, uploads: Uploads) -> F
     """Return the admin application; every request needs `Authorization: Bearer TOKEN`."""
 
     app = FastAPI(title="astra-serve: admin", docs_url=None, redoc_url=None)
+    app.add_middleware(EncodedSlashes)
     app.add_middleware(BodyLimit, most=MAX_BODY, fault=json_body.fault, streamed=_is_upload)
     app.add_middleware(_Token, token=token)
 
@@ -155,7 +159,7 @@ def _show(control: Control) -> APIRouter:
         return {"adapters": adapters, "document": control.state.describe()}
 
     @router.get("/adapters/{name}")
-    async def adapter(name: str) -> dict[str, Any]:
+    async def adapter(name: PathName) -> dict[str, Any]:
         await look()
         return _described(control, name)
 
@@ -182,7 +186,7 @@ def _upload(control: Control, uploads: Uploads) -> APIRouter:
     router = APIRouter(route_class=_UploadRoute)
 
     @router.put("/adapters/{name}")
-    async def upload(name: str, request: Request, settings: Annotated[PublishSettings, Query()]) -> dict[str, Any]:
+    async def upload(name: PathName, request: Request, settings: Annotated[PublishSettings, Query()]) -> dict[str, Any]:
         length = length_of(request.scope)
         await uploads.publish(name, request.stream(), length, **settings.model_dump(exclude_none=True))
         return _described(control, name)
@@ -195,37 +199,37 @@ def _change(control: Control) -> APIRouter:
     router = APIRouter()
 
     @router.put("/adapters/{name}")
-    async def publish(name: str, body: Publish) -> dict[str, Any]:
+    async def publish(name: PathName, body: Publish) -> dict[str, Any]:
         await control.publish(name, **body.model_dump(exclude_none=True))
         return _described(control, name)
 
     @router.delete("/adapters/{name}")
-    async def remove(name: str) -> dict[str, Any]:
+    async def remove(name: PathName) -> dict[str, Any]:
         await control.remove(name)
         return {"name": name, "state": "removed"}
 
     @router.post("/adapters/{name}/rollback")
-    async def rollback(name: str, body: Rollback | None = None) -> dict[str, Any]:
+    async def rollback(name: PathName, body: Rollback | None = None) -> dict[str, Any]:
         await control.rollback(name, body.digest if body else None)
         return _described(control, name)
 
     @router.post("/adapters/{name}/canary")
-    async def canary(name: str, body: CanaryStart) -> dict[str, Any]:
+    async def canary(name: PathName, body: CanaryStart) -> dict[str, Any]:
         await control.canary(name, Canary(version=body.source, weight=body.weight))
         return _described(control, name)
 
     @router.delete("/adapters/{name}/canary")
-    async def end_canary(name: str) -> dict[str, Any]:
+    async def end_canary(name: PathName) -> dict[str, Any]:
         await control.canary(name, None)
         return _described(control, name)
 
     @router.post("/adapters/{name}/pin")
-    async def pin(name: str) -> dict[str, Any]:
+    async def pin(name: PathName) -> dict[str, Any]:
         await control.pin(name, pin=True)
         return _described(control, name)
 
     @router.post("/adapters/{name}/unpin")
-    async def unpin(name: str) -> dict[str, Any]:
+    async def unpin(name: PathName) -> dict[str, Any]:
         await control.pin(name, pin=False)
         return _described(control, name)
 
@@ -246,7 +250,7 @@ def _residency(control: Control) -> APIRouter:
     router = APIRouter()
 
     @router.post("/adapters/{name}/unload")
-    async def unload(name: str) -> dict[str, Any]:
+    async def unload(name: PathName) -> dict[str, Any]:
         alias = control.fleet.aliases.get(name)
         if alias is None:
             raise UnknownAdapter(f"there is no adapter {name!r}")
@@ -257,7 +261,7 @@ def _residency(control: Control) -> APIRouter:
         return _described(control, name)
 
     @router.put("/prepared/{name}")
-    async def prepare(name: str, body: Publish) -> dict[str, Any]:
+    async def prepare(name: PathName, body: Publish) -> dict[str, Any]:
         entry = desired.entry({"name": name, **body.model_dump(exclude_none=True)})
         version = await control.prepare(entry)
         return report.version(control, version, control.source(version.digest))

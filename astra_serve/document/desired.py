@@ -24,13 +24,17 @@ from astra_serve.document import yaml_text
 from astra_serve.document.strict import Place, Strict, content_of, dumped, first_fault
 from astra_serve.errors import BadDocument, Conflict
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+_PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+NAME = rf"{_PART}(/{_PART})?"
+NAME_IN_WORDS = (
+    "use up to 128 letters, digits, '.', '_' and '-', a letter or digit first; with a namespace before it, team/adapter"
+)
 MAX_SOURCE = yaml_text.MAX_SCALAR
 DIGEST = r"sha256:[0-9a-f]{64}"
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 Digest = Annotated[str, StringConstraints(pattern=f"^{DIGEST}$")]
 _IN_WORDS = {
-    f"^{NAME}$": "use up to 128 letters, digits, '.', '_' and '-', a letter or digit first",
+    f"^{NAME}$": NAME_IN_WORDS,
     f"^{DIGEST}$": "a digest is sha256: and 64 hexadecimal digits",
 }
 
@@ -58,7 +62,7 @@ class Step(Strict):
 class Adapter(Strict):
     """One adapter that is to be served."""
 
-    name: Name = Field(description="the `model` of requests: letters, digits, '.', '_' and '-'")
+    name: Name = Field(description="the `model` of requests: NAME, or NAMESPACE/NAME")
     source: str = Field(
         min_length=1,
         max_length=MAX_SOURCE,

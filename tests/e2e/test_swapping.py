@@ -57,10 +57,10 @@ def test_weights_that_do_not_match_their_probe_never_serve(api: httpx.Client, lo
 def test_a_version_damaged_in_the_store_fails_alone_when_it_is_loaded_again(
     api: httpx.Client, client, server, loras
 ) -> None:
-    assert api.put("/adapters/damaged", json={"source": str(loras["sql"])}).is_success
-    assert api.put("/adapters/damaged", json={"source": str(loras["intent"])}).is_success
+    assert api.put("/adapters/team%2Fdamaged", json={"source": str(loras["sql"])}).is_success
+    assert api.put("/adapters/team%2Fdamaged", json={"source": str(loras["intent"])}).is_success
     # The version before has left the engine: its next request reads it from the store.
-    before = api.get("/adapters/damaged").json()["previous"][0]
+    before = api.get("/adapters/team%2Fdamaged").json()["previous"][0]
     store = Path(server.log).parent / "store" / "versions" / before["digest"].removeprefix("sha256:")
     weights = store / "adapter_model.safetensors"
     whole = weights.read_bytes()
@@ -77,7 +77,7 @@ def test_a_version_damaged_in_the_store_fails_alone_when_it_is_loaded_again(
         row = tasks.rows(task, test=True, n=1)[0]
         assert demo.ask(client, task, row)
     assert server.process.poll() is None
-    assert api.delete("/adapters/damaged").is_success
+    assert api.delete("/adapters/team%2Fdamaged").is_success
 
 
 def test_a_version_whose_file_is_gone_serves_from_memory_and_is_fetched_again_later(

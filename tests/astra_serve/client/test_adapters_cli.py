@@ -172,7 +172,7 @@ def test_ctrl_c_in_a_rollout_restores_the_document_also_when_repeated(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("rollout", "a/b", "source"), "'a/b': name: use up to 128 letters"),
+        (("rollout", "a/b/c", "source"), "'a/b/c': name: use up to 128 letters"),
         (("rollout", "a", "source", "--digest", "abc"), "'a': digest: a digest is sha256:"),
         (("publish", "a b", "source"), "'a b': name: use up to 128 letters"),
         (("status", "a=sha256:12"), "is not NAME=sha256:..., with the digest that `prepare` prints"),

@@ -146,7 +146,7 @@ def test_the_line_of_a_refused_upload_is_seen_while_it_is_sent(client: Client, t
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: calls.publish("a/b", "x"), "'a/b': name: use up to 128 letters"),
+        (lambda: calls.publish("a/b/c", "x"), "'a/b/c': name: use up to 128 letters"),
         (lambda: calls.publish("a", "x", digest="abc"), "'a': digest: a digest is sha256:"),
         (lambda: calls.publish("a", ""), "'a': source: String should have at least 1 character"),
         (lambda: calls.canary("a", "x", 1.5), "canary.weight: Input should be less than 1"),

@@ -44,7 +44,7 @@ def test_an_empty_document_serves_the_base_alone(text: str) -> None:
         ("adapters: [{name: a, sorce: b}]", "adapters.0.source: Field required"),
         ("adapters: [{name: a, source: b, requird: true}]", "requird: no such key; did you mean 'required'?"),
         ("adapters: [{name: a, source: b, canary: {version: c, wait: 1}}]", "adapters.0.canary.weight: Field required"),
-        ("adapters: [{name: a/b, source: c}]", "adapters.0.name: use up to 128 letters"),
+        ("adapters: [{name: a/b/c, source: c}]", "adapters.0.name: use up to 128 letters"),
         ("adapters: [{name: a, source: b}, {name: a, source: c}]", "two adapters are named 'a'"),
         ("adapters: [{name: a, source: b, digest: abc}]", "adapters.0.digest: a digest is sha256: and 64"),
         ("adapters: [{name: a, source: b, canary: {version: c, weight: 1}}]", "weight: Input should be less than 1"),
