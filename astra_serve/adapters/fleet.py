@@ -21,7 +21,7 @@ from astra_serve.adapters.version import Alias, Version
 from astra_serve.errors import Unavailable, UnknownAdapter
 
 SHORTEST_PREFIX = 6  # hexadecimal digits by which a request may name a version
-LONGEST_NAME = 300  # characters of a name that is compared with the known ones: the time grows with its square
+LONGEST_NAME = 200  # characters of a name that is compared with the known ones: the time grows with its square
 COMPARED = 100  # known names that one unknown name is compared with
 
 
@@ -127,9 +127,9 @@ class Fleet:
         """Return the name that a request most likely meant: a version of the adapter that it names, or a name."""
         if len(model) > LONGEST_NAME:
             return None
-        alias = self.aliases.get(model.partition("@")[0])
-        if alias and visible(alias.current.name):
-            return alias.current.name
+        bare = model.partition("@")[0]
+        if visible(bare) and (alias := self.aliases.get(bare)):  # in this order: a hidden name takes no other time
+            return alias.current.name if visible(alias.current.name) else bare
         names = [name for name in (self.base_name, *self.aliases) if visible(name)]
         if len(names) > COMPARED:  # in linear time: the names that have the most characters at the same place
             names = nlargest(COMPARED, names, lambda name: sum(map(eq, name, model)))
