@@ -13,6 +13,7 @@ POST   /adapters/{name}/unload        out of the engine's memory; the next reque
 PUT    /prepared/{name}               as PUT /adapters/{name}: the engine proves the version, no alias points at it
 POST   /refresh                       read the document now
 GET    /events                        the newest, oldest first; ?follow=true: JSON lines, as they happen
+GET    /usage                         of all tenants (`observe.usage`)
 GET    /requests                      how many run; POST /drain: not ready from now on; DELETE /drain: ready again
 POST   /v1/load_lora_adapter, /v1/unload_lora_adapter    vLLM's calls, as publish and remove
 

@@ -26,6 +26,7 @@ from astra_serve.gateway import json_body
 from astra_serve.gateway.body import MIB, BodyLimit
 from astra_serve.gateway.credential import Credential
 from astra_serve.gateway.middleware import App, Receive, Scope, Send
+from astra_serve.gateway.tenancy import caller
 
 MAX_BODY = MIB
 
@@ -69,7 +70,11 @@ class _Split:
             await self._own(scope, receive, send)
             return
         headers = [(name, value) for name, value in scope.get("headers", ()) if name != b"authorization"]
-        await self._public({**scope, "headers": headers}, receive, send)
+        token = caller.current.set(caller.TRAINER)
+        try:
+            await self._public({**scope, "headers": headers}, receive, send)
+        finally:
+            caller.current.reset(token)
 
 
 def _change(policies: Policies) -> APIRouter:

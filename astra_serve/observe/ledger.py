@@ -113,7 +113,7 @@ class Ledger:
         """Do some work on the file in a thread, and return whether it is done. The first failure is an event."""
         try:
             await self._writer.run("usage", work, *given)
-        except Failures as error:
+        except Exception as error:  # whatever it is: the server goes on
             reason = f"the usage ledger {self._file.path} cannot be written: {error}; its sums stay in memory"
             if reason != self.fault:
                 self._fleet.events.emit(Event("", "usage_failed", reason=reason))

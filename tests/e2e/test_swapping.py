@@ -203,15 +203,16 @@ def test_the_tokens_of_a_request_are_in_the_usage_at_once_and_on_the_disk_within
         with closing(sqlite3.connect(server.log.parent / "store" / "usage.sqlite")) as ledger:
             return ledger.execute("SELECT sum(requests) FROM usage WHERE adapter = 'sql'").fetchone()[0] or 0
 
-    body = {"model": "sql", "prompt": list(range(3, 67)), "max_tokens": 3, "ignore_eos": True, "cache_salt": "usage"}
+    prompt = list(range(3, 103)) * 3  # several blocks of the prefix cache
+    body = {"model": "sql", "prompt": prompt, "max_tokens": 3, "ignore_eos": True, "cache_salt": "usage"}
     before = used("/usage")
     for _ in range(2):
         assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).is_success
     end = time.monotonic() + 2
     after = until(lambda: (now := used("/usage"))["requests"] == before["requests"] + 2 and now)
     tokens = {name: after[f"{name}_tokens"] - before[f"{name}_tokens"] for name in ("prompt", "cached", "output")}
-    assert (tokens["prompt"], tokens["output"]) == (128, 6)
-    assert 0 < tokens["cached"] < 64  # of the second prompt; its last block is computed
+    assert (tokens["prompt"], tokens["output"]) == (600, 6)
+    assert 0 < tokens["cached"] < 300  # of the second prompt; its last block is computed
     assert used(f"{server.url}/usage") == after  # without keys everyone reads all of it
     until(lambda: on_disk() == after["requests"])
     assert time.monotonic() < end

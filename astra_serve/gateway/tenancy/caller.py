@@ -18,6 +18,7 @@ class Caller:
     name: str = ALL
     tenant: Tenant | None = None  # None: everything is allowed, without limits
     cache_salt: str | None = None
+    trains: bool = False  # on the policy port: it uses every model, and reads no tenant's usage
 
     @property
     def weight(self) -> float:
@@ -32,7 +33,7 @@ class Caller:
     @property
     def may_read_usage(self) -> bool:
         """Return whether it may read its own usage."""
-        return self.tenant is None or self.tenant.usage
+        return self.tenant.usage if self.tenant else not self.trains
 
     @property
     def may_read_metrics(self) -> bool:
@@ -50,4 +51,5 @@ class Caller:
 
 
 EVERYTHING = Caller()
+TRAINER = Caller(trains=True)
 current: ContextVar[Caller] = ContextVar("caller", default=EVERYTHING)  # of the request that is being handled

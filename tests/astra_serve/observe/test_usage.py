@@ -11,6 +11,7 @@ import openai
 import pytest
 from fastapi import FastAPI
 
+from astra_serve.control import policy_port
 from astra_serve.document.keys import Keys, hash_of
 from astra_serve.gateway.request import Request
 from astra_serve.gateway.routes import SERVED
@@ -20,7 +21,7 @@ from astra_serve.gateway.tenancy.keyring import Keyring
 from astra_serve.observe import usage
 from astra_serve.observe.ledger import Ledger
 from astra_serve.observe.ledger_file import LedgerFile
-from tests.astra_serve.world import World, in_a_loop, server
+from tests.astra_serve.world import INFO, POLICY_TOKEN, World, in_a_loop, server
 
 SECONDS = 1795824000.0  # 2026-11-28
 TENANTS = {
@@ -35,9 +36,9 @@ class Ports:
 
     def __init__(self, world: World, ledger: Ledger, keyring: Keyring) -> None:
         self.world, self.ledger = world, ledger
-        self._public = FastAPI()
-        usage.for_tenants(self._public, ledger)
-        self._authenticated = Authentication(self._public, keyring)
+        self.public_app = FastAPI()
+        usage.for_tenants(self.public_app, ledger)
+        self._authenticated = Authentication(self.public_app, keyring)
         world.admin_app.include_router(usage.for_operators(ledger))
 
     def use(self, tenant: str, adapter: str, tokens: int) -> None:
@@ -125,6 +126,15 @@ async def test_the_official_client_raises_its_own_errors(ports) -> None:
         with pytest.raises(openai.BadRequestError, match="is no day"):
             await p.official("team-key").get("/usage?from=x", cast_to=httpx.Response)
         assert (await p.public("")).status_code == 401
+
+
+@in_a_loop
+async def test_a_trainer_may_use_every_model_and_reads_no_usage(ports) -> None:
+    async with ports() as p:
+        app = policy_port.build(p.world.policies, p.public_app, INFO, POLICY_TOKEN)
+        auth = ("x", POLICY_TOKEN)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x", auth=auth) as trainer:
+            assert (await trainer.get("/usage")).status_code == 403
 
 
 @pytest.mark.parametrize(
