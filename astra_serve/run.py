@@ -42,12 +42,13 @@ from astra_serve.control.preparation import Preparation
 from astra_serve.control.readiness import RequiredAdapters
 from astra_serve.control.reconcile import Reconciler
 from astra_serve.control.status import Phase
+from astra_serve.control.tenant_keys import TenantKeys
 from astra_serve.control.uploads import Uploads
 from astra_serve.document.desired import Document
 from astra_serve.engine import server, vllm, vllm_seams
 from astra_serve.errors import EngineLost, ServeError
 from astra_serve.gateway.body import MAX_BODY, MAX_BODY_MULTIMODAL, BodyLimit
-from astra_serve.gateway.middleware import Subscribers
+from astra_serve.gateway.middleware import App, Receive, Scope, Send, Subscribers
 from astra_serve.gateway.tenancy.authentication import Authentication
 from astra_serve.gateway.tenancy.keyring import Keyring
 from astra_serve.gateway.tenancy.station import Stations
@@ -75,6 +76,7 @@ class Settings:
     policies: tuple[str, int] | None  # host and port of the policy port
     policy_token: str
     upload_to: UploadTarget | None  # where published bytes are copied to; None: they are refused
+    keys: str | None  # where the keys document is: a file or a URL; None: there are no tenants
     max_body: int | None  # bytes of a request's body; None: as large as the base needs
 
 
@@ -124,12 +126,20 @@ async def _serve(
         preparation = Preparation(fleet, store, clock, settings.roots, sources)
         reconciler = Reconciler(fleet, preparation, clock, settings.drain_s)
         subscribers = Subscribers()
-        keyring, stations = Keyring(vllm_seams.take_keys(args)), Stations()
+        keyring = Keyring(vllm_seams.take_keys(args), follows=settings.keys is not None)
+        tenants = TenantKeys(settings.keys, keyring, events, clock, sources) if settings.keys else None
+        stations = Stations()
         app, gateway = await vllm_seams.application(engine.client, args, fleet, subscribers, templates, stations)
         housekeeping = Housekeeping(fleet, store, preparation, reconciler, clock)
         ledger = Ledger(LedgerFile(store.root), fleet, clock)
         work = [engine.watch, residency.run, reconciler.run, housekeeping.run, ledger.run]
+        work += [tenants.run] if tenants else []
         control = None
+
+        def not_ready() -> list[str]:
+            parts = [part for part in (gateway, engine, tenants, control) if part]
+            return [reason for part in parts for reason in part.not_ready()]
+
         if isinstance(settings.document, str):
             required = RequiredAdapters(fleet, reconciler)
             state = DesiredState(settings.document, sources)
@@ -139,19 +149,19 @@ async def _serve(
                 uploads = Uploads(control, store, sources, settings.upload_to)
                 admin_app = admin.build(control, gateway, settings.admin_token, uploads)
                 admin_app.include_router(usage.for_operators(ledger))
+                _add_health(admin_app, not_ready)
+                admin_app.mount("/metrics", _page(app, "/metrics"))
                 work.append(partial(server.serve_beside, admin_app, for_admin, server.connection_limits(args)))
 
-        def not_ready() -> list[str]:
-            return [*gateway.not_ready(), *engine.not_ready(), *(control.not_ready() if control else [])]
-
-        metrics = Metrics(fleet, reconciler, gateway, REGISTRY, not_ready, control)
+        faults = {"keys": lambda: tenants.fault} if tenants else {}
+        metrics = Metrics(fleet, reconciler, gateway, REGISTRY, not_ready, control, faults)
         subscribers.first_token.append(metrics.first_token)
         subscribers.ended.extend([metrics.count, log.request, ledger.count])
         if keyring.follows:
             subscribers.ended.append(TenantMetrics(REGISTRY, keyring.tenants).count)
         events.subscribers.extend([metrics.note, log.event])
         log.protect()
-        _add_health(app, not_ready)
+        _add_health(app, not_ready, reasons=tenants is None)
         usage.for_tenants(app, ledger)
         multimodal = engine.client.model_config.is_multimodal_model
         limited = BodyLimit(app, settings.max_body or (MAX_BODY_MULTIMODAL if multimodal else MAX_BODY))
@@ -181,16 +191,28 @@ async def _serve_all(reconciler: Reconciler, document: Document) -> None:
             raise ServeError(f"adapter {entry.name!r}: {status.reason}")
 
 
-def _add_health(app: FastAPI, not_ready: Callable[[], list[str]]) -> None:
+def _add_health(app: FastAPI, not_ready: Callable[[], list[str]], *, reasons: bool = True) -> None:
+    """Add /livez and /readyz; tenants do not see the `reasons`, which name adapters."""
+
     async def livez() -> JSONResponse:
         return JSONResponse({"alive": True})
 
     async def readyz() -> JSONResponse:
-        reasons = not_ready()
-        return JSONResponse({"ready": not reasons, "reasons": reasons}, status_code=503 if reasons else 200)
+        found = not_ready()
+        shown = {"reasons": found} if reasons else {}
+        return JSONResponse({"ready": not found, **shown}, status_code=503 if found else 200)
 
     app.add_api_route("/livez", livez, methods=["GET"], include_in_schema=False)
     app.add_api_route("/readyz", readyz, methods=["GET"], include_in_schema=False)
+
+
+def _page(app: App, path: str) -> App:
+    """Return a page of `app` as an application of its own."""
+
+    async def page(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "path": path, "root_path": ""}, receive, send)
+
+    return page
 
 
 def _first(error: BaseException) -> BaseException:

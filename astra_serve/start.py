@@ -100,6 +100,7 @@ def _serve(args: argparse.Namespace, extra: list[str], base: Base, document: Doc
             policies=(args.policy_host, args.policy_port) if args.policy_port is not None else None,
             policy_token=policy_token(),
             upload_to=_upload_target(args),
+            keys=args.keys,
             max_body=args.max_body,
         ),
     )
@@ -175,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--base", required=True, help="a model folder, or a hub id such as Qwen/Qwen3-0.6B")
     add("--adapter", action="append", default=[], metavar="NAME=DIR", help="serve the LoRA in DIR as NAME; repeatable")
     add("--adapters", metavar="FILE_OR_URL", help="serve the adapters of this document, and follow its changes")
+    add("--keys", metavar="FILE_OR_URL", help="let the tenants of this document in, and follow its changes")
     add("--max-loras", type=int, metavar="N", help=f"adapters in one batch (default: all, at most {MAX_SLOTS})")
     resident = "adapters in the engine's memory, at least --max-loras; others are loaded when a request needs them "
     resident += "(default: all with --adapter, 16 with --adapters or --policy-port)"

@@ -16,16 +16,11 @@ that disconnects cancels nothing. After a crash the server follows the document 
 The document is also followed when others change it: within 5 s, or at once where the file system reports changes.
 """
 
-import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-
-from watchfiles import awatch
 
 from astra_serve.adapters.clock import Clock
 from astra_serve.adapters.events import Event
@@ -34,6 +29,7 @@ from astra_serve.adapters.store import Store
 from astra_serve.adapters.version import Version
 from astra_serve.control.changes import Changes
 from astra_serve.control.desired_state import DesiredState
+from astra_serve.control.followed import follow
 from astra_serve.control.preparation import Preparation, Prepared
 from astra_serve.control.readiness import RequiredAdapters
 from astra_serve.control.reconcile import Reconciler
@@ -43,9 +39,6 @@ from astra_serve.document.desired import Adapter, Canary, Document, Step
 from astra_serve.document.history import known_source, rollback_history
 from astra_serve.errors import Conflict, NotPublished, ServeError, Unavailable, UnknownAdapter
 from converter.errors import AstraError
-
-logger = logging.getLogger("vllm.astra_serve")
-FOLLOW_S = 5.0  # a changed document is read after this time at the latest
 
 Edit = Callable[[Adapter | None], dict[str, Any]]  # from the entry as it is to the keys that change
 BeforeWrite = Callable[[], Awaitable[None]]
@@ -71,14 +64,7 @@ class Control:
 
     async def run(self) -> None:
         """Read the document and follow it until cancelled."""
-        due = asyncio.Event()
-        async with asyncio.TaskGroup() as watching:
-            if self.state.file:
-                watching.create_task(_watch(self.state.file, due))
-            while True:
-                due.clear()
-                await self.refresh()
-                await self._clock.wait(due, self._clock.now() + FOLLOW_S)
+        await follow(self.state, self.refresh, self._clock)
 
     async def refresh(self) -> None:
         """Read the document again and follow its changes; a document that cannot be read changes nothing."""
@@ -260,14 +246,3 @@ def reason_of(error: BaseException) -> str:
     """Return the reason of a failure; what the engine's memory raises has it as its cause."""
     cause = error.__cause__ if isinstance(error, Unavailable) else None
     return str(cause or error)
-
-
-async def _watch(file: Path, due: asyncio.Event) -> None:
-    """Set `due` at every change of `file`; its folder is watched: files are replaced, and a ConfigMap's are links."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        async for changes in awatch(file.parent, recursive=False):
-            if any(Path(path).name in (file.name, "..data") for _, path in changes):
-                due.set()
-    except OSError as error:  # no more watches, or a file system without them
-        logger.warning("changes of %s are seen after %.0f s: %s", file, FOLLOW_S, error)

@@ -10,7 +10,8 @@ last request, when the canary has ended.
 
 import time
 from collections import Counter as Counts
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
@@ -28,6 +29,7 @@ Label = tuple[str, str]  # an adapter, and a version beside a canary
 Sample = tuple[list[str], float]  # the values of the labels, and the number
 MOST_ADAPTERS = 1000
 VERSION_KEPT_S = 600.0  # several scrapes: the last requests are seen
+FAULTS = {"keys": "1 while the keys document as it is now is not followed"}
 OTHER, UNKNOWN = "_other", "_unknown"  # no adapter can be called so
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 BETWEEN_TOKENS_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5)
@@ -45,9 +47,14 @@ class Metrics:
         registry: CollectorRegistry,
         not_ready: Callable[[], list[str]],
         control: Control | None = None,
+        faults: Mapping[str, Callable[[], str | None]] = MappingProxyType({}),
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`not_ready` returns the reasons of /readyz; `control` follows the document, if it may change."""
+        """`not_ready` returns the reasons of /readyz; `control` follows the document, if it may change.
+
+        `faults` returns why a part of the server, by its name, does not work as it should; None where it does.
+        """
+        self._faults = dict(faults)
         self._fleet, self._reconciler, self._gateway, self._control = fleet, reconciler, gateway, control
         self._not_ready, self._now = not_ready, now
         self._own: set[str] = set()  # adapters with series of their own
@@ -151,6 +158,8 @@ class Metrics:
             ("document_fault", "1 while the document as it is now is not followed", fault),
         ):
             yield _gauge(name, text, [([], value)])
+        for name, fault_of in self._faults.items():
+            yield _gauge(f"{name}_fault", FAULTS[name], [([], fault_of() is not None)])
         yield self._for_routers()
 
     def describe(self) -> list[Metric]:

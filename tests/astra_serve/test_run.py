@@ -70,6 +70,7 @@ def serve(engine: StandInEngine, base, tiny_base, tmp_path: Path, monkeypatch) -
             policies=("127.0.0.1", ports[2]) if trains else None,
             policy_token="policy",  # noqa: S106
             upload_to=None,
+            keys=None,
             max_body=None,
         )
         monkeypatch.setattr(run, "REGISTRY", CollectorRegistry())

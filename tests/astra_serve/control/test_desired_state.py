@@ -60,7 +60,7 @@ async def test_a_file_is_read_again_every_5_s_where_its_changes_are_not_reported
         raise OSError("OS file watch limit reached")
         yield
 
-    monkeypatch.setattr("astra_serve.control.control.awatch", no_reports)
+    monkeypatch.setattr("astra_serve.control.followed.awatch", no_reports)
     async with world() as w:
         began, times, read = w.clock.now(), [], w.control.state.read
 
