@@ -21,8 +21,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, PrivateAttr, StringConstraints, ValidationError
 
 from astra_serve.document import yaml_text
-from astra_serve.document.strict import Place, Strict, content_of, dumped, first_fault
-from astra_serve.errors import BadDocument, Conflict
+from astra_serve.document.strict import Place, Strict, content_of, dumped, first_fault, plain, replaced
+from astra_serve.errors import BadDocument
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 NAME = rf"{_PART}(/{_PART})?"
@@ -109,13 +109,7 @@ class Document(Strict):
 
         Raises Conflict where the document has an entry of this name that is neither.
         """
-        there = self.get(name)
-        if there not in (old, new):
-            raise Conflict(f"somebody else has changed {name!r} in the document meanwhile: try again")
-        if there is None:
-            return Document(adapters=[*self.adapters, *([new] if new else [])])
-        changed = (new if adapter is there else adapter for adapter in self.adapters)
-        return Document(adapters=[adapter for adapter in changed if adapter])
+        return Document(adapters=replaced(self.adapters, name, old, new))
 
 
 def parse(text: str, origin: str) -> Document:
@@ -157,11 +151,6 @@ def entry(content: dict[str, Any]) -> Adapter:
         return Adapter.model_validate(content)
     except ValidationError as error:
         raise BadDocument(f"{content.get('name', 'an adapter')!r}: {_first(error)}") from error
-
-
-def plain(model: BaseModel) -> dict[str, Any]:
-    """Return an entry or a document as YAML and JSON have it, without the keys that have their default."""
-    return model.model_dump(mode="json", exclude_defaults=True)
 
 
 def dump(content: Document | dict[str, Any]) -> str:

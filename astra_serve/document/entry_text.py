@@ -1,39 +1,56 @@
 """One entry of a document's text: replaced, added or removed, while every other byte stays as it was.
 
+The document is that of adapters, or that of keys, whose entries are tenants: a mapping with one list of named entries.
+
 Comments, key order and quoting belong to the people who wrote the document. Inside an entry in block style, too, only
 the keys whose values change are written again: a scalar where it stands, a new key below the others. An entry in flow
 style (JSON), or one that refers to anchors or merges mappings, is written again as a whole.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
-from astra_serve.document import desired, yaml_text
-from astra_serve.document.desired import Adapter, Document
+from astra_serve.document import desired, keys, yaml_text
+from astra_serve.document.strict import dumped, plain
 from astra_serve.errors import BadDocument
 
 Edit = tuple[int, int, str]  # from here to there, the text that takes the place
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of document: the key of its list, how a text is parsed, and the model of an entry."""
+
+    key: str
+    parse: Callable[[str, str], Any]
+    entry: type[BaseModel]
+
+
+ADAPTERS = Kind("adapters", desired.parse, desired.Adapter)
+TENANTS = Kind("tenants", lambda text, origin: keys.parse(text, origin) if text.strip() else keys.Keys(), keys.Tenant)
+
+
 def with_entry(
-    text: str, origin: str, name: str, old: Adapter | None, new: Adapter | None, known: Document | None = None
-) -> tuple[Document, str]:
+    text: str, origin: str, name: str, old: Any, new: Any, known: Any = None, kind: Kind = ADAPTERS
+) -> tuple[Any, str]:
     """Return the document in `text` with the entry `new` in place of `old`, parsed and as text. None is no entry.
 
-    `known` is the document in `text` if it was parsed before.
+    `known` is the document in `text` if it was parsed before. Entries and document are those of `kind`.
 
     Raises BadDocument where `text` is no document, or other entries refer to anchors that would disappear; Conflict
     where it has another entry of this name.
     """
-    document = (known or desired.parse(text, origin)).replacing(name, old, new)
+    document = (known or kind.parse(text, origin)).replacing(name, old, new)
     unix = text.replace("\r\n", "\n")
-    found = _spliced(unix, _edits(unix, name, desired.plain(new) if new else None))
+    found = _spliced(unix, _edits(unix, name, plain(new) if new else None, kind))
     found = found.replace("\n", "\r\n") if unix != text else found
     try:
-        intended = desired.parse(found, origin) == document
+        intended = kind.parse(found, origin) == document
     except BadDocument:
         intended = False
     if not intended:
@@ -47,11 +64,11 @@ def _spliced(text: str, edits: list[Edit]) -> str:
     return text
 
 
-def _edits(text: str, name: str, new: dict[str, Any] | None) -> list[Edit]:
+def _edits(text: str, name: str, new: dict[str, Any] | None, kind: Kind) -> list[Edit]:
     layout = _layout(text)
     number = next((n for n, entry in enumerate(layout.entries) if entry.name == name), None)
     if number is None:
-        return [_addition(text, layout, new)] if new else []
+        return [_addition(text, layout, new, kind)] if new else []
     entries, entry, items = layout.entries, layout.entries[number], layout.items
     assert items is not None
     start, end = entry.start, entry.end
@@ -65,15 +82,15 @@ def _edits(text: str, name: str, new: dict[str, Any] | None) -> list[Edit]:
     dash, end = text.rfind("-", 0, start), _line_end(text, entry.last)
     start = text.rfind("\n", 0, dash) + 1
     if new:
-        return [(start, end, _patched(text[start:end], dash - start, new))]
+        return [(start, end, _patched(text[start:end], dash - start, new, kind))]
     return [(start, end, ""), *([(layout.colon, layout.colon, " []")] if len(entries) == 1 else [])]
 
 
-def _addition(text: str, layout: "_Layout", new: dict[str, Any]) -> Edit:
+def _addition(text: str, layout: "_Layout", new: dict[str, Any], kind: Kind) -> Edit:
     """Return the edit that adds an entry after all others."""
     items, entries = layout.items, layout.entries
     if items is None:  # the text is empty
-        return len(text), len(text), _below(text, f"adapters:\n{_block(new, 2)}")
+        return len(text), len(text), _below(text, f"{kind.key}:\n{_block(new, 2)}")
     if entries and items.flow:
         return entries[-1].end, entries[-1].end, f", {_flow(new)}"
     if layout.flow:
@@ -81,7 +98,7 @@ def _addition(text: str, layout: "_Layout", new: dict[str, Any]) -> Edit:
     if entries:
         place = _line_end(text, entries[-1].last)
         return place, place, _below(text[:place], _block(new, items.column))
-    rest = text[items.end : _line_end(text, items.last)]  # `adapters: []` and perhaps a comment, which stays
+    rest = text[items.end : _line_end(text, items.last)]  # `adapters: []`, and perhaps a comment, which stays
     return layout.colon, items.end + len(rest), rest + (_below(rest or " ", _block(new, 2)))
 
 
@@ -104,7 +121,7 @@ class _Layout:
     """The places of the entries of a document in its text."""
 
     flow: bool = False  # the document as a whole, as JSON is
-    colon: int = 0  # the end of the key `adapters` and its colon
+    colon: int = 0  # the end of the list's key and its colon
     items: _Span | None = None  # the list of the entries; None in an empty text
     entries: list[_Span] = field(default_factory=list)
 
@@ -154,11 +171,11 @@ def _close(layout: _Layout, open_: list[_Span], end: int) -> None:
         layout.entries.append(done)
 
 
-def _patched(item: str, dash: int, new: dict[str, Any]) -> str:
+def _patched(item: str, dash: int, new: dict[str, Any], kind: Kind) -> str:
     """Return the lines of an entry in block style, whose dash is in column `dash`, with the values of `new`."""
     lines = f"{item[:dash]} {item[dash + 1 :]}"
     try:
-        old = desired.plain(Adapter.model_validate(yaml_text.load(lines)))
+        old = plain(kind.entry.model_validate(yaml_text.load(lines)))
         node: Any = yaml.compose(lines, yaml_text.LOADER)  # as deep as `load` allows
     except yaml_text.BadYaml:  # an anchor of another entry
         return _block(new, dash)
@@ -207,7 +224,7 @@ def _block(entry: dict[str, Any], column: int) -> str:
 
 
 def _indented(content: dict[str, Any], column: int) -> str:
-    return "".join(f"{' ' * column}{line}\n" for line in desired.dump(content).splitlines())
+    return "".join(f"{' ' * column}{line}\n" for line in dumped(content).splitlines())
 
 
 def _flow(entry: dict[str, Any]) -> str:

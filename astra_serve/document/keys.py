@@ -28,7 +28,7 @@ from typing import Annotated, Any
 
 from pydantic import AwareDatetime, BaseModel, Field, StringConstraints, ValidationError
 
-from astra_serve.document.strict import Place, Strict, content_of, first_fault
+from astra_serve.document.strict import Place, Strict, content_of, first_fault, replaced
 from astra_serve.errors import BadDocument
 
 TENANT = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -107,6 +107,10 @@ class Keys(Strict):
     def get(self, name: str) -> Tenant | None:
         """Return the tenant `name`, or None."""
         return next((tenant for tenant in self.tenants if tenant.name == name), None)
+
+    def replacing(self, name: str, old: Tenant | None, new: Tenant | None) -> "Keys":
+        """Return the document with the tenant `new` in place of `old`; None stands for no tenant. Raises Conflict."""
+        return Keys(tenants=replaced(self.tenants, name, old, new))
 
 
 def parse(text: str, origin: str) -> Keys:

@@ -2,14 +2,14 @@
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from astra_serve.document import yaml_text
-from astra_serve.errors import BadDocument
+from astra_serve.errors import BadDocument, Conflict
 
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 Place = tuple[str | int, ...]
@@ -19,6 +19,36 @@ class Strict(BaseModel):
     """A part of a document; it does not change, and has no other keys than its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Named(Protocol):
+    """An entry of a document's list."""
+
+    @property
+    def name(self) -> str:
+        """Return its name, which no other entry has."""
+
+
+Entry = TypeVar("Entry", bound=Named)
+
+
+def replaced(entries: Iterable[Entry], name: str, old: Entry | None, new: Entry | None) -> list[Entry]:
+    """Return the entries with `new` in place of `old`; None stands for no entry.
+
+    Raises Conflict where there is an entry of this name that is neither.
+    """
+    entries = list(entries)
+    there = next((entry for entry in entries if entry.name == name), None)
+    if there not in (old, new):
+        raise Conflict(f"somebody else has changed {name!r} in the document meanwhile: try again")
+    if there is None:
+        return [*entries, *([new] if new else [])]
+    return [entry for entry in (new if one is there else one for one in entries) if entry]
+
+
+def plain(model: BaseModel) -> dict[str, Any]:
+    """Return an entry or a document as YAML and JSON have it, without the keys that have their default."""
+    return model.model_dump(mode="json", exclude_defaults=True)
 
 
 def content_of(text: str, origin: str) -> Any:
