@@ -99,9 +99,10 @@ class BadQuery(ServeError):
 class LimitExceeded(ServeError):
     """A tenant has used what it may use for now; the message names the limit."""
 
-    def __init__(self, message: str, retry_after_s: int) -> None:
+    def __init__(self, message: str, retry_after_s: int | None, kind: str = "requests") -> None:
         super().__init__(message)
-        self.retry_after_s = retry_after_s
+        self.retry_after_s = retry_after_s  # None: trying again does not help
+        self.kind = kind  # the unit of the limit, as OpenAI's type of the error: requests or tokens
 
 
 class EngineLost(ServeError):

@@ -51,6 +51,10 @@ from astra_serve.gateway.body import MAX_BODY, MAX_BODY_MULTIMODAL, BodyLimit
 from astra_serve.gateway.middleware import App, Receive, Scope, Send, Subscribers
 from astra_serve.gateway.tenancy.authentication import Authentication
 from astra_serve.gateway.tenancy.keyring import Keyring
+from astra_serve.gateway.tenancy.quota.failover import Failover
+from astra_serve.gateway.tenancy.quota.redis_store import RedisStore
+from astra_serve.gateway.tenancy.quota.station import Quota
+from astra_serve.gateway.tenancy.quota.store import MemoryStore
 from astra_serve.gateway.tenancy.station import Stations
 from astra_serve.observe import log, usage
 from astra_serve.observe.ledger import Ledger
@@ -78,6 +82,7 @@ class Settings:
     upload_to: UploadTarget | None  # where published bytes are copied to; None: they are refused
     keys: str | None  # where the keys document is: a file or a URL; None: there are no tenants
     max_body: int | None  # bytes of a request's body; None: as large as the base needs
+    limits_store: RedisStore | None  # None: each server counts the use of limits for itself
 
 
 def serve(args: Namespace, base: Base, settings: Settings) -> None:
@@ -128,12 +133,14 @@ async def _serve(
         subscribers = Subscribers()
         keyring = Keyring(vllm_seams.take_keys(args), follows=settings.keys is not None)
         tenants = TenantKeys(settings.keys, keyring, events, clock, sources) if settings.keys else None
-        stations = Stations()
+        own = MemoryStore()
+        shared = Failover(settings.limits_store, own, events, clock) if settings.limits_store else None
+        stations = Stations(quota=Quota(shared or own).station)
         app, gateway = await vllm_seams.application(engine.client, args, fleet, subscribers, templates, stations)
         housekeeping = Housekeeping(fleet, store, preparation, reconciler, clock)
         ledger = Ledger(LedgerFile(store.root), fleet, clock)
         work = [engine.watch, residency.run, reconciler.run, housekeeping.run, ledger.run]
-        work += [tenants.run] if tenants else []
+        work += [part.run for part in (tenants, shared) if part]
         control = None
 
         def not_ready() -> list[str]:
@@ -153,7 +160,8 @@ async def _serve(
                 admin_app.mount("/metrics", _page(app, "/metrics"))
                 work.append(partial(server.serve_beside, admin_app, for_admin, server.connection_limits(args)))
 
-        faults = {"keys": lambda: tenants.fault} if tenants else {}
+        watched = {name: part for name, part in (("keys", tenants), ("limits_store", shared)) if part}
+        faults = {name: partial(getattr, part, "fault") for name, part in watched.items()}
         metrics = Metrics(fleet, reconciler, gateway, REGISTRY, not_ready, control, faults)
         subscribers.first_token.append(metrics.first_token)
         subscribers.ended.extend([metrics.count, log.request, ledger.count])

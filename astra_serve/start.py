@@ -15,14 +15,23 @@ from astra_serve.adapters.defaults import BaseTokenizer
 from astra_serve.adapters.upload_target import UploadTarget
 from astra_serve.document import desired, document_text
 from astra_serve.document.desired import Adapter, Document
-from astra_serve.environment import ADMIN_TOKEN, POLICY_TOKEN, admin_token, policy_token
+from astra_serve.environment import (
+    ADMIN_TOKEN,
+    LIMITS_STORE,
+    POLICY_TOKEN,
+    admin_token,
+    limits_store,
+    policy_token,
+)
 from astra_serve.errors import EngineLost, ServeError
+from astra_serve.gateway.tenancy.quota.redis_store import RedisStore
 from astra_serve.observe.json_lines import JsonLines
 from converter.errors import AstraError
 
 MAX_SLOTS = 8
 STORES = Path("~/.cache/astra/store").expanduser()
 DOCUMENT_RANK = 64  # engine rank for adapters that are not known yet, unless --max-lora-rank says otherwise
+MEMORY = "memory"
 UNITS = {None: 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -67,6 +76,7 @@ def _check(args: argparse.Namespace) -> None:
             "the trainer writes its policies in"
         )
     _upload_target(args)
+    _limits_store(args, "")
 
 
 def _serve(args: argparse.Namespace, extra: list[str], base: Base, document: Document | str, rank: int) -> None:
@@ -102,6 +112,7 @@ def _serve(args: argparse.Namespace, extra: list[str], base: Base, document: Doc
             upload_to=_upload_target(args),
             keys=args.keys,
             max_body=args.max_body,
+            limits_store=_limits_store(args, base.name),
         ),
     )
 
@@ -119,6 +130,12 @@ def _upload_target(args: argparse.Namespace) -> UploadTarget | None:
     if target.folder and roots and not any(target.folder.resolve().is_relative_to(root) for root in roots):
         raise ServeError(f"--upload-to {args.upload_to} is outside of --adapter-root: adapters there are refused")
     return target
+
+
+def _limits_store(args: argparse.Namespace, base: str) -> RedisStore | None:
+    """Return the store of limits, None for this server's memory. Raises ServeError where its address is none."""
+    url = args.limits_store or limits_store() or MEMORY
+    return None if url == MEMORY else RedisStore(url, base)
 
 
 def base_as_served(base: Base, settings: argparse.Namespace, rank: int) -> Base:
@@ -193,6 +210,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--engine-timeout", default=300.0, **seconds, help=silent)
     body = "the largest body of a request, in bytes or as 8MiB (default: 8MiB, and 64MiB where the base reads pictures)"
     add("--max-body", type=_size, metavar="SIZE", help=body)
+    limits = (
+        f"where the use of limits is counted: {MEMORY}, of each server alone (default), or redis://HOST:PORT/DB for "
+    )
+    limits += f"all replicas; an address with a password is better given in {LIMITS_STORE}"
+    add("--limits-store", metavar="memory|URL", help=limits)
     add("--log-format", choices=["json", "text"], help="default: text on a terminal, JSON lines everywhere else")
     add("--admin-port", type=int, metavar="PORT", help=f"the port of the admin API, with the token in {ADMIN_TOKEN}")
     add("--admin-host", default="127.0.0.1", help="its address (default: 127.0.0.1)")

@@ -15,7 +15,7 @@ class Event:
 
     `event` is a state of its publication (see `control.reconcile`), or one of: loading, probing, loaded, load_failed,
     probe_failed, unloaded (a version in the engine); prepared, removed; document_failed, usage_failed, usage_written,
-    which concern no adapter.
+    limits_store_failed, limits_store_recovered, which concern no adapter.
     """
 
     adapter: str

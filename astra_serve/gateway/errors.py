@@ -9,10 +9,12 @@ KINDS = {
     405: "MethodNotAllowedError",
     408: "RequestTimeoutError",
     413: "RequestTooLargeError",
+    429: "requests",  # the unit of the limit that was reached, as OpenAI has it
     431: "RequestTooLargeError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
 }
+CODES = {429: "rate_limit_exceeded"}
 
 
 def error_body(status: int, message: str, param: str | None = None, kind: str | None = None) -> bytes:
@@ -21,5 +23,5 @@ def error_body(status: int, message: str, param: str | None = None, kind: str | 
     `kind` is its type, by default the usual one of the status.
     """
     kind = kind or KINDS.get(status, "BadRequestError")
-    error = {"message": message, "type": kind, "param": param, "code": status}
+    error = {"message": message, "type": kind, "param": param, "code": CODES.get(status, status)}
     return json.dumps({"error": error}).encode()

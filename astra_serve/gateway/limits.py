@@ -96,17 +96,17 @@ def _integers(content: dict[str, Any]) -> Fault | None:
 
 def _sequences(content: dict[str, Any]) -> Fault | None:
     for name in ("n", "best_of"):
-        if (answers := _number(content.get(name))) > ANSWERS:
+        if (answers := number(content.get(name))) > ANSWERS:
             return Fault(f"{name} is {answers}: a prompt has at most {ANSWERS} answers", name)
-    answers = max(1, _number(content.get("n")), _number(content.get("best_of")))
-    prompts = max(_prompts(content.get("prompt")), _prompts(content.get("prompt_embeds")))
-    if prompts * answers > SEQUENCES:
+    answers = max(1, number(content.get("n")), number(content.get("best_of")))
+    texts = max(prompts(content.get("prompt")), prompts(content.get("prompt_embeds")))
+    if texts * answers > SEQUENCES:
         most = f"a request has at most {SEQUENCES} answers: send fewer prompts in one request, or a lower n"
-        return Fault(f"{prompts} prompts with {answers} answers each are {prompts * answers}; {most}", "prompt")
+        return Fault(f"{texts} prompts with {answers} answers each are {texts * answers}; {most}", "prompt")
     return None
 
 
-def _number(value: Any) -> int:
+def number(value: Any) -> int:
     """Return an integer as vLLM reads it, which takes texts and whole floats, too; 0 for another value."""
     try:
         return value if isinstance(value, int) else int(float(value))
@@ -114,7 +114,7 @@ def _number(value: Any) -> int:
         return 0
 
 
-def _prompts(value: Any) -> int:
+def prompts(value: Any) -> int:
     """Return the number of prompts in a value, which may be one text, one list of tokens, or a list of them."""
     return 1 if not isinstance(value, list) or (value and isinstance(value[0], int)) else len(value)
 

@@ -176,29 +176,32 @@ class Gateway:
     async def _serve(
         self, request: Request, checked: Checked, view: View, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        content = checked.content
+        content = {} if checked.fault else checked.content  # a faulty request counts as one, whatever it asks for
         user = content.get("user")
         if self.closed:
             await refuse(send, 503, f"{self.closed}: ask again, of another server", None, 1)
             return
-        if checked.fault:
-            await refuse(send, 400, checked.fault.message, checked.fault.param)
-            return
         scope["headers"] = [header for header in scope["headers"] if header[0] not in INTERNAL]
         try:
             share_by = user if user and isinstance(user, str) else request.id  # of a canary
-            async with self._stations.quota(request, content), view.lease(request.model, share_by) as residence:
-                if residence:
-                    request.version, request.handle = residence.version, residence.handle
-                    request.defaults = residence.defaults
-                if residence and residence.adapts_head and _asks_prompt_logprobs(content):
-                    reason = "log probabilities of the prompt are not served for an adapter of lm_head: leave them out"
-                    await refuse(send, 400, reason, "prompt_logprobs")
+            async with self._stations.quota(request, content):
+                if checked.fault:
+                    await refuse(send, 400, checked.fault.message, checked.fault.param)
                     return
-                async with self._stations.place(request, content):
-                    await self._compute(request, scope, receive, send)
+                async with view.lease(request.model, share_by) as residence:
+                    if residence:
+                        request.version, request.handle = residence.version, residence.handle
+                        request.defaults = residence.defaults
+                    if residence and residence.adapts_head and _asks_prompt_logprobs(content):
+                        reason = "log probabilities of the prompt are not served for an adapter of lm_head: "
+                        await refuse(send, 400, f"{reason}leave them out", "prompt_logprobs")
+                        return
+                    async with self._stations.place(request, content):
+                        await self._compute(request, scope, receive, send)
         except LimitExceeded as error:
-            await refuse(send, 429, str(error), None, error.retry_after_s)
+            if error.retry_after_s is None:  # OpenAI's clients would send the request again, which never fits
+                request.answer_headers.append((b"x-should-retry", b"false"))
+            await refuse(send, 429, str(error), None, error.retry_after_s, kind=error.kind)
         except Unavailable as error:
             await refuse(send, 503, str(error), "model", error.retry_after_s)
         except UnknownAdapter as error:
@@ -308,10 +311,16 @@ async def _cut_off(send: Send, request: Request) -> None:
 
 
 async def refuse(
-    send: Send, status: int, message: str, param: str | None = None, retry_after_s: int | None = None
+    send: Send,
+    status: int,
+    message: str,
+    param: str | None = None,
+    retry_after_s: int | None = None,
+    *,
+    kind: str | None = None,
 ) -> None:
-    """Answer with an error in OpenAI's format."""
-    body = error_body(status, message, param)
+    """Answer with an error in OpenAI's format; `kind` is its type, by default the usual one of the status."""
+    body = error_body(status, message, param, kind)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if retry_after_s is not None:
         headers.append((b"retry-after", str(retry_after_s).encode()))

@@ -29,7 +29,10 @@ Label = tuple[str, str]  # an adapter, and a version beside a canary
 Sample = tuple[list[str], float]  # the values of the labels, and the number
 MOST_ADAPTERS = 1000
 VERSION_KEPT_S = 600.0  # several scrapes: the last requests are seen
-FAULTS = {"keys": "1 while the keys document as it is now is not followed"}
+FAULTS = {
+    "keys": "1 while the keys document as it is now is not followed",
+    "limits_store": "1 while Redis is away, and each server counts limits for itself",
+}
 OTHER, UNKNOWN = "_other", "_unknown"  # no adapter can be called so
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 BETWEEN_TOKENS_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5)
