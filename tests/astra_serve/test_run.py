@@ -72,6 +72,7 @@ def serve(engine: StandInEngine, base, tiny_base, tmp_path: Path, monkeypatch) -
             upload_to=None,
             keys=None,
             max_body=None,
+            limits_store=None,
         )
         monkeypatch.setattr(run, "REGISTRY", CollectorRegistry())
         run.serve(args, base, settings)

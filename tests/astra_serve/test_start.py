@@ -7,6 +7,7 @@ import pytest
 from astra_serve import start
 from astra_serve.environment import admin_token, policy_token
 from astra_serve.errors import ServeError
+from astra_serve.gateway.tenancy.quota.redis_store import RedisStore
 from astra_serve.start import base_as_served
 
 
@@ -78,3 +79,23 @@ def test_the_policy_port_has_a_token_of_its_own_before_that_of_the_admin_port(mo
     assert (policy_token(), admin_token()) == ("policy", "admin")
     monkeypatch.delenv("ASTRA_POLICY_TOKEN")
     assert policy_token() == "admin"
+
+
+def store_of(*words: str) -> RedisStore | None:
+    return start._limits_store(start._parser().parse_args(["--base", "x", *words]), "base")
+
+
+def test_limits_are_counted_in_memory_unless_an_address_is_given(monkeypatch) -> None:
+    monkeypatch.delenv("ASTRA_LIMITS_STORE", raising=False)
+    assert store_of() is None
+    assert store_of("--limits-store", "redis://host:1/0") is not None
+    monkeypatch.setenv("ASTRA_LIMITS_STORE", "redis://:password@host:1/0\n")  # of a Secret made of a file
+    assert store_of() is not None
+    assert store_of("--limits-store", "memory") is None
+
+
+def test_an_address_of_limits_that_is_none_is_refused_at_the_start_without_its_password(monkeypatch) -> None:
+    monkeypatch.setenv("ASTRA_LIMITS_STORE", "http://:hidden@host/0")
+    with pytest.raises(ServeError, match="--limits-store is no address of Redis") as refused:
+        start._check(start._parser().parse_args(["--base", "x"]))
+    assert "hidden" not in str(refused.value)

@@ -25,8 +25,15 @@ class Page:
         self._registry = CollectorRegistry()
         gateway = world.gateway
         self.now = 0.0
+        self.limits_fault = False
         self.metrics = Metrics(
-            world.fleet, world.reconciler, gateway, self._registry, gateway.not_ready, now=lambda: self.now
+            world.fleet,
+            world.reconciler,
+            gateway,
+            self._registry,
+            gateway.not_ready,
+            now=lambda: self.now,
+            limits_fault=lambda: self.limits_fault,
         )
         world.events.subscribers.append(self.metrics.note)
 
@@ -199,3 +206,11 @@ async def test_a_swap_takes_the_time_that_its_caller_waits(page, write_lora) -> 
         await world.control.publish("a", source)
         assert p.shows("adapter_swap_seconds_sum", adapter="a") == world.clock.now() - before == 3
         assert p.shows("adapter_phase_seconds_sum", phase="probing") == 0
+
+
+@in_a_loop
+async def test_a_store_of_limits_that_is_away_is_shown(page) -> None:
+    async with page() as p:
+        assert p.shows("limits_store_fault") == 0
+        p.limits_fault = True
+        assert p.shows("limits_store_fault") == 1
