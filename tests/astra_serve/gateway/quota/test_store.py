@@ -15,7 +15,7 @@ from tests.astra_serve.world import in_a_loop
 
 MINUTE, DAY = 60_000, 86_400_000
 NOON, MIDNIGHT = 43_200.0, 86_400.0
-LIMITS = TenantLimits(tokens_per_minute=100, tokens_per_day=250, requests_at_a_time=3)
+LIMITS = TenantLimits(tokens_per_minute=100, tokens_per_day=150, requests_at_a_time=3)
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("reserve"), st.integers(0, 120)),
@@ -72,7 +72,7 @@ def test_what_is_reserved_never_exceeds_a_limit_and_settling_gives_back_the_diff
                         await store.renew(ledger.running)
                 elif step == "reserve":
                     (tokens,) = values
-                    fits = ledger.room and ledger.weighted() + tokens <= 100 and ledger.today() + tokens <= 250
+                    fits = ledger.room and ledger.weighted() + tokens <= 100 and ledger.today() + tokens <= 150
                     answer = await store.reserve("team", LIMITS, tokens)
                     assert (answer.reservation is not None) == fits
                     assert fits or answer.standing.refusal(LIMITS, tokens)
@@ -115,6 +115,30 @@ async def test_tokens_of_yesterday_are_not_given_back_today(store_of) -> None:
         await store.settle(reservation, 10)
         standing = (await store.reserve("team", LIMITS, 1)).standing
         assert (standing.today, standing.tokens.previous, standing.tokens.current) == (6, 10, 6)
+
+
+@pytest.mark.parametrize(
+    ("limits", "waits_ms"),
+    [
+        (TenantLimits(tokens_per_minute=100), 60_000),
+        (TenantLimits(tokens_per_day=100), 43_200_000),
+        (TenantLimits(requests_at_a_time=1), None),
+    ],
+)
+@in_a_loop
+async def test_each_limit_refuses_by_itself_until_its_time_has_passed(store_of, limits, waits_ms) -> None:
+    now = Now(NOON)
+    async with store_of(now) as store:
+        first = (await store.reserve("team", limits, 100)).reservation
+        assert first is not None
+        for passed in (0, (waits_ms or 2) - 1):
+            now.ms = int(NOON * 1000) + passed
+            assert (await store.reserve("team", limits, 100)).reservation is None
+        if waits_ms is None:
+            await store.settle(first, 100)
+        else:
+            now.ms += 1 + waits_ms  # a whole minute, too: the tokens of the one before count in part
+        assert (await store.reserve("team", limits, 100)).reservation
 
 
 @in_a_loop
