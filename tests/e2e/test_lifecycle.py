@@ -9,9 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import openai
 import psutil
 import pytest
 
+from astra_serve.document import keys
+from astra_serve.document.keys import Key, Keys, Tenant, TenantLimits
+from astra_serve.document.strict import dumped, plain
 from astra_serve.gateway.middleware import OPEN
 from astra_serve.gateway.routes import SERVED
 from tests.support import demo
@@ -21,9 +25,17 @@ from tests.support.server import BIN, Server, astra_serve, free_port
 pytestmark = pytest.mark.timeout(300)
 KEY = "the-api-key"
 OTHER_KEY = "another-api-key"
+GUEST, LATER = "the-key-of-a-guest", "a-key-that-is-added-later"
 TEXT = "select name from people where age > 30 " * 8
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 ADMIN_PORT = free_port()
+
+
+def keys_document(*secrets: str) -> str:
+    """Return a document with one tenant, which has an adapter, limits, and these keys."""
+    limits = TenantLimits(tokens_per_minute=10**6)
+    own = [Key(hash=keys.hash_of(secret)) for secret in secrets]
+    return dumped(plain(Keys(tenants=[Tenant(name="guest", keys=own, adapters=["guest/*"], limits=limits)])))
 
 
 def test_an_unknown_option_ends_with_status_2_and_is_named() -> None:
@@ -69,14 +81,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with two API keys, an operator's middleware, and few modules to adapt; the last test here ends it."""
+    """A server with API keys, a tenant, an operator's middleware, few modules to adapt; the last test here ends it."""
     folder = tmp_path_factory.mktemp("lifecycle")
     source = write_random_lora(folder / "random", modules=("q_proj",), base=base)
-    (folder / "adapters.yaml").write_text(f"adapters: [{{name: random, source: {source}}}]")
+    entries = ", ".join(f"{{name: {name}, source: {source}}}" for name in ("random", "guest/own"))
+    (folder / "adapters.yaml").write_text(f"adapters: [{entries}]")
+    (folder / "keys.yaml").write_text(keys_document(GUEST))
     options = ["--base", str(base), "--enforce-eager", "--adapters", str(folder / "adapters.yaml")]
     options += ["--middleware", "tests.support.refusing.Refuse", "--admin-port", str(ADMIN_PORT)]
     options += ["--lora-target-modules", "q_proj", "lm_head", "--store", str(folder / "store")]
-    options += ["--api-key", KEY, OTHER_KEY]
+    options += ["--api-key", KEY, OTHER_KEY, "--keys", str(folder / "keys.yaml")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
         patch.setenv("ASTRA_ADMIN_TOKEN", KEY)
@@ -153,7 +167,7 @@ def test_every_path_of_the_application_needs_the_key_except_the_state_paths(serv
         for path, methods in {**paths, "/livez": ["get"], "/readyz": ["get"], "/docs": ["get"]}.items():
             for method in methods:
                 closed = unknown.request(method, path, json={}).status_code == 401
-                assert closed == (path not in OPEN), f"{method} {path}"
+                assert closed == (path not in OPEN - {"/metrics"}), f"{method} {path}"
         assert known.get("/v1/models").is_success
 
 
@@ -170,7 +184,7 @@ def test_no_key_finds_the_prompts_of_another_one_in_the_prefix_cache(server: Ser
         return found() - before
 
     def found() -> float:
-        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        lines = httpx.get(f"{server.url}/metrics", headers=HEADERS).text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:prefix_cache_hits_total"))
 
     for path in ("completions", "chat/completions"):
@@ -181,6 +195,69 @@ def test_no_key_finds_the_prompts_of_another_one_in_the_prefix_cache(server: Ser
         assert hits(KEY, path, cache_salt="own") == 0
         assert hits(OTHER_KEY, path, cache_salt="own") == 0
         assert hits(OTHER_KEY, path, cache_salt="own") > 100
+
+
+BODIES: dict[str, dict[str, object]] = {
+    "/v1/completions": {"prompt": "x", "max_tokens": 2},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
+    "/v1/chat/completions/batch": {"messages": [[{"role": "user", "content": "x"}]], "max_tokens": 2},
+    "/v1/responses": {"input": "x", "max_output_tokens": 2},
+    "/v1/messages": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "x"}]},
+    "/tokenize": {"prompt": "x"},
+    "/detokenize": {"tokens": [5]},
+}
+
+
+def test_no_route_shows_a_tenant_what_is_not_its_own(server: Server, admin: httpx.Client, base: Path) -> None:
+    """Every route of the real application: another's adapter, its version, the base: as a name that is nobody's."""
+    while admin.get("/adapters/guest%2Fown").json()["state"] != "serving":
+        time.sleep(0.1)
+    version = admin.get("/adapters/random").json()["version"]["name"]
+    headers = {"Authorization": f"Bearer {GUEST}"}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=60) as guest:
+        routes = guest.get("/openapi.json").json()["paths"]
+        posts = sorted(path for path, methods in routes.items() if "post" in methods and "{" not in path)
+        assert set(BODIES) <= set(posts)
+        for path in posts:
+            body = BODIES.get(path, {})
+            own = guest.post(path, json={**body, "model": "guest/own"})
+            assert own.status_code == 200 or path not in BODIES, own.text
+            assert own.status_code != 401
+            answers = []
+            for model in ("random", version, base.name, "guest/none"):
+                answer = guest.post(path, json={**body, "model": model})
+                answers.append((answer.status_code, answer.text.replace(model, "NAME")))
+                assert answer.status_code == 404
+                assert answer.headers["x-ratelimit-limit-tokens"] == str(10**6)
+            assert len({text.partition(" does not exist")[0] for _, text in answers}) == 1
+            assert not any("random" in text or base.name in text for _, text in answers)
+        listed = guest.get("/v1/models").text
+        assert [card["id"] for card in guest.get("/v1/models").json()["data"]] == ["guest/own"], listed
+        for model in ("random", version, base.name):
+            assert guest.get(f"/v1/models/{model}").status_code == 404
+        assert guest.get("/metrics").status_code == 403
+        assert httpx.get(f"{server.url}/metrics").status_code == 401
+        assert guest.get("/readyz").json() == {"ready": True}
+    assert admin.get("/readyz").json() == {"ready": True, "reasons": []}
+    assert 'tenant="guest"' in admin.get("/metrics").text
+
+
+def test_a_key_is_added_and_revoked_while_the_server_runs(server: Server) -> None:
+    document = server.log.parent / "keys.yaml"
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=LATER, max_retries=0, timeout=60)
+    with pytest.raises(openai.AuthenticationError):
+        client.models.list()
+    for text, allowed in ((keys_document(GUEST, LATER), True), (keys_document(GUEST), False)):
+        document.write_text(text)
+        end = time.monotonic() + 5
+        while (
+            httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {LATER}"}).status_code == 200
+        ) != (allowed):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    log = server.log.read_text(errors="replace")
+    assert not any(secret in log for secret in (KEY, OTHER_KEY, GUEST, LATER))
 
 
 def test_a_killed_engine_gives_errors_to_its_requests_and_ends_the_server_with_status_1(server: Server) -> None:
