@@ -181,6 +181,16 @@ def test_the_nodes_of_a_group_cannot_reach_a_port_with_a_token(
     assert [(port["port"], port["endPort"]) for port in group] == expected
 
 
+def test_prometheus_does_not_scrape_the_policy_port() -> None:
+    values = {**POLICIES, "admin": {"secret": "a"}, "monitoring": {"serviceMonitor": True}}
+    objects = render(values)
+    wanted = one(objects, "ServiceMonitor")["spec"]["selector"]["matchLabels"].items()
+    services = [
+        found for found in objects if found["kind"] == "Service" and wanted <= found["metadata"]["labels"].items()
+    ]
+    assert [service["metadata"]["name"] for service in services] == ["astra"]
+
+
 # Uploads, and a document that the server changes
 
 
