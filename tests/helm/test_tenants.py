@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from astra_serve import start
 from astra_serve.document import keys
 from tests.helm.chart import CHART, EVERYTHING, NODES, POLICIES, TENANTS, container, one, pod, render
 from tests.helm.test_rules import args, ports
@@ -51,6 +52,13 @@ def test_a_keys_document_at_a_url_has_no_volume() -> None:
     objects = render({"tenants": {"keys": "s3://keys/keys.yaml"}})
     assert args(objects)["keys"] == "s3://keys/keys.yaml"
     assert "keys" not in mounts(objects)
+
+
+def test_the_server_reads_the_options_of_tenants_uploads_and_policies() -> None:
+    found, _ = start._parser().parse_known_args(container(render(TENANTS))["args"])
+    assert (found.keys, found.upload_to) == ("/etc/astra-keys/keys.yaml", "/adapters/uploads")
+    found, _ = start._parser().parse_known_args(container(render(POLICIES))["args"])
+    assert (found.policy_host, found.policy_port) == ("0.0.0.0", 8002)  # noqa: S104 (in the pod)
 
 
 def test_without_tenants_the_server_has_no_option_of_theirs() -> None:
