@@ -20,7 +20,7 @@ COPY astra_serve astra_serve
 COPY converter converter
 COPY trainer trainer
 RUN pip install --no-cache-dir --no-deps --no-build-isolation . \
-    && python3 -c "import s3fs, astra_serve.start"
+    && python3 -c "import redis, s3fs, astra_serve.start"
 
 USER 1000:1000
 ENV HOME=/home/astra

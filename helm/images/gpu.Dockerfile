@@ -9,9 +9,9 @@ COPY astra_serve astra_serve
 COPY converter converter
 COPY trainer trainer
 RUN python3 -m pip freeze --exclude-editable > /tmp/installed.txt \
-    && python3 -m pip install --no-cache-dir --constraint /tmp/installed.txt '.[s3]' \
+    && python3 -m pip install --no-cache-dir --constraint /tmp/installed.txt '.[s3,redis]' \
     && rm /tmp/installed.txt \
-    && python3 -c "import s3fs, astra_serve.start" \
+    && python3 -c "import redis, s3fs, astra_serve.start" \
     && useradd --uid 1000 --create-home --home-dir /home/astra astra
 
 USER 1000:1000

@@ -1,8 +1,8 @@
 {{- /* Rules that the schema cannot express, checked before anything is rendered. */ -}}
 {{- define "astra.checks" -}}
 {{- $v := .Values -}}
-{{- if and $v.adapters $v.adaptersUrl -}}
-  {{- fail "adapters and adaptersUrl are both set: give the desired state in one of them" -}}
+{{- if gt (len (compact (list (len $v.adapters | toString | trimPrefix "0") $v.adaptersUrl $v.adaptersFile))) 1 -}}
+  {{- fail "two of adapters, adaptersUrl and adaptersFile are set: give the desired state in one of them" -}}
 {{- end -}}
 {{- $fullname := include "astra.fullname" . -}}
 {{- if or (not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $fullname)) (has $fullname (list "on" "off" "yes" "no" "true" "false" "null" "y" "n")) -}}
@@ -50,7 +50,7 @@
     {{- end -}}
   {{- end -}}
 {{- end -}}
-{{- range concat (list $v.adaptersUrl $v.base.source) $sources -}}
+{{- range concat (list $v.adaptersUrl $v.base.source $v.uploadTo $v.tenants.keys) $sources -}}
   {{- if or (regexMatch "//[^/]*@" .) (regexMatch "(?i)[?&][^=&]*(token|secret|password|signature|sig|key|credential)=" .) -}}
     {{- fail "a URL contains credentials: put them into a Secret, and set objectStore.secret" -}}
   {{- end -}}
@@ -73,6 +73,14 @@
 {{- end -}}
 {{- if and $v.store.claim.name (eq $v.store.claim.accessMode "ReadOnlyMany") -}}
   {{- fail "store.claim is ReadOnlyMany, but the server writes into it" -}}
+{{- end -}}
+{{- if $v.adaptersFile -}}
+  {{- if or (not $v.adaptersClaim.name) (eq $v.adaptersClaim.accessMode "ReadOnlyMany") -}}
+    {{- fail "adaptersFile is a file in adaptersClaim, which the server changes: set adaptersClaim.name, with an accessMode other than ReadOnlyMany" -}}
+  {{- end -}}
+{{- end -}}
+{{- if and $v.uploadTo (not (and $v.adaptersFile $v.admin.secret)) -}}
+  {{- fail "uploadTo is for adapters that the admin API receives and writes into the document: set admin.secret and adaptersFile" -}}
 {{- end -}}
 {{- if and (eq (int $v.rollout.maxSurge) 0) (eq (int $v.rollout.maxUnavailable) 0) -}}
   {{- fail "rollout.maxSurge and rollout.maxUnavailable are both 0: no pod could be replaced" -}}
@@ -115,7 +123,7 @@
   {{- $_ := set $parents $parent (append $listeners $listener) -}}
 {{- end -}}
 {{- /* Names of variables must be unique: a LeaderWorkerSet with duplicates is refused. */ -}}
-{{- $mine := dict "HOME" "base.size for its size" "USER" "podSecurity.user" "GROUP" "nodes" "HF_TOKEN" "hubToken" "VLLM_API_KEY" "apiKey" "ASTRA_ADMIN_TOKEN" "admin" -}}
+{{- $mine := dict "HOME" "base.size for its size" "USER" "podSecurity.user" "GROUP" "nodes" "HF_TOKEN" "hubToken" "VLLM_API_KEY" "apiKey" "ASTRA_ADMIN_TOKEN" "admin" "ASTRA_POLICY_TOKEN" "policies" "ASTRA_LIMITS_STORE" "tenants.limitsStore" -}}
 {{- $variables := list -}}
 {{- range $v.env -}}
   {{- if and .value (regexMatch "(?i)(^|_)(token|secret|password|passwd|api_?key|key)$" .name) -}}
@@ -141,7 +149,8 @@
   "pipeline-parallel-size" "nodes" "pp" "nodes" "nnodes" "nodes" "n" "nodes" "node-rank" "nodes" "r" "nodes"
   "master-addr" "nodes" "headless" "nodes"
   "drain-seconds" "drainSeconds" "host" "service.type" "port" "service.port" "admin-host" "admin.port" "admin-port" "admin.port"
-  "api-key" "apiKey.secret" "ssl-keyfile" "ingress.tlsSecret" "ssl-certfile" "ingress.tlsSecret"
+  "policy-host" "policies.port" "policy-port" "policies.port" "upload-to" "uploadTo"
+  "keys" "tenants.keys" "limits-store" "tenants.limitsStore" "api-key" "apiKey.secret" "ssl-keyfile" "ingress.tlsSecret" "ssl-certfile" "ingress.tlsSecret"
   "config" "engine.args" "disable-log-stats" "monitoring" -}}
 {{- range $v.engine.args -}}
   {{- $option := regexReplaceAll "[= ].*" (regexReplaceAll "^-+" . "") "" | replace "_" "-" -}}
@@ -152,6 +161,27 @@
 {{- if eq (int $v.admin.port) 8000 -}}
   {{- fail "admin.port is 8000, the port of requests: use another port" -}}
 {{- end -}}
+{{- if eq (int $v.policies.port) 8000 -}}
+  {{- fail "policies.port is 8000, the port of requests: use another port" -}}
+{{- end -}}
+{{- if and $v.policies.secret $v.admin.secret (eq (int $v.policies.port) (int $v.admin.port)) -}}
+  {{- fail (printf "policies.port and admin.port are both %d: use two ports" (int $v.admin.port)) -}}
+{{- end -}}
+{{- if and $v.policies.secret (not $v.adaptersClaim.name) -}}
+  {{- fail "policies.secret is set, but there is no folder into which a trainer could write its policies: set adaptersClaim.name, which is mounted at /adapters" -}}
+{{- end -}}
+{{- if and $v.policies.secret (gt $replicas 1) -}}
+  {{- fail (printf "policies.secret is set, but there may be %d replicas: a policy is loaded into the one that gets the call, and the others do not have it; use one replica" $replicas) -}}
+{{- end -}}
+{{- if and $v.tenants.limitsStore.secret (not $v.tenants.keys) -}}
+  {{- fail "tenants.limitsStore is for the limits of the keys document: set tenants.keys" -}}
+{{- end -}}
+{{- if and $v.tenants.keys $v.monitoring.serviceMonitor (not $v.monitoring.apiKey.secret) -}}
+  {{- fail "with tenants.keys /metrics needs a key: add a tenant with `metrics: true` to the keys document, and set monitoring.apiKey.secret to a Secret with its key" -}}
+{{- end -}}
+{{- if and $v.tenants.keys $v.inferencePool.enabled -}}
+  {{- fail "with tenants.keys /metrics needs a key, which the endpoint picker cannot send: use either tenants.keys or inferencePool" -}}
+{{- end -}}
 {{- if and (eq $v.autoscaling.kind "keda") (not $v.monitoring.serviceMonitor) -}}
   {{- fail "autoscaling.kind=keda needs metrics in Prometheus: set monitoring.serviceMonitor" -}}
 {{- end -}}
@@ -159,8 +189,8 @@
   {{- fail "monitoring.rules use labels that monitoring.serviceMonitor adds: set monitoring.serviceMonitor, too" -}}
 {{- end -}}
 {{- $outside := or $v.ingress.enabled $v.httpRoute.enabled (ne $v.service.type "ClusterIP") -}}
-{{- if and $outside (not $v.apiKey.secret) (not $v.apiKey.checkedElsewhere) -}}
-  {{- fail "the server is reachable from outside without a key: set apiKey.secret, or apiKey.checkedElsewhere if a gateway checks keys" -}}
+{{- if and $outside (not $v.apiKey.secret) (not $v.tenants.keys) (not $v.apiKey.checkedElsewhere) -}}
+  {{- fail "the server is reachable from outside without a key: set apiKey.secret or tenants.keys, or apiKey.checkedElsewhere if a gateway checks keys" -}}
 {{- end -}}
 {{- $volumes := list -}}
 {{- range $v.volumes -}}

@@ -92,6 +92,9 @@ spec:
         {{- if $v.admin.secret }}
         - {name: admin, containerPort: {{ int $v.admin.port }}, protocol: TCP}
         {{- end }}
+        {{- if $v.policies.secret }}
+        - {name: policies, containerPort: {{ int $v.policies.port }}, protocol: TCP}
+        {{- end }}
       startupProbe:
         httpGet: {path: /livez, port: http}
         periodSeconds: 10
@@ -143,11 +146,14 @@ spec:
           {{- end }}
         {{- end }}
         {{- if $v.adaptersClaim.name }}
-        - {name: adapters, mountPath: /adapters, readOnly: true}
+        - {name: adapters, mountPath: /adapters{{ if not (include "astra.changes" (list $ $role)) }}, readOnly: true{{ end }}}
         {{- end }}
-        {{- if and (not $v.adaptersUrl) (ne $role "worker") }}
+        {{- if and (include "astra.inConfigMap" $) (ne $role "worker") }}
         # The whole folder, because Kubernetes does not update a single file that is mounted by subPath.
         - {name: document, mountPath: /etc/astra, readOnly: true}
+        {{- end }}
+        {{- if and (include "astra.keysSecret" $) (ne $role "worker") }}
+        - {name: keys, mountPath: /etc/astra-keys, readOnly: true}
         {{- end }}
         {{- with include "astra.moreMounts" $ | trim }}{{ . | nindent 8 }}{{ end }}
   volumes:
@@ -185,12 +191,19 @@ spec:
     - name: adapters
       persistentVolumeClaim:
         claimName: {{ . | quote }}
+        {{- if not (include "astra.changes" (list $ $role)) }}
         readOnly: true
+        {{- end }}
     {{- end }}
-    {{- if and (not $v.adaptersUrl) (ne $role "worker") }}
+    {{- if and (include "astra.inConfigMap" $) (ne $role "worker") }}
     - name: document
       configMap:
         name: {{ include "astra.fullname" $ }}-adapters
+    {{- end }}
+    {{- if and (include "astra.keysSecret" $) (ne $role "worker") }}
+    - name: keys
+      secret:
+        secretName: {{ $v.tenants.keys | quote }}
     {{- end }}
     {{- range $v.volumes }}
     - name: more-{{ .name }}
@@ -229,6 +242,21 @@ time. The nodes of a group share one folder.
 {{- end -}}
 {{- end -}}
 
+{{- /* Not empty if the document is in the chart's ConfigMap. */ -}}
+{{- define "astra.inConfigMap" -}}
+{{- if not (or .Values.adaptersUrl .Values.adaptersFile) }}true{{ end -}}
+{{- end -}}
+
+{{- /* Not empty if a pod of the role writes into adaptersClaim: the document, and uploads. */ -}}
+{{- define "astra.changes" -}}
+{{- if and (index . 0).Values.adaptersFile (ne (index . 1) "worker") }}true{{ end -}}
+{{- end -}}
+
+{{- /* Not empty if the keys document is in a Secret, and not at a URL. */ -}}
+{{- define "astra.keysSecret" -}}
+{{- with .Values.tenants.keys }}{{ if not (contains "://" .) }}true{{ end }}{{ end -}}
+{{- end -}}
+
 {{- define "astra.args" -}}
 {{- $ := index . 0 -}}
 {{- $role := index . 1 -}}
@@ -246,7 +274,7 @@ time. The nodes of a group share one folder.
 - --node-rank=$(LWS_WORKER_INDEX)
 - --master-addr=$(LWS_LEADER_ADDRESS)
 {{- end }}
-- --adapters={{ default "/etc/astra/adapters.yaml" $v.adaptersUrl }}
+- --adapters={{ coalesce $v.adaptersUrl $v.adaptersFile "/etc/astra/adapters.yaml" }}
 {{- if eq $role "worker" }}
 - --headless
 {{- else }}
@@ -259,6 +287,16 @@ time. The nodes of a group share one folder.
 {{- if $v.admin.secret }}
 - --admin-host=0.0.0.0
 - --admin-port={{ int $v.admin.port }}
+{{- end }}
+{{- with $v.uploadTo }}
+- --upload-to={{ . }}
+{{- end }}
+{{- if $v.policies.secret }}
+- --policy-host=0.0.0.0
+- --policy-port={{ int $v.policies.port }}
+{{- end }}
+{{- with $v.tenants.keys }}
+- --keys={{ include "astra.keysSecret" $ | empty | ternary . "/etc/astra-keys/keys.yaml" }}
 {{- end }}
 {{- end }}
 {{- range $v.engine.args }}
@@ -288,6 +326,15 @@ env:
   {{- end }}{{ end }}
   {{- with $v.admin }}{{ if and .secret (has $role (list "server" "leader")) }}
   - name: ASTRA_ADMIN_TOKEN
+    valueFrom: {secretKeyRef: {name: {{ .secret | quote }}, key: {{ .key | quote }}}}
+  {{- end }}{{ end }}
+  {{- with $v.policies }}{{ if and .secret (has $role (list "server" "leader")) }}
+  - name: ASTRA_POLICY_TOKEN
+    valueFrom: {secretKeyRef: {name: {{ .secret | quote }}, key: {{ .key | quote }}}}
+  {{- end }}{{ end }}
+  {{- with $v.tenants.limitsStore }}{{ if and .secret (has $role (list "server" "leader")) }}
+  # The URL contains a password, which would be visible in the arguments of the process.
+  - name: ASTRA_LIMITS_STORE
     valueFrom: {secretKeyRef: {name: {{ .secret | quote }}, key: {{ .key | quote }}}}
   {{- end }}{{ end }}
   {{- with $v.env }}

@@ -65,6 +65,28 @@ NODES: dict[str, Any] = {
     "store": {"claim": {"name": "store", "accessMode": "ReadWriteMany"}},
 }
 
+# Tenants with keys and limits, and an adapter document that the admin API changes. No endpoint picker: it has no key.
+TENANTS: dict[str, Any] = {
+    **CPU,
+    "replicas": 2,
+    "adaptersFile": "/adapters/adapters.yaml",
+    "adaptersClaim": {"name": "shared", "accessMode": "ReadWriteMany"},
+    "uploadTo": "/adapters/uploads",
+    "apiKey": {"secret": "operators"},
+    "admin": {"secret": "admin"},
+    "tenants": {"keys": "tenants", "limitsStore": {"secret": "limits"}},
+    "autoscaling": {"kind": "keda"},
+    "networkPolicy": {"limitsStoreTo": [{"podSelector": {"matchLabels": {"app": "valkey"}}}]},
+    "monitoring": {"serviceMonitor": True, "rules": True, "dashboard": True, "apiKey": {"secret": "prometheus"}},
+    "test": {"apiKey": {"secret": "smoke"}},
+}
+# A trainer of reinforcement learning beside one replica.
+POLICIES: dict[str, Any] = {
+    "adaptersClaim": {"name": "shared"},
+    "policies": {"secret": "trainer"},
+    "networkPolicy": {"policiesFrom": [{"podSelector": {"matchLabels": {"role": "trainer"}}}]},
+}
+
 
 class RenderError(Exception):
     """Helm refuses the values; the text is its message."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.helm.chart import CHART, CPU, EVERYTHING, NODES, one, render, text_of
+from tests.helm.chart import CHART, CPU, EVERYTHING, NODES, POLICIES, TENANTS, one, render, text_of
 from tests.helm.tools import FOLDER
 
 LINTERS = FOLDER / "linters" / "bin"
@@ -19,7 +19,8 @@ ACCEPTED: dict[str, str] = yaml.safe_load((Path(__file__).parent / "checkov.yaml
 def findings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The findings of checkov in all profiles."""
     folder = tmp_path_factory.mktemp("rendered")
-    for name, values in {"default": {}, "cpu": CPU, "everything": EVERYTHING, "nodes": NODES}.items():
+    profiles = {"default": {}, "cpu": CPU, "everything": EVERYTHING, "nodes": NODES}
+    for name, values in {**profiles, "tenants": TENANTS, "policies": POLICIES}.items():
         (folder / f"{name}.yaml").write_text(text_of(values), encoding="utf-8")
     command = [
         LINTERS / "checkov",
@@ -82,6 +83,8 @@ ALERTS = {  # name: a series for which the alert fires after 31 minutes, and one
         "process_start_time_seconds{}", "0 " * 20 + "1 " * 40,
     ),
     "AstraDocument": ("astra_document_fault{}", "1x60", "astra_document_fault{}", "0x60"),
+    "AstraKeys": ("astra_keys_fault{}", "1x60", "astra_keys_fault{}", "0x60"),
+    "AstraLimitsStore": ("astra_limits_store_fault{}", "1x60", "astra_limits_store_fault{}", "0x60"),
     # A fetch that is retried: failed for two minutes, fetching for one, repeatedly.
     "AstraAdapterFailed": (
         f'{INFO}{{adapter="sql",state="failed"}}', "1 1 _ " * 20, f'{INFO}{{adapter="sql",state="serving"}}', "1x60",
@@ -125,11 +128,11 @@ def test_an_alert_fires_for_its_fault_and_not_without_it(alert: str, tmp_path: P
 
 
 def test_an_alert_fires_when_requests_wait_at_every_replica(tmp_path: Path) -> None:
-    ready = ("astra_ready{}", "1x60")
-    check_alert(
-        tmp_path, "AstraQueue", [("vllm:num_requests_waiting{}", "17x60"), ready], [{"labels": "{}", "value": 1}]
-    )
-    check_alert(tmp_path, "AstraQueue", [("vllm:num_requests_waiting{}", "16x60"), ready], [])
+    """In the engine's queue, and in that of the gateway, which holds requests back for fair shares of tenants."""
+    ready, engine, gateway = ("astra_ready{}", "1x60"), "vllm:num_requests_waiting{}", "astra_requests_waiting{}"
+    for waiting in ([(engine, "17x60")], [(gateway, "17x60")], [(engine, "8x60"), (gateway, "9x60")]):
+        check_alert(tmp_path, "AstraQueue", [*waiting, ready], [{"labels": "{}", "value": 1}])
+    check_alert(tmp_path, "AstraQueue", [(engine, "8x60"), (gateway, "8x60"), ready], [])
 
 
 def test_an_alert_fires_when_replicas_serve_different_versions(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.helm.chart import CHART, CPU, EVERYTHING, HELMS, NODES, RELEASE, render, run, text_of
+from tests.helm.chart import CHART, CPU, EVERYTHING, HELMS, NODES, POLICIES, RELEASE, TENANTS, render, run, text_of
 
 GOLDEN = Path(__file__).parent / "golden"
-PROFILES = {"default": {}, "cpu": CPU, "everything": EVERYTHING, "nodes": NODES}
+PROFILES = {"default": {}, "cpu": CPU, "everything": EVERYTHING, "nodes": NODES, "tenants": TENANTS}
 KUBERNETES = tuple(f"1.{minor}" for minor in range(29, 38))  # from the oldest in Chart.yaml to the newest with schemas
 FEATURES: dict[str, dict[str, Any]] = {
     **PROFILES,
@@ -28,6 +28,9 @@ FEATURES: dict[str, dict[str, Any]] = {
     "no policies": {"networkPolicy": {"enabled": False}, "podDisruptionBudget": False, "shm": ""},
     "writable root": {"podSecurity": {"readOnlyRootFilesystem": False, "user": 2000}},
     "names": {"fullnameOverride": "llm", "nameOverride": "serve", "image": {"digest": "sha256:" + "a" * 64}},
+    "keys at a URL": {"tenants": {"keys": "s3://keys/keys.yaml"}},
+    "policies": POLICIES,
+    "policies over nodes": {**NODES, **POLICIES, "replicas": 1, "admin": {"secret": "a"}},
     "alerts": {"monitoring": {"rules": True, "serviceMonitor": True}},
     "admin API": {"admin": {"secret": "a", "port": 9001}, "service": {"type": "LoadBalancer", "port": 80},
                  "apiKey": {"secret": "k"}},

@@ -248,7 +248,8 @@ def test_with_an_autoscaler_the_workload_sets_no_replicas(kind: str) -> None:
 
 def test_keda_scales_on_the_queue_and_on_the_time_to_first_token() -> None:
     queue, first = one(render(EVERYTHING), "ScaledObject")["spec"]["triggers"]
-    assert "vllm:num_requests_waiting" in queue["metadata"]["query"]
+    for waiting in ("vllm:num_requests_waiting", "astra_requests_waiting"):  # in the engine, and before it for a turn
+        assert waiting in queue["metadata"]["query"]
     assert "astra_time_to_first_token_seconds_bucket" in first["metadata"]["query"]
     assert (queue["metadata"]["threshold"], first["metadata"]["threshold"]) == ("8", "2")
     for trigger in (queue, first):  # missing metrics are an error, which uses the fallback, and not 0

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.helm.chart import CHART, EVERYTHING, NAMESPACE, NODES, RenderError, render, run, text_of
+from tests.helm.chart import CHART, EVERYTHING, NAMESPACE, NODES, POLICIES, TENANTS, RenderError, render, run, text_of
 from tests.helm.values_table import BEGIN, SCHEMA, VALUES, resolved, table
 
 FREE = {"global"}  # values of a parent chart
@@ -175,6 +175,36 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "the canary's weight is 0: it must be above 0 and below 1",
     ),
     "two documents": ({"adapters": [ADAPTER], "adaptersUrl": "s3://b/k"}, "give the desired state in one of them"),
+    "two places": ({"adapters": [ADAPTER], "adaptersFile": "/adapters/a.yaml"}, "give the desired state in one of"),
+    "file and URL": ({"adaptersFile": "/adapters/a.yaml", "adaptersUrl": "s3://b/k"}, "give the desired state in one"),
+    "file, no claim": ({"adaptersFile": "/adapters/a.yaml"}, "set adaptersClaim.name"),
+    "file, read-only claim": (
+        {"adaptersFile": "/adapters/a.yaml", "adaptersClaim": {"name": "c"}},
+        "with an accessMode other than ReadOnlyMany",
+    ),
+    "uploads, no file": ({"uploadTo": "s3://b/k", "admin": {"secret": "a"}}, "set admin.secret and adaptersFile"),
+    "uploads, no admin": ({**TENANTS, "admin": {"secret": ""}}, "set admin.secret and adaptersFile"),
+    "token in the uploads": ({**TENANTS, "uploadTo": "s3://key:secret@b/k"}, "a URL contains credentials"),
+    "token in the keys' URL": ({"tenants": {"keys": "https://h/keys?token=x"}}, "a URL contains credentials"),
+    "policies, no folder": ({"policies": {"secret": "p"}}, "set adaptersClaim.name"),
+    "policies, replicas": ({**POLICIES, "replicas": 2}, "there may be 2 replicas"),
+    "policies, scaled": ({**POLICIES, "autoscaling": {"kind": "hpa"}}, "there may be 4 replicas"),
+    "policies, port": ({"policies": {"port": 8000}}, "policies.port is 8000"),
+    "policies, admin's port": (
+        {**POLICIES, "policies": {"secret": "p", "port": 8001}, "admin": {"secret": "a"}},
+        "policies.port and admin.port are both 8001",
+    ),
+    "limits without keys": ({"tenants": {"limitsStore": {"secret": "r"}}}, "set tenants.keys"),
+    "metrics without a key": (
+        {"tenants": {"keys": "k"}, "apiKey": {"secret": "a"}, "monitoring": {"serviceMonitor": True}},
+        "set monitoring.apiKey.secret to a Secret with its key",
+    ),
+    "keys and picker": (
+        {"tenants": {"keys": "k"}, "inferencePool": {"enabled": True}},
+        "which the endpoint picker cannot send",
+    ),
+    "keys as an option": ({"engine": {"args": ["--keys=/x"]}}, "use tenants.keys"),
+    "limits' URL as an option": ({"engine": {"args": ["--limits-store=redis://x"]}}, "use tenants.limitsStore"),
     "no folder": ({"adapters": [{"name": "a", "source": "/adapters/a"}]}, "set adaptersClaim.name"),
     "other folder": (
         {"adapters": [{"name": "a", "source": "/tmp/a"}], "adaptersClaim": {"name": "c"}},  # noqa: S108
@@ -227,7 +257,9 @@ def test_values_that_cannot_work_are_refused_with_a_reason(case: str) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"replicas": -1}, {"image": {"pullPolicy": "Sometimes"}}, {"engine": {"maxLoraRank": 48}}, {"drainSeconds": 0},
+    [{"tenants": {"keys": "Not_A_Secret"}}, {"tenants": {"keys": "/etc/keys.yaml"}}, {"uploadTo": "/elsewhere"},
+     {"adaptersFile": "adapters.yaml"}, {"policies": {"port": 80}}, {"tenants": {"limitsStore": {"port": 0}}},
+     {"replicas": -1}, {"image": {"pullPolicy": "Sometimes"}}, {"engine": {"maxLoraRank": 48}}, {"drainSeconds": 0},
      {"adapters": [{"name": "../a", "source": "s"}]}, {"adapters": [{"name": "a"}]}, {"shm": "8 gigabytes"},
      {"adapters": [{**ADAPTER, "previous": ["sha256:1"]}]}, {"adapters": [{**ADAPTER, "previous": [{"source": "s"}]}]},
      {"adapters": [{**ADAPTER, "previous": [{"digest": f"sha256:{'1' * 64}", "replaced": "yesterday"}]}]},
