@@ -217,7 +217,9 @@ def test_no_route_shows_a_tenant_what_is_not_its_own(server: Server, admin: http
     headers = {"Authorization": f"Bearer {GUEST}"}
     with httpx.Client(base_url=server.url, headers=headers, timeout=60) as guest:
         routes = guest.get("/openapi.json").json()["paths"]
-        posts = sorted(path for path, methods in routes.items() if "post" in methods and "{" not in path)
+        posts = sorted(
+            path for path, methods in routes.items() if "post" in methods and "{" not in path and path not in OPEN
+        )
         assert set(BODIES) <= set(posts)
         for path in posts:
             body = BODIES.get(path, {})
