@@ -131,6 +131,8 @@ class Fleet:
         if visible(bare) and (alias := self.aliases.get(bare)):  # in this order: a hidden name takes no other time
             return alias.current.name if visible(alias.current.name) else bare
         names = [name for name in (self.base_name, *self.aliases) if visible(name)]
+        if (inside := next((name for name in names if name.endswith(f"/{bare}")), None)) is not None:
+            return inside  # the namespace is missing
         if len(names) > COMPARED:  # in linear time: the names that have the most characters at the same place
             names = nlargest(COMPARED, names, lambda name: sum(map(eq, name, model)))
         return next(iter(get_close_matches(model, names, 1)), None)

@@ -156,11 +156,12 @@ class PublishCallback(TrainerCallback):
     def _new_folder(self, step: int) -> Path:
         """Return a folder that does not exist: a training that was resumed takes some snapshots again."""
         if self._folder is None:
-            return Path(tempfile.mkdtemp(prefix="astra-publish-")) / self._name
+            return Path(tempfile.mkdtemp(prefix="astra-publish-")) / "adapter"
         self._folder.mkdir(parents=True, exist_ok=True)
-        folder, number = self._folder / f"{self._name}-{step}", 2
+        name = self._name.replace("/", "--")  # one folder, and none inside of a namespace's
+        folder, number = self._folder / f"{name}-{step}", 2
         while folder.exists():
-            folder, number = self._folder / f"{self._name}-{step}-{number}", number + 1
+            folder, number = self._folder / f"{name}-{step}-{number}", number + 1
         return folder
 
     def _published(self, snapshot: Snapshot) -> AdapterState:

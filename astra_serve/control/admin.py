@@ -106,8 +106,8 @@ def build(control: Control, gateway: Gateway, token: str, uploads: Uploads) -> F
     """Return the admin application; every request needs `Authorization: Bearer TOKEN`."""
 
     app = FastAPI(title="astra-serve: admin", docs_url=None, redoc_url=None)
-    app.add_middleware(EncodedSlashes)
     app.add_middleware(BodyLimit, most=MAX_BODY, fault=json_body.fault, streamed=_is_upload)
+    app.add_middleware(EncodedSlashes)  # outside of all that looks at the path
     app.add_middleware(_Token, token=token)
 
     answer_errors(app)

@@ -11,6 +11,7 @@ from astra_serve.gateway.errors import error_body
 
 STATUS: dict[type[Exception], int] = {BadDocument: 400, UnknownAdapter: 404, NotPublished: 422}  # others: 409
 DIGEST = "a digest is sha256: and 64 hexadecimal digits"
+SLASH = ": the slash of an adapter's name is %2F in a path"
 
 
 def answer_errors(app: FastAPI) -> None:
@@ -18,7 +19,9 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _no_route(request: Request, error: HTTPException) -> Response:
-        return _answer(error.status_code, f"{request.method} {request.url.path[:200]} is not served")
+        path = request.url.path[:200]
+        hint = SLASH if error.status_code == 404 and path.startswith(("/adapters/", "/prepared/")) else ""
+        return _answer(error.status_code, f"{request.method} {path} is not served{hint}")
 
     @app.exception_handler(RequestValidationError)
     async def _bad_body(_: Request, error: RequestValidationError) -> Response:

@@ -1,7 +1,7 @@
 """The desired state: one readable document that says which adapters are served, and from where.
 
     adapters:
-      - name: support                       # the `model` of requests
+      - name: support                       # the `model` of requests; with a namespace: team/support
         source: ./support-lora              # a folder, hf://org/repo@revision, s3://bucket/key, sha256:... in the store
         digest: sha256:3f2a...              # optional: refuse any other content
         required: true                      # a server that starts is not ready without it

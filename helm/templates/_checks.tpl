@@ -16,7 +16,8 @@
     {{- fail (printf "two adapters are named %q: names must differ" .name) -}}
   {{- end -}}
   {{- $names = append $names .name -}}
-  {{- if eq .name (include "astra.base" $ | base) -}}
+  {{- $base := include "astra.base" $ -}}
+  {{- if eq .name (hasPrefix "/" $base | ternary (base $base) $base) -}}
     {{- fail (printf "adapter %q has the base's name: requests for the base would get the adapter" .name) -}}
   {{- end -}}
   {{- if .pin -}}{{- $pinned = add $pinned (ternary 2 1 (hasKey . "canary")) -}}{{- end -}}

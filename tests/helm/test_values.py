@@ -106,6 +106,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"adapters": [{**ADAPTER, "name": "llama"}], "base": {"source": "s3://b/llama"}},
         'adapter "llama" has the base\'s name',
     ),
+    "the base's name, hub": (
+        {"adapters": [{**ADAPTER, "name": "Qwen/Qwen3-0.6B"}], "base": {"source": "Qwen/Qwen3-0.6B"}},
+        'adapter "Qwen/Qwen3-0.6B" has the base\'s name',
+    ),
     "pinned canaries": (
         {
             "adapters": [
@@ -260,7 +264,8 @@ def test_values_that_cannot_work_are_refused_with_a_reason(case: str) -> None:
     [{"tenants": {"keys": "Not_A_Secret"}}, {"tenants": {"keys": "/etc/keys.yaml"}}, {"uploadTo": "/elsewhere"},
      {"adaptersFile": "adapters.yaml"}, {"policies": {"port": 80}}, {"tenants": {"limitsStore": {"port": 0}}},
      {"replicas": -1}, {"image": {"pullPolicy": "Sometimes"}}, {"engine": {"maxLoraRank": 48}}, {"drainSeconds": 0},
-     {"adapters": [{"name": "../a", "source": "s"}]}, {"adapters": [{"name": "a"}]}, {"shm": "8 gigabytes"},
+     {"adapters": [{"name": "../a", "source": "s"}]}, {"adapters": [{"name": "a/b/c", "source": "s"}]},
+     {"adapters": [{"name": "a"}]}, {"shm": "8 gigabytes"},
      {"adapters": [{**ADAPTER, "previous": ["sha256:1"]}]}, {"adapters": [{**ADAPTER, "previous": [{"source": "s"}]}]},
      {"adapters": [{**ADAPTER, "previous": [{"digest": f"sha256:{'1' * 64}", "replaced": "yesterday"}]}]},
      {"adapters": [{**ADAPTER, "canary": {"version": "s", "weight": 0.5, "digest": "sha256:1"}}]},

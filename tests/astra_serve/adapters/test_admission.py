@@ -68,7 +68,20 @@ def test_the_engines_rank_is_the_smallest_that_holds_every_adapter() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["name", "=dir", "name=", "../x=dir", "a b=dir", "-a=dir", "a/b=dir", f"{'a' * 129}=d"]
+    "text",
+    [
+        "name",
+        "=dir",
+        "name=",
+        "../x=dir",
+        "a b=dir",
+        "-a=dir",
+        "a/b/c=dir",
+        "a/=dir",
+        "/a=dir",
+        "a/..=dir",
+        f"{'a' * 129}=d",
+    ],
 )
 def test_an_adapter_option_that_is_no_name_and_folder_is_refused(text: str) -> None:
     with pytest.raises(ServeError):
@@ -77,6 +90,9 @@ def test_an_adapter_option_that_is_no_name_and_folder_is_refused(text: str) -> N
 
 def test_names_as_on_the_hub_are_accepted() -> None:
     assert parse_adapter("team-a_sql.v2=some/dir=x") == ("team-a_sql.v2", Path("some/dir=x"))
+    assert parse_adapter("team/sql=some/dir") == ("team/sql", Path("some/dir"))
+    part = 128 * "a"
+    assert parse_adapter(f"{part}/{part}=dir") == (f"{part}/{part}", Path("dir"))
 
 
 def test_bad_input_gives_one_line_and_status_2_before_the_engine_starts(

@@ -66,7 +66,7 @@ async def test_a_name_that_may_be_in_a_document_that_is_not_read_yet_is_unavaila
 @in_a_loop
 async def test_an_unknown_name_gets_the_nearest_one(engine, store, base) -> None:
     async with memory(engine, store, base) as m:
-        for name in ("sql", "intent", *(f"task-{number}" for number in range(200))):
+        for name in ("sql", "intent", "team/summary", *(f"task-{number}" for number in range(200))):
             m.fleet.point(name, Alias(Version(name, ONE.digest)), 1)
         for model, nearest in (
             ("sqll", "sql"),
@@ -75,6 +75,9 @@ async def test_an_unknown_name_gets_the_nearest_one(engine, store, base) -> None
             ("sql@", "sql@111111111111"),
             ("sql@deadbeef", "sql@111111111111"),
             (base.name + "s", base.name),
+            ("summary", "team/summary"),
+            ("summary@deadbeef", "team/summary"),
+            ("team/sumary", "team/summary"),
         ):
             assert f"did you mean {nearest!r}?" in str(m.fleet.unknown(model))
         for model in ("zzzzzz", "x" * 1_000_000, "sql@" + "x" * 1_000_000):

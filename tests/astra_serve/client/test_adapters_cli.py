@@ -67,6 +67,26 @@ def test_publish_list_roll_back_and_remove(port: int, write_lora, capsys) -> Non
     assert adapters(port, "remove", "a") == 0
 
 
+def test_a_name_with_a_namespace_is_one_name_in_every_command(port: int, write_lora, tmp_path: Path, capsys) -> None:
+    (tmp_path / "adapters.yaml").write_text("adapters: []")
+    one = write_lora("one", 1.0)
+    assert adapters(port, "--json", "prepare", "team/sql", one) == 0
+    prepared = json.loads(capsys.readouterr().out)
+    assert prepared["name"] == "team/sql"
+    assert adapters(port, "--json", "rollout", "team/sql", one) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "team/sql"
+    assert adapters(port, "publish", "team/sql", write_lora("two", 2.0)) == 0
+    assert adapters(port, "rollback", "team/sql") == 0
+    assert adapters(port, "status", f"team/sql={prepared['digest']}") == 0
+    assert adapters(port, "list") == 0
+    assert "team/sql" in capsys.readouterr().out
+    assert adapters(port, "--json", "events") == 0
+    assert '"adapter": "team/sql"' in capsys.readouterr().out
+    assert adapters(port, "remove", "team/sql") == 0
+    assert adapters(port, "get", "team/sql") == 1
+    assert "there is no adapter 'team/sql'" in capsys.readouterr().err
+
+
 def test_a_folder_is_uploaded(port: int, write_lora, tmp_path: Path, capsys) -> None:
     assert adapters(port, "--json", "publish", "a", write_lora("one", 1.0), "--upload", "--required") == 0
     found = json.loads(capsys.readouterr().out)

@@ -52,6 +52,25 @@ def test_a_version_is_published_read_back_and_rolled_back(client: Client, write_
     assert client.list().adapters == ()
 
 
+def test_a_namespaces_adapter_is_another_one_than_the_namespace(client: Client, write_lora) -> None:
+    one, two = write_lora("one", 1.0), write_lora("two", 2.0)
+    client.publish("team", one)
+    first = client.publish("team/sql", one).version
+    client.publish("team/sql", two, upload=True)
+    assert first is not None
+    assert first.name.startswith("team/sql@")
+    assert client.prepare("team/sql", two).name.startswith("team/sql@")
+    assert client.wait("team/sql").name == "team/sql"
+    back = client.rollback("team/sql").version
+    assert back is not None
+    assert (back.name, back.digest) == (first.name, first.digest)
+    assert client.pin("team/sql").pin is True
+    assert (client.get("team").pin, client.get("team").previous) == (False, ())
+    assert {event.adapter for event in client.events() if event.adapter} == {"team", "team/sql"}
+    client.remove("team/sql")
+    assert [adapter.name for adapter in client.list()] == ["team"]
+
+
 def test_a_canary_begins_and_ends(client: Client, write_lora) -> None:
     client.publish("a", write_lora("one", 1.0))
     begun = client.canary("a", write_lora("two", 2.0), 0.25)

@@ -225,6 +225,23 @@ def test_a_folder_that_the_server_sees_is_not_uploaded_and_stays(admin: Admin, t
         assert client.get("a").source == str(tmp_path / "seen" / "a-4-2")
 
 
+@pytest.mark.parametrize("seen", [True, False], ids=["in a folder", "uploaded"])
+def test_a_name_with_a_namespace_makes_one_folder_and_none_inside_of_it(
+    admin: Admin, trainer, tmp_path, monkeypatch, seen: bool
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / "seen" if seen else None
+    found = PublishCallback(
+        admin.url, TOKEN, "team/a", every=2, folder=folder, write_lora=Written(), allow_no_effect=True, timeout_s=20
+    )
+    trainer(found, steps=2).train()
+    with Client(admin.url, TOKEN) as client:
+        assert client.get("team/a").state == "serving"
+    if folder:
+        assert [path.name for path in folder.iterdir()] == ["team--a-2"]
+    assert list(tmp_path.glob("astra-publish-*")) == []
+
+
 def test_a_snapshot_that_was_not_written_does_not_stay(trainer, callback, tmp_path) -> None:
     def broken(_: Any, folder: Path) -> None:
         folder.mkdir()

@@ -75,6 +75,26 @@ async def test_a_load_returns_when_the_version_serves_and_names_its_digest(world
 
 
 @in_a_loop
+async def test_a_policy_may_have_a_namespace_and_not_the_bases_name(world, write_lora, tmp_path: Path) -> None:
+    async with world(handler=Handler()) as w:
+        await w.control.refresh()
+        version = (await load(w, "team/p-v1", write_lora("one", 1.0))).json()["version"]
+        assert version.startswith("team/p-v1@")
+        assert await rollout(w, "team/p-v1") == (200, version)
+        assert await unload(w, "p-v1") == 404
+        assert await unload(w, "team/p-v1") == 200
+        assert (await rollout(w, "team/p-v1"))[0] == 404
+        for name in ("team/p/v1", "team/..", "/p", "team%2Fp"):
+            answer = await load(w, name, write_lora("two", 2.0) if name == "team/p/v1" else tmp_path / "two")
+            assert (answer.status_code, answer.json()["error"]["type"]) == (400, "BadDocument")
+        w.fleet.base_name = "Qwen/Qwen3-0.6B"
+        refused = await load(w, w.fleet.base_name, tmp_path / "two")
+        assert (refused.status_code, w.fleet.resolve(w.fleet.base_name)) == (422, None)
+        assert "it has the base's name" in refused.json()["error"]["message"]
+        assert not list(tmp_path.rglob("team*"))
+
+
+@in_a_loop
 async def test_the_policy_before_the_first_step_changes_nothing_and_is_served(world, write_start, engine) -> None:
     engine.silent.add("p-v1")
     async with world() as w:

@@ -343,9 +343,11 @@ async def test_an_adapter_must_answer_as_its_probe_says(world, write_lora) -> No
 @in_a_loop
 async def test_no_adapter_takes_the_bases_name(world, base, write_lora) -> None:
     async with world() as w:
-        await w.follow(document({"name": base.name, "source": str(write_lora("one", 1.0))}))
-        assert "it has the base's name" in (await w.settled(base.name)).reason
-        assert w.fleet.resolve(base.name) is None
+        for name in (base.name, "Qwen/Qwen3-0.6B"):
+            w.fleet.base_name = name
+            await w.follow(document({"name": name, "source": str(write_lora(name[0], 1.0))}))
+            assert "it has the base's name" in (await w.settled(name)).reason
+            assert w.fleet.resolve(name) is None
 
 
 @in_a_loop

@@ -92,6 +92,13 @@ def test_an_entry_is_added_in_the_style_of_the_document_and_leaves_it_as_it_was(
     assert desired.parse(edited(found, "n"), "x") == desired.parse(text, "x")
 
 
+def test_a_name_with_a_namespace_is_found_added_and_edited_as_it_is() -> None:
+    text = "adapters:\n- {name: team, source: x}\n- name: team/sql # ours\n  source: y\n"
+    assert edited(text, "team/sql", source="z") == text.replace(" y", " z")
+    assert edited(text, "sql/team", source="z") == text + "- name: sql/team\n  source: z\n"
+    assert edited(text, "team/sql") == "adapters:\n- {name: team, source: x}\n"
+
+
 def test_json_stays_json() -> None:
     text = '{"adapters": [{"name": "a", "source": "x"}, {"name": "b", "source": "y"}, {"name": "c", "source": "z"}]}'
     assert edited(text, "b", source="w") == text.replace('"y"', '"w"')

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import openai
@@ -53,6 +54,11 @@ async def test_one_model_is_retrieved_by_each_name_that_requests_may_use(shown, 
         for model, root in ((base.name, base.name), ("sql", ONE.name), ("sql@11111111", ONE.name)):
             card = await client.models.retrieve(model)
             assert (card.id, (card.model_extra or {})["root"]) == (model, root)
+        names.point("team/sql", Alias(Version("team/sql", ONE.digest)), 1)
+        for name in ("team/sql", "team/sql@11111111"):
+            assert (await client.models.retrieve(name)).id == name  # %2F or a slash: OpenAI's client may send either
+            answer = await client.get(f"/models/{quote(name, safe='')}", cast_to=httpx.Response)
+            assert answer.json()["root"] == "team/sql@111111111111"
         names.base_name = "org/base"
         assert (await client.models.retrieve("org/base")).id == "org/base"
         with pytest.raises(openai.NotFoundError, match=r"did you mean 'sql'\?"):

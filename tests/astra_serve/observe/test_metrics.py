@@ -130,6 +130,24 @@ async def test_routers_read_the_loaded_adapters_and_never_an_empty_list(page, ba
 
 
 @in_a_loop
+async def test_a_name_with_a_namespace_is_a_label_as_any_other(page, base, write_lora) -> None:
+    async with page() as p:
+        await p.serve(**{"team/a": write_lora("one", 1.0)})
+        await p.world.residency.look()
+        version = p.world.fleet.aliases["team/a"].current
+        p.metrics.count(request("team/a", version))
+        p.metrics.count(request("team/none", status=404))
+        assert p.shows("requests_total", adapter="team/a", outcome="ok") == 1
+        assert p.shows("adapter_info", adapter="team/a", version=version.name, state="serving") == 1
+        assert p.adapters("requests_total") == {"team/a", "_unknown"}
+        room, loaded = str(p.world.residency.limits.capacity + 1), f"{base.name},team/a"
+        assert p.shows("lora_requests_info", max_lora=room, running_lora_adapters=loaded, waiting_lora_adapters="")
+        p.world.reconciler.remove("team/a")
+        await p.world.residency.idle()
+        assert p.adapters("requests_total") == {"_unknown"}
+
+
+@in_a_loop
 async def test_there_are_never_more_series_than_for_a_thousand_adapters(page, write_lora, monkeypatch) -> None:
     monkeypatch.setattr(metrics, "MOST_ADAPTERS", 2)
     async with page() as p:
