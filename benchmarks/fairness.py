@@ -2,7 +2,7 @@
 
     python -m benchmarks.fairness --out FILE.json [--quick] [--base DIR]
 
-The engine computes 16 sequences at a time. One tenant keeps 64 requests there, each of 16 to 96 tokens, half of them
+The engine computes 16 sequences at a time. One tenant keeps 64 requests there, each of 16 to 64 tokens, half of them
 streaming; a calm one asks once a second for 16 tokens. All requests are for the base. Three servers run side by side
 and take turns, only one of them has load at a time: `astra-serve --keys`, the same without tenants (requests go to the
 engine as they arrive), and vLLM's own server.
@@ -26,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ from tests.support.load import quantiles
 from tests.support.server import Server, astra_serve, vllm_serve
 from trainer.embedded import tasks
 
-SEED, PLACES, FLOOD, TOKENS, CALM_TOKENS = 0, 16, 64, (16, 96), 16
+SEED, PLACES, FLOOD, TOKENS, CALM_TOKENS = 0, 16, 64, (16, 64), 16
 WEIGHTS = {"light": 1.0, "middle": 2.0, "heavy": 4.0}
 BACKLOG = 24  # requests at a time of each tenant with a weight
 WARM_UP_S = 4.0  # of a turn, until the places are filled and answers of all lengths have ended
@@ -70,8 +71,31 @@ class Ended:
 
     tenant: str
     tokens: int  # of the prompt and the answer
-    first_s: float  # from the request to its first token; of a whole answer, to its end
+    sent: float
+    first: float  # its first token; of a whole answer, its end
     ended: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The requests of a time of load, without its warm-up."""
+
+    requests: list[Ended]
+    since: float
+    until: float
+
+    def calm_s(self) -> list[float]:
+        """Return the seconds to the first token of the requests that the calm tenant has sent in this time."""
+        calm = [one for one in self.requests if one.tenant == "calm" and self.since <= one.sent <= self.until]
+        return [one.first - one.sent for one in calm]
+
+    def tokens(self) -> Counter[str]:
+        """Return the tokens by tenant of the requests that ended in this time."""
+        found = Counter[str]()
+        for one in self.requests:
+            if self.since <= one.ended <= self.until:
+                found[one.tenant] += one.tokens
+        return found
 
 
 @dataclass(frozen=True)
@@ -133,12 +157,12 @@ async def measure(rivals: list[Rival], keys: dict[str, str], pace: Pace) -> dict
                     await clients.load({}, calm=True, seconds=3.0)  # the first requests are slower
                 alone = await clients.load({}, calm=True, seconds=pace.alone_s)
                 beside = await clients.load({"flood": FLOOD}, calm=True, seconds=pace.beside_s)
-            rival.alone_s += [one.first_s for one in alone]
-            rival.beside_s += [one.first_s for one in beside if one.tenant == "calm"]
-            rival.tok_s.append(sum(one.tokens for one in beside) / (pace.beside_s - WARM_UP_S))
+            rival.alone_s += alone.calm_s()
+            rival.beside_s += beside.calm_s()
+            rival.tok_s.append(sum(beside.tokens().values()) / (pace.beside_s - WARM_UP_S))
     async with Clients(rivals[0].server.url, keys) as clients:
         backlogged = await clients.load(dict.fromkeys(WEIGHTS, BACKLOG), calm=False, seconds=pace.shares_s)
-    return {name: sum(one.tokens for one in backlogged if one.tenant == name) for name in WEIGHTS}
+    return backlogged.tokens()
 
 
 class Clients:
@@ -157,11 +181,8 @@ class Clients:
     async def __aexit__(self, *_: object) -> None:
         await self._http.close()
 
-    async def load(self, backlogs: dict[str, int], *, calm: bool, seconds: float) -> list[Ended]:
-        """Keep so many requests of each tenant there, and return those that ended after the warm-up, if there is load.
-
-        Requests that run at the end are not counted; all have ended when this returns.
-        """
+    async def load(self, backlogs: dict[str, int], *, calm: bool, seconds: float) -> "Seen":
+        """Keep so many requests of each tenant there for `seconds`, and return all of them when they have ended."""
         ended: list[Ended] = []
         stop = asyncio.Event()
         running = [
@@ -174,8 +195,7 @@ class Clients:
         await asyncio.sleep(seconds)
         stop.set()
         await asyncio.gather(*running)
-        after = began + (WARM_UP_S if backlogs else 0.0)
-        return [one for one in ended if after <= one.ended <= began + seconds]
+        return Seen(ended, began + (WARM_UP_S if backlogs else 0.0), began + seconds)
 
     async def _flood(self, tenant: str, number: int, ended: list[Ended], stop: asyncio.Event) -> None:
         rng = random.Random(f"{SEED} {tenant} {number}")
@@ -205,7 +225,7 @@ class Clients:
                     first = first or time.perf_counter()
                     last = line[6:] if line.startswith(b"data: {") else last
         now, usage = time.perf_counter(), json.loads(last)["usage"]
-        return Ended(tenant, usage["total_tokens"], (first or now) - sent, now)
+        return Ended(tenant, usage["total_tokens"], sent, first or now, now)
 
     def _headers(self, tenant: str) -> dict[str, str]:
         return {"Authorization": f"Bearer {self._keys[tenant]}"}

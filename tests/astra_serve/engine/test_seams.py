@@ -240,6 +240,17 @@ def test_vllm_has_no_keys_of_its_own(tiny_base: Path, monkeypatch) -> None:
         assert vllm_seams.take_keys(args) == []
 
 
+def test_places_are_those_of_all_engines_and_slots_count_where_there_is_one() -> None:
+    for engines, places, slots in ((1, 16, 4), (2, 32, None)):
+        config = SimpleNamespace(
+            parallel_config=SimpleNamespace(data_parallel_size=engines),
+            scheduler_config=SimpleNamespace(max_num_seqs=16),
+            lora_config=SimpleNamespace(max_loras=4),
+        )
+        found = vllm_seams.places(SimpleNamespace(vllm_config=config))  # type: ignore[arg-type]
+        assert (found._places, found._slots, found._kept) == (places, slots, 1)
+
+
 def test_headers_have_our_limits_unless_vllms_options_set_others(tiny_base: Path) -> None:
     def limits(*words: str) -> ConnectionLimits:
         return server.connection_limits(options.parse(str(tiny_base), 0, 1, 0, words))
