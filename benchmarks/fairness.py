@@ -47,6 +47,7 @@ from trainer.embedded import tasks
 
 SEED, PLACES, FLOOD, TOKENS, CALM_TOKENS = 0, 16, 64, (16, 64), 16
 WEIGHTS = {"light": 1.0, "middle": 2.0, "heavy": 4.0}
+SHARE_TOKENS = (8, 24)  # of an answer of a tenant with a weight: many requests end in a short time
 BACKLOG = 24  # requests at a time of each tenant with a weight
 WARM_UP_S = 4.0  # of a turn, until the places are filled and answers of all lengths have ended
 TARGETS = {"ratio": 10, "throughput_ratio": 0.95, "share_error": 0.1}
@@ -111,10 +112,10 @@ class Pace:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--quick", action="store_true", help="smoke run: one short turn of each server")
+    parser.add_argument("--quick", action="store_true", help="smoke run: two short turns of each server")
     parser.add_argument("--base", type=Path, default=demo.BASE, help="(default: the embedded base)")
     args = parser.parse_args()
-    pace = Pace(1, 6.0, 14.0, 20.0) if args.quick else Pace(3, 10.0, 24.0, 60.0)
+    pace = Pace(2, 4.0, 12.0, 30.0) if args.quick else Pace(6, 6.0, 20.0, 60.0)
     env = report.environment(SEED)
     keys = {name: secrets.token_urlsafe(32) for name in ("flood", "calm", *WEIGHTS)}
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
@@ -161,7 +162,8 @@ async def measure(rivals: list[Rival], keys: dict[str, str], pace: Pace) -> dict
             rival.beside_s += beside.calm_s()
             rival.tok_s.append(sum(beside.tokens().values()) / (pace.beside_s - WARM_UP_S))
     async with Clients(rivals[0].server.url, keys) as clients:
-        backlogged = await clients.load(dict.fromkeys(WEIGHTS, BACKLOG), calm=False, seconds=pace.shares_s)
+        backlogs = dict.fromkeys(WEIGHTS, BACKLOG)
+        backlogged = await clients.load(backlogs, calm=False, seconds=pace.shares_s, tokens=SHARE_TOKENS)
     return backlogged.tokens()
 
 
@@ -181,26 +183,35 @@ class Clients:
     async def __aexit__(self, *_: object) -> None:
         await self._http.close()
 
-    async def load(self, backlogs: dict[str, int], *, calm: bool, seconds: float) -> "Seen":
-        """Keep so many requests of each tenant there for `seconds`, and return all of them when they have ended."""
+    async def load(
+        self, backlogs: dict[str, int], *, calm: bool, seconds: float, tokens: tuple[int, int] = TOKENS
+    ) -> "Seen":
+        """Keep so many requests of each tenant there for `seconds`; return those that have ended, and all calm ones."""
         ended: list[Ended] = []
         stop = asyncio.Event()
         running = [
-            asyncio.create_task(self._flood(tenant, number, ended, stop))
+            asyncio.create_task(self._flood(tenant, number, tokens, ended))
             for tenant, backlog in backlogs.items()
             for number in range(backlog)
         ]
-        running += [asyncio.create_task(self._calm(ended, stop))] if calm else []
+        calm_one = asyncio.create_task(self._calm(ended, stop)) if calm else None
         began = time.perf_counter()
         await asyncio.sleep(seconds)
         stop.set()
-        await asyncio.gather(*running)
+        for task in running:
+            task.cancel()
+        failed = [one for one in await asyncio.gather(*running, return_exceptions=True) if isinstance(one, Exception)]
+        if failed:
+            raise failed[0]
+        if calm_one:
+            await calm_one
+        await asyncio.sleep(1.0)  # for the engine to end the work of those that were cancelled
         return Seen(ended, began + (WARM_UP_S if backlogs else 0.0), began + seconds)
 
-    async def _flood(self, tenant: str, number: int, ended: list[Ended], stop: asyncio.Event) -> None:
+    async def _flood(self, tenant: str, number: int, tokens: tuple[int, int], ended: list[Ended]) -> None:
         rng = random.Random(f"{SEED} {tenant} {number}")
-        while not stop.is_set():
-            ended.append(await self._ask(tenant, rng.choice(PROMPTS), rng.randint(*TOKENS), stream=number % 2 == 0))
+        while True:
+            ended.append(await self._ask(tenant, rng.choice(PROMPTS), rng.randint(*tokens), stream=number % 2 == 0))
 
     async def _calm(self, ended: list[Ended], stop: asyncio.Event) -> None:
         asked = set()
