@@ -84,14 +84,14 @@ def check(path: str, body: bytes, longest_text: int = sys.maxsize) -> Checked:
 
 def sequences(content: Mapping[str, Any]) -> int:
     """Return how many sequences the engine computes for a body that was checked: prompts x answers of each."""
-    answers = max(1, _number(content.get("n")), _number(content.get("best_of")))
-    prompts = [_prompts(content.get(name)) for name in ("prompt", "prompt_embeds")]
-    return answers * max(1, *prompts, *(_texts_in(content.get(name)) for name in SEVERAL))
+    answers = max(1, number(content.get("n")), number(content.get("best_of")))
+    counts = [prompts(content.get(name)) for name in ("prompt", "prompt_embeds")]
+    return answers * max(1, *counts, *(_texts_in(content.get(name)) for name in SEVERAL))
 
 
 def _texts_in(value: Any) -> int:
     """Return the prompts in a list of texts, or of lists; objects in a list are messages, or parts of one prompt."""
-    return _prompts(value) if isinstance(value, list) and value and not isinstance(value[0], dict) else 1
+    return prompts(value) if isinstance(value, list) and value and not isinstance(value[0], dict) else 1
 
 
 def _priority(content: dict[str, Any]) -> Fault | None:
