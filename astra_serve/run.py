@@ -55,7 +55,7 @@ from astra_serve.gateway.tenancy.quota.failover import Failover
 from astra_serve.gateway.tenancy.quota.redis_store import RedisStore
 from astra_serve.gateway.tenancy.quota.station import Quota
 from astra_serve.gateway.tenancy.quota.store import MemoryStore
-from astra_serve.gateway.tenancy.station import Stations
+from astra_serve.gateway.tenancy.station import Stations, open_to_all
 from astra_serve.observe import log, usage
 from astra_serve.observe.ledger import Ledger
 from astra_serve.observe.ledger_file import LedgerFile
@@ -135,7 +135,8 @@ async def _serve(
         tenants = TenantKeys(settings.keys, keyring, events, clock, sources) if settings.keys else None
         own = MemoryStore()
         shared = Failover(settings.limits_store, own, events, clock) if settings.limits_store else None
-        stations = Stations(quota=Quota(shared or own).station)
+        place = vllm_seams.places(engine.client).place if keyring.follows else open_to_all
+        stations = Stations(Quota(shared or own).station, place)
         app, gateway = await vllm_seams.application(engine.client, args, fleet, subscribers, templates, stations)
         housekeeping = Housekeeping(fleet, store, preparation, reconciler, clock)
         ledger = Ledger(LedgerFile(store.root), fleet, clock)

@@ -15,8 +15,8 @@ from heapq import nlargest
 from operator import eq
 
 from astra_serve.adapters.events import Events
-from astra_serve.adapters.residency import Residency
-from astra_serve.adapters.schedule import Residence
+from astra_serve.adapters.residency import NO_TENANT, Residency
+from astra_serve.adapters.schedule import Owner, Residence
 from astra_serve.adapters.version import Alias, Version
 from astra_serve.errors import Unavailable, UnknownAdapter
 
@@ -63,11 +63,11 @@ class Fleet:
 
     @asynccontextmanager
     async def lease(
-        self, model: str, share_by: str = "", visible: Callable[[str], bool] = _all
+        self, model: str, share_by: str = "", visible: Callable[[str], bool] = _all, owner: Owner = NO_TENANT
     ) -> AsyncIterator[Residence | None]:
         """Keep the version that `model` points at now in the engine until the block ends; None for the base.
 
-        An error names no models but those that are `visible`.
+        Its memory counts for the tenant `owner`. An error names no models but those that are `visible`.
 
         Raises UnknownAdapter, and Unavailable where the version cannot be loaded, or not in time, or the name is not
         served yet.
@@ -76,7 +76,7 @@ class Fleet:
         if version is not None:
             if model == version.alias:
                 self.requests[model][version] += 1
-            async with self.residency.lease(version) as residence:
+            async with self.residency.lease(version, owner) as residence:
                 yield residence
         elif model == self.base_name:
             yield None

@@ -19,10 +19,11 @@ from typing import Any
 from astra_serve.adapters.clock import Clock
 from astra_serve.adapters.events import Event, Events
 from astra_serve.adapters.loading import Loader
-from astra_serve.adapters.schedule import Action, Do, Limits, Residence, State, Waiter, decide
+from astra_serve.adapters.schedule import Action, Do, Limits, Owner, Residence, State, Waiter, decide
 from astra_serve.adapters.version import Version
 from astra_serve.errors import ProbeFailed, ServeError, Unavailable
 
+NO_TENANT = Owner()
 MOVING = (State.LOADING, State.PROBING, State.UNLOADING)
 # Reason given to requests that outlived the drain deadline; the gateway knows a cancellation by it.
 PAST_DEADLINE = "the request was not finished before the deadline of its version, or of the server"
@@ -68,7 +69,7 @@ class Residency:
         return [one for one in self._residences.values() if one.loaded]
 
     @asynccontextmanager
-    async def lease(self, version: Version) -> AsyncIterator[Residence]:
+    async def lease(self, version: Version, owner: Owner = NO_TENANT) -> AsyncIterator[Residence]:
         """Keep a version resident for the running task, a request, until the block ends. Raises Unavailable."""
         residence, task = self._residences.setdefault(version, Residence(version)), asyncio.current_task()
         if residence.failed is not None:
@@ -77,8 +78,9 @@ class Residency:
             self._unmark(residence)
         if residence.state is State.RESIDENT:
             residence.leases.add(task)
+            residence.owners[task] = owner
         else:
-            await self._wait(residence, Waiter(self._clock.now(), lease=task))
+            await self._wait(residence, Waiter(self._clock.now(), lease=task, owner=owner))
         try:
             yield residence
         finally:
@@ -187,6 +189,7 @@ class Residency:
     def _release(self, residence: Residence, lease: Any) -> None:
         residence.leases.discard(lease)
         residence.deadlines.pop(lease, None)
+        residence.last_owner = residence.owners.pop(lease, residence.last_owner)
         residence.last_used = self._clock.now()
         if self._waiting or residence.leaving:  # otherwise no decision depends on it: most requests wake no loop
             self._notify()
@@ -253,6 +256,7 @@ class Residency:
                 residence.holds += 1
             else:
                 residence.leases.add(waiter.lease)
+                residence.owners[waiter.lease] = waiter.owner or NO_TENANT
             waiter.done.set_result(None)
 
     async def _load(self, residence: Residence) -> None:

@@ -9,19 +9,24 @@ At most `capacity` versions are in memory, that is, LOADING, PROBING, RESIDENT o
     WAITING -> ABSENT                all its waiters were refused, or gave up
     LOADING, PROBING -> ABSENT       the load or the probe failed
 
-WAITING versions form a queue by the time of their oldest waiter, and only the head of the queue is served. Up to four
+WAITING versions form a queue, and only its head is served: of those that requests wait for, a version of the tenant
+that has the fewest versions in memory for its weight; among equals, and among these and the publications, the version
+with the oldest waiter. A version in memory counts for each tenant that uses it or waits for it now, otherwise for the
+one that used it last; pinned ones count, too. Where there is one tenant, the oldest waiter is first. Up to four
 versions load at a time. At most three of these loads are for publications alone: while there are three, versions that a
 request needs go first, so that requests do not queue behind publications.
 
 The head is loaded if memory is free, and otherwise takes the memory of an idle version: resident, without a lease and
-without a hold. Of several idle versions the least recently used one is evicted: the one whose last lease ended earliest
-(or whose load ended earliest, if it has had no lease since). A version that is pinned while an alias serves it is never
-evicted.
+without a hold. Of several idle versions one is evicted of the tenant that has most versions in memory for its weight,
+together with those that no tenant has used; of these the least recently used one: the one whose last lease ended
+earliest (or whose load ended earliest, if it has had no lease since). A version that several tenants use is evicted as
+one of the tenant that has fewest. A version that is pinned while an alias serves it is never evicted.
 
-When the head of the queue has waited `patience_s` and no version is idle, the version that has been resident for the
-longest time is marked: its new requests wait, and it is evicted when its last lease ends. The mark ends when no version
-waits any more. If the lease takes longer than `mark_s` (one long stream), the version is resident again as if it had
-just been loaded, so that another version is marked next; the only candidate is marked again at once.
+When the head of the queue has waited `patience_s` and no version is idle, a version of the tenant that has most is
+marked, by the same rule, and of these the version that has been resident for the longest time: its new requests wait,
+and it is evicted when its last lease ends. The mark ends when no version waits any more. If the lease takes longer than
+`mark_s` (one long stream), the version is resident again as if it had just been loaded, so that another version is
+marked next; the only candidate is marked again at once.
 
 A request is refused `wait_s` after it arrived, whether its version then waits, loads or is probed. A publication is
 refused when its version is the head, no version can be evicted for it, and `wait_s` has passed both since its oldest
@@ -71,6 +76,14 @@ class Limits:
     mark_s: float = 10.0  # for the last lease of a marked version
 
 
+@dataclass(frozen=True)
+class Owner:
+    """The tenant of a request; two tenants with weights 1 and 2 have a fair share of the memory at 1 : 2 versions."""
+
+    name: str = ""
+    weight: float = 1.0
+
+
 @dataclass(eq=False)
 class Waiter:
     """A request or a publication that waits until a version is resident."""
@@ -79,6 +92,7 @@ class Waiter:
     publication: bool = False
     lease: Any = None  # the request's task
     done: "asyncio.Future[None] | None" = None  # set by the loop
+    owner: Owner | None = None  # None: a publication
 
     def deadline(self, limits: Limits) -> float:
         """Return when a request is refused; that of a publication depends on the queue."""
@@ -98,6 +112,8 @@ class Residence:
     marked_since: float = 0.0
     last_used: float = 0.0  # when its last lease ended, or when it became resident
     leases: set[Any] = field(default_factory=set)  # tasks of requests that the engine may be computing for
+    owners: dict[Any, Owner] = field(default_factory=dict)  # of the leases
+    last_owner: Owner | None = None  # of the lease that ended last
     holds: int = 0  # publications that keep it in the engine
     waiters: list[Waiter] = field(default_factory=list)  # oldest first
     serving: bool = False  # it is the current version of its alias, or the canary
@@ -127,6 +143,17 @@ class Residence:
     def for_publication(self) -> bool:
         """Return whether publications alone wait for it."""
         return all(waiter.publication for waiter in self.waiters)
+
+    @property
+    def tenants(self) -> set[Owner]:
+        """Return the tenants that it counts for."""
+        now = {*self.owners.values(), *self.waiting_tenants}
+        return now or ({self.last_owner} if self.last_owner else set())
+
+    @property
+    def waiting_tenants(self) -> set[Owner]:
+        """Return the tenants whose requests wait for it; none where publications alone do."""
+        return {waiter.owner for waiter in self.waiters if waiter.owner}
 
     @property
     def drain_until(self) -> float:
@@ -200,12 +227,15 @@ def _for_the_head(
         return Action(Do.UNMARK, to_unmark[0]) if to_unmark else Wait(math.inf)
     if len(loading) >= MOST_LOADS:
         return Wait(math.inf)
-    head = min(queue, key=lambda one: one.waiters[0].since)
+    held = _held(residences)
+    least = min(_share(one.waiting_tenants, held, math.inf) for one in queue)
+    head = min(queue, key=lambda one: (_share(one.waiting_tenants, held, least), one.waiters[0].since))
     if sum(one.loaded for one in residences) + len(loading) < limits.capacity:
         return Action(Do.LOAD, head)
     evictable = [one for one in residences if one.evictable]
+    most = max(held.values(), default=0.0)
     if idle := [one for one in evictable if not one.leases]:
-        oldest = min(idle, key=lambda one: one.last_used)
+        oldest = min(idle, key=lambda one: (-_share(one.tenants, held, most), one.last_used))
         return Action(Do.EVICT, oldest) if can_evict else Wait(math.inf)
     began = max(head.waiters[0].since, head_since)
     if head.for_publication and now >= began + limits.wait_s:
@@ -216,6 +246,21 @@ def _for_the_head(
     ends = [one.marked_since + limits.mark_s for one in marked if now < one.marked_since + limits.mark_s]
     to_mark = [one for one in evictable if one.state is State.RESIDENT]
     if to_mark and not ends and now >= began + limits.patience_s:
-        return Action(Do.MARK, min(to_mark, key=lambda one: one.resident_since))
+        return Action(Do.MARK, min(to_mark, key=lambda one: (-_share(one.tenants, held, most), one.resident_since)))
     dates = ends or ([began + limits.patience_s] if to_mark else [])
     return Wait(min([*dates, began + limits.wait_s if head.for_publication else math.inf]))
+
+
+def _held(residences: Collection[Residence]) -> dict[str, float]:
+    """Return the versions in memory of each tenant, by its name, divided by its weight."""
+    held: dict[str, float] = {}
+    for one in residences:
+        if one.loaded or one.state in (State.LOADING, State.PROBING):
+            for owner in one.tenants:
+                held[owner.name] = held.get(owner.name, 0.0) + 1 / owner.weight
+    return held
+
+
+def _share(tenants: Collection[Owner], held: dict[str, float], of_none: float) -> float:
+    """Return what the tenant of a version has in memory; of several tenants the one that has least."""
+    return min((held.get(owner.name, 0.0) for owner in tenants), default=of_none)

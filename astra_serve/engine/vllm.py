@@ -1,4 +1,10 @@
-"""The vLLM engine behind the interface of `adapters.protocol`, and when it has to be given up."""
+"""The vLLM engine behind the interface of `adapters.protocol`, and when it has to be given up.
+
+Probes rank below all tenants. They take no place of `gateway.tenancy`: they are in the engine's own queue at once, by
+its priority behind every request there. An urgent probe, for which a request or a trainer waits, has the priority of
+requests. A probe's sequence lasts for one step, so that a request that finds the engine full of probes begins at the
+next step. Requests that the gateway holds back are not in that queue: a probe is computed between two of them.
+"""
 
 import asyncio
 import itertools

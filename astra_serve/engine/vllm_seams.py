@@ -59,6 +59,7 @@ from astra_serve.gateway.limits import Checked, Fault
 from astra_serve.gateway.middleware import OPEN, Gateway, Served, Subscribers
 from astra_serve.gateway.models import PATH, Models
 from astra_serve.gateway.routes import RouteErrors, served
+from astra_serve.gateway.tenancy.places import Places
 from astra_serve.gateway.tenancy.station import Stations
 
 GENERATE = ["prompt", "sampling_params", "request_id"]
@@ -212,6 +213,17 @@ def take_keys(args: Namespace) -> list[str]:
     return keys
 
 
+def places(client: EngineClient) -> Places:
+    """Return the places for requests in the engine, which may be several with data parallelism.
+
+    An adapter needs a slot in each engine that computes for it: where there are several, slots are not counted.
+    """
+    config = client.vllm_config
+    engines, lora = config.parallel_config.data_parallel_size, config.lora_config
+    slots = lora.max_loras if lora and engines == 1 else None
+    return Places(config.scheduler_config.max_num_seqs * engines, slots)
+
+
 def server_info(client: EngineClient) -> dict[str, Any]:
     """Return the engine's settings that trainers read, in the form of vLLM's /server_info.
 
@@ -248,6 +260,8 @@ class MeteredClient:
     def encode(self, prompt: Any, *settings: Any, **more: Any) -> AsyncGenerator[Any, None]:
         """Return the engine's answers of a pooling model."""
         request = requests.current.get()
+        if request:
+            request.tokens(_length(prompt), 0)
         found: AsyncGenerator[Any, None] = self._client.encode(
             _salted(prompt, request.caller.cache_salt if request else None), *settings, **more
         )
@@ -269,6 +283,9 @@ class MeteredClient:
             sampling_params = with_stop_tokens(sampling_params, stops, self._client.renderer.get_eos_token_id())
         # The id may be the client's, and another request's, too: to abort this one it needs an id of its own.
         request_id = f"{request_id}-{uuid4().hex[:12]}"
+        if request.engine_priority:
+            settings["priority"] = request.engine_priority
+        request.tokens(_length(prompt), 0)
         answers = self._client.generate(prompt, sampling_params, request_id, **settings)
         began = time.monotonic() - request.began
         tokens: dict[int, int] = {}  # by the answer's number
@@ -279,10 +296,12 @@ class MeteredClient:
                     async for answer in answers:
                         if not tokens and answer.metrics and answer.metrics.num_generation_tokens:
                             request.first_token(began + answer.metrics.first_token_latency)
+                        known = sum(tokens.values())
                         for output in answer.outputs:
                             new = len(output.token_ids)
                             only_new = sampling_params.output_kind == RequestOutputKind.DELTA
                             tokens[output.index] = tokens.get(output.index, 0) + new if only_new else new
+                        request.tokens(0, sum(tokens.values()) - known)
                         _refuse_grammar(sampling_params, answer)
                         yield answer
         except VLLMValidationError:
@@ -296,6 +315,11 @@ class MeteredClient:
                 request.cached_tokens += answer.num_cached_tokens or 0
                 request.output_tokens += sum(tokens.values())
                 _note_latency(request, answer.metrics)
+
+
+def _length(prompt: Any) -> int:
+    """Return the tokens of a rendered prompt; 0 where they are not known, as of embeddings."""
+    return len(prompt.get("prompt_token_ids") or ()) if isinstance(prompt, dict) else 0
 
 
 def _salted(prompt: Any, salt: str | None) -> Any:

@@ -14,7 +14,7 @@ vLLM's own bound, too.
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ WHOLE = frozenset(  # routes that make one prompt of all texts
     {"/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/tokenize"}
 )
 TOKENS = frozenset({"prompt", "input", "tokens", "stop_token_ids", "allowed_token_ids", "logprob_token_ids"})
+SEVERAL = ("input", "inputs", "messages", "texts", "text_2", "data_2", "documents")  # that can be a list of prompts
 TOKENISING = frozenset({"/tokenize", "/detokenize"})  # routes that never truncate
 
 
@@ -79,6 +80,18 @@ def check(path: str, body: bytes, longest_text: int = sys.maxsize) -> Checked:
         lambda: _earlier_answers(path, content),
     )
     return Checked(content, next((fault for rule in rules if (fault := rule())), None))
+
+
+def sequences(content: Mapping[str, Any]) -> int:
+    """Return how many sequences the engine computes for a body that was checked: prompts x answers of each."""
+    answers = max(1, number(content.get("n")), number(content.get("best_of")))
+    counts = [prompts(content.get(name)) for name in ("prompt", "prompt_embeds")]
+    return answers * max(1, *counts, *(_texts_in(content.get(name)) for name in SEVERAL))
+
+
+def _texts_in(value: Any) -> int:
+    """Return the prompts in a list of texts, or of lists; objects in a list are messages, or parts of one prompt."""
+    return prompts(value) if isinstance(value, list) and value and not isinstance(value[0], dict) else 1
 
 
 def _priority(content: dict[str, Any]) -> Fault | None:

@@ -13,10 +13,12 @@ import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from astra_serve.adapters.fleet import Fleet
 from astra_serve.adapters.residency import PAST_DEADLINE
@@ -135,6 +137,7 @@ class Gateway:
             caller=caller.current.get(),
             on_first_token=self._subscribers.first_token,
         )
+        request.left = partial(_disconnect, receive, request)
         send = _recorded(send, request)
         self.running.add(request)
         self._idle.clear()
@@ -206,6 +209,8 @@ class Gateway:
             await refuse(send, 503, str(error), "model", error.retry_after_s)
         except UnknownAdapter as error:
             await refuse(send, 404, str(error), "model")
+        except ClientDisconnect:
+            await refuse(send, requests.DISCONNECTED, "the client has disconnected")
 
     async def _compute(self, request: Request, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the handlers answer, and end the work for the request."""
@@ -264,6 +269,13 @@ def _watched(receive: Receive, request: Request) -> Receive:
         return message
 
     return watched
+
+
+async def _disconnect(receive: Receive, request: Request) -> None:
+    """Wait until the client of a request disconnects, whose body was read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    request.disconnected = True
 
 
 def _recorded(send: Send, request: Request) -> Send:

@@ -2,18 +2,24 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 from astra_serve.adapters.defaults import Defaults
 from astra_serve.adapters.version import Version
 from astra_serve.gateway.tenancy.caller import EVERYTHING, Caller
 
+DISCONNECTED = 499  # the status of a request whose client had gone before it was computed; no client sees it
 CLOSING_S = 10.0  # for the engine to end the work of a request that was aborted
 
 current: ContextVar["Request | None"] = ContextVar("request", default=None)  # the one that is being handled
+
+
+async def _never() -> None:
+    await asyncio.Event().wait()
 
 
 @dataclass(eq=False)
@@ -45,6 +51,12 @@ class Request:
     computing: set[str] = field(default_factory=set)  # the engine's ids of the work for it
     background: "set[asyncio.Task[object]]" = field(default_factory=set)  # go on after the last byte
     on_first_token: "list[Callable[[Request, float], None]]" = field(default_factory=list)
+    on_tokens: list[Callable[[int, int], None]] = field(default_factory=list)  # with those of its prompt, and output
+    left: Callable[[], Coroutine[Any, Any, None]] = (
+        _never  # waits until the client disconnects; for as long as no handler reads
+    )
+    waits: bool = False  # for a place in the engine
+    engine_priority: int = 0  # behind requests of a smaller number, in the engine's own queue
     _computed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -55,6 +67,8 @@ class Request:
     @property
     def outcome(self) -> str:
         """Return ok, client_error, server_error or cancelled."""
+        if self.status == DISCONNECTED:
+            return "cancelled"
         if self.status is not None and 400 <= self.status < 500:
             return "client_error"
         if self.broke or (self.status is not None and self.status >= 500):
@@ -66,6 +80,11 @@ class Request:
         self.first_token_s.append(seconds)
         for subscriber in self.on_first_token:
             subscriber(self, seconds)
+
+    def tokens(self, prompt: int, output: int) -> None:
+        """Note that the engine has computed so many tokens of a prompt, and of its answers."""
+        for subscriber in self.on_tokens:
+            subscriber(prompt, output)
 
     @contextmanager
     def computes(self, engine_id: str) -> Iterator[None]:

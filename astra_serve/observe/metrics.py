@@ -152,6 +152,8 @@ class Metrics:
         running = Counts(self._of(request) for request in list(self._gateway.running))
         by_adapter = [([label], number) for label, number in running.items()]
         yield _gauge("requests_running", "Requests that have not ended", by_adapter, "adapter")
+        waiting = sum(request.waits for request in list(self._gateway.running))
+        yield _gauge("requests_waiting", "Requests that wait for a place in the engine, with --keys", [([], waiting)])
         yield from self._of_adapters()
         residency, fault = self._fleet.residency, bool(self._control and self._control.state.fault)
         for name, text, value in (

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from astra_serve.adapters.fleet import Fleet
-from astra_serve.adapters.schedule import Residence
+from astra_serve.adapters.schedule import Owner, Residence
 from astra_serve.adapters.version import Version
 from astra_serve.errors import Unavailable, UnknownAdapter
 from astra_serve.gateway.tenancy.caller import Caller
@@ -40,7 +40,8 @@ class View:
         """
         if not self.has(model):
             raise self.unknown(model)
-        async with self._fleet.lease(model, share_by, self.has) as residence:
+        owner = Owner(self._caller.name, self._caller.weight)
+        async with self._fleet.lease(model, share_by, self.has, owner) as residence:
             yield residence
 
     def unknown(self, model: str) -> UnknownAdapter | Unavailable:

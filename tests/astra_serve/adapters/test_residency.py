@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from astra_serve.adapters.schedule import State
+from astra_serve.adapters.schedule import Owner, State
 from astra_serve.adapters.version import Alias, Version
 from astra_serve.errors import ServeError, Unavailable
 from tests.astra_serve.stand_in import MODULE
@@ -650,3 +650,42 @@ async def test_proofs_of_versions_that_nothing_names_are_forgotten(engine, store
         m.residency.forget({one})
         assert m.residence(one).proof is not None
         assert m.residence(two).proof is None
+
+
+@in_a_loop
+async def test_a_tenant_with_thirty_adapters_does_not_keep_another_one_waiting(engine, store, base, version) -> None:
+    """Of A each of 60 clients asks for the next of 30 adapters as soon as it has its answer, after 2 s."""
+    async with memory(engine, store, base, capacity=4) as m:
+        names = [f"a{number}" for number in range(30)]
+        serve(m, *(version(name, float(number)) for number, name in enumerate(names)), version("b", 99.0))
+        served, waits, stop = 0, list[float](), asyncio.Event()
+
+        async def flood(turn: int) -> None:
+            nonlocal served
+            while not stop.is_set():
+                try:
+                    async with m.fleet.lease(names[turn % 30], owner=Owner("A")):
+                        await m.clock.sleep(2)
+                        served += 1
+                except Unavailable:
+                    pass
+                turn += 1
+
+        async def now_and_then() -> None:
+            while not stop.is_set():
+                began = m.clock.now()
+                async with m.fleet.lease("b", owner=Owner("B")):
+                    waits.append(m.clock.now() - began)
+                await m.clock.sleep(5)
+
+        running = [asyncio.create_task(flood(number)) for number in range(60)]
+        running.append(asyncio.create_task(now_and_then()))
+        for _ in range(480):
+            await m.clock.advance(0.25)
+        stop.set()
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        assert len(waits) > 15
+        assert max(waits) <= 4
+        assert served > 200

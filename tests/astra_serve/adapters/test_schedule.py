@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from astra_serve.adapters.schedule import HEADROOM, Action, Do, Limits, Residence, State, Wait, Waiter, decide
+from astra_serve.adapters.schedule import HEADROOM, Action, Do, Limits, Owner, Residence, State, Wait, Waiter, decide
 from astra_serve.adapters.version import Version
 
 NOW = 100.0
@@ -182,6 +182,64 @@ def test_the_leases_of_a_replaced_version_are_cancelled_at_its_deadline_and_late
     assert decision(replaced, now=NOW + 5) == (Do.CANCEL, "a")
     replaced.leases.remove("old")
     assert decision(replaced, now=NOW + 5) == ("wait", math.inf)
+
+
+def of(tenant: str, one: Residence, weight: float = 1.0) -> Residence:
+    """Let a version be one that the requests of a tenant use, or wait for, or used last."""
+    owner = Owner(tenant, weight)
+    one.owners, one.last_owner = dict.fromkeys(one.leases, owner), owner
+    for waiter in one.waiters:
+        waiter.owner = None if waiter.publication else owner
+    return one
+
+
+def test_the_tenant_with_fewest_versions_for_its_weight_is_first_then_the_oldest_waiter() -> None:
+    busy = [of(tenant, resident(name, leases=1)) for tenant, name in (("a", "v"), ("a", "w"), ("b", "x"))]
+    old, new = of("a", waiting("old", NOW - 9)), of("b", waiting("new", NOW - 1))
+    assert decision(*busy, old, new, capacity=9) == (Do.LOAD, "new")
+    assert decision(*busy, old, new, of("c", waiting("none", NOW)), capacity=9) == (Do.LOAD, "none")
+    assert decision(*busy, old, new, of("b", waiting("older", NOW - 2)), capacity=9) == (Do.LOAD, "older")
+    heavy = [of("a", one, 4.0) for one in (*busy[:2], old)]
+    assert decision(*heavy, busy[2], new, capacity=9) == (Do.LOAD, "old")
+
+
+def test_a_publication_is_first_where_it_has_waited_longer_than_the_tenant_that_is_first() -> None:
+    busy, old = of("a", resident("v", leases=1)), of("a", waiting("old", NOW - 9))
+    for since, first in ((NOW - 2, "published"), (NOW, "new")):
+        queue = old, of("b", waiting("new", NOW - 1)), of("a", waiting("published", since, publication=True))
+        assert decision(busy, *queue, capacity=9) == (Do.LOAD, first)
+
+
+def test_an_idle_version_of_the_tenant_with_most_for_its_weight_is_evicted_first() -> None:
+    many = [of("a", resident(name, last_used=NOW - 5)) for name in ("v", "w")]
+    one = of("b", resident("x", last_used=NOW - 9))
+    assert decision(*many, one, of("c", waiting("n"))) == (Do.EVICT, "v")
+    assert decision(*[of("a", residence, 4.0) for residence in many], one, of("c", waiting("n"))) == (Do.EVICT, "x")
+
+
+@pytest.mark.parametrize("facts", [{"pinned": True}, {"leases": 1}])
+def test_versions_that_are_pinned_or_in_use_count_for_their_tenant(facts: dict[str, Any]) -> None:
+    kept, idle = of("a", resident("kept", **facts)), of("a", resident("idle", last_used=NOW - 5))
+    assert decision(kept, idle, of("b", resident("x", last_used=NOW - 9)), of("c", waiting("n"))) == (Do.EVICT, "idle")
+
+
+def test_a_version_that_no_tenant_has_used_is_evicted_as_one_of_the_tenant_with_most() -> None:
+    used = [of("a", resident("v", last_used=NOW - 5)), of("b", resident("x", leases=1))]
+    assert decision(*used, resident("unused", last_used=NOW - 6), of("c", waiting("n"))) == (Do.EVICT, "unused")
+    assert decision(*used, resident("unused", last_used=NOW - 4), of("c", waiting("n"))) == (Do.EVICT, "v")
+
+
+def test_a_version_that_several_tenants_use_counts_for_each_and_is_evicted_as_one_of_the_smallest() -> None:
+    shared = of("a", resident("shared", leases=2, resident_since=NOW - 90))
+    shared.owners["shared1"] = Owner("b")
+    own = of("a", resident("own", leases=1, resident_since=NOW - 5))
+    assert decision(shared, own, of("c", waiting("n", NOW - 2))) == (Do.MARK, "own")
+
+
+def test_a_version_of_the_tenant_with_most_is_marked_then_the_one_resident_for_the_longest_time() -> None:
+    many = [of("a", resident(name, leases=1, resident_since=NOW - s)) for name, s in (("v", 5), ("w", 6))]
+    one = of("b", resident("x", leases=1, resident_since=NOW - 50))
+    assert decision(*many, one, of("c", waiting("n", NOW - 2))) == (Do.MARK, "w")
 
 
 class Simulation:

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from astra_serve.engine import vllm
 from astra_serve.engine.vllm import VllmEngine
 from astra_serve.errors import EngineLost, ServeError
+from astra_serve.gateway.tenancy.places import SURPLUS
 from tests.astra_serve.world import ManualClock, in_a_loop
 
 
@@ -95,3 +97,20 @@ async def test_a_load_that_failed_is_removed_from_the_engines_books(tmp_path: Pa
         await engine.load("a@1", tmp_path)
     (_, added), (_, removed) = client.calls
     assert added == removed
+
+
+@in_a_loop
+async def test_a_sequence_of_a_probe_lasts_one_step_behind_all_requests_unless_a_request_waits_for_it() -> None:
+    class Computing:
+        errored = False
+
+        async def generate(self, _prompt: Any, params: Any, _id: str, *, priority: int, **_: Any) -> Any:
+            asked.append((params.max_tokens, priority))
+            yield SimpleNamespace(outputs=[SimpleNamespace(logprobs=[{5: SimpleNamespace(logprob=-1.0)}])])
+
+    asked: list[tuple[int, int]] = []
+    engine = VllmEngine(Computing(), "base", 300.0, ManualClock())  # type: ignore[arg-type]
+    assert await engine.next_tokens([[1], [2]], None) == [{5: -1.0}] * 2
+    await engine.next_tokens([[1]], None, urgent=True)
+    assert asked == [(1, vllm.PROBE_PRIORITY)] * 2 + [(1, 0)]
+    assert vllm.PROBE_PRIORITY > SURPLUS

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import StructuredOutputsParams
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from astra_serve.engine import options, server, vllm_seams
 from astra_serve.errors import ServeError
@@ -158,6 +158,29 @@ async def test_a_request_has_the_tokens_of_its_prompt_answer_and_prefix_cache() 
     assert (request.prompt_tokens, request.cached_tokens, request.output_tokens) == (6, 4, 4)
 
 
+@in_a_loop
+async def test_tokens_are_charged_at_each_step_and_a_request_with_too_many_sequences_computes_behind_others(
+    monkeypatch,
+) -> None:
+    class Engine:
+        async def generate(self, *_: Any, **settings: Any) -> Any:
+            given.append(settings.get("priority"))
+            for tokens in ([5, 6], [7]):
+                output = SimpleNamespace(token_ids=tokens, index=0, finish_reason=None)
+                yield SimpleNamespace(metrics=None, outputs=[output], prompt_token_ids=[1], num_cached_tokens=None)
+
+    given, charged = [], []
+    request = Request(id="x", path="/v1", model="base", task=asyncio.current_task())  # type: ignore[arg-type]
+    request.on_tokens.append(lambda prompt, output: charged.append((prompt, output)))
+    monkeypatch.setattr(requests, "current", ContextVar("current", default=request))
+    params, prompt = SamplingParams(output_kind=RequestOutputKind.DELTA), {"prompt_token_ids": [1, 2, 3]}
+    for request.engine_priority in (0, 1):
+        async for _ in vllm_seams.MeteredClient(Engine()).generate(prompt, params, "id", priority=0):  # type: ignore[arg-type]
+            pass
+    assert charged == [(3, 0), (0, 2), (0, 1)] * 2
+    assert given == [0, 1]
+
+
 @pytest.mark.parametrize("method", ["generate", "encode"])
 @in_a_loop
 async def test_prompts_reach_the_prefix_cache_with_the_salt_of_their_key_and_the_clients_own(method: str) -> None:
@@ -215,6 +238,17 @@ def test_vllm_has_no_keys_of_its_own(tiny_base: Path, monkeypatch) -> None:
         args = options.parse(str(tiny_base), 0, 1, 0, words)
         assert vllm_seams.take_keys(args) == ["public"]
         assert vllm_seams.take_keys(args) == []
+
+
+def test_places_are_those_of_all_engines_and_slots_count_where_there_is_one() -> None:
+    for engines, places, slots in ((1, 16, 4), (2, 32, None)):
+        config = SimpleNamespace(
+            parallel_config=SimpleNamespace(data_parallel_size=engines),
+            scheduler_config=SimpleNamespace(max_num_seqs=16),
+            lora_config=SimpleNamespace(max_loras=4),
+        )
+        found = vllm_seams.places(SimpleNamespace(vllm_config=config))  # type: ignore[arg-type]
+        assert (found._places, found._slots, found._kept) == (places, slots, 1)
 
 
 def test_headers_have_our_limits_unless_vllms_options_set_others(tiny_base: Path) -> None:

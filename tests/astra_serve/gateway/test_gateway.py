@@ -15,6 +15,8 @@ from astra_serve.adapters.version import Alias, Version
 from astra_serve.gateway import request as requests
 from astra_serve.gateway.middleware import Gateway, Served, Subscribers
 from astra_serve.gateway.request import Request
+from astra_serve.gateway.tenancy.places import Places
+from astra_serve.gateway.tenancy.station import OPEN_STATIONS, Stations
 from tests.astra_serve.world import Memory, in_a_loop, memory, quiet
 
 SCOPE = {"type": "http", "method": "POST", "path": "/v1", "headers": []}
@@ -32,11 +34,14 @@ def front(engine, store, base, write_lora) -> Front:
         raise AssertionError("the engine computes nothing for these requests")
 
     @asynccontextmanager
-    async def make(handler: Any, abort: Any = abort, serves: Any = lambda _: True) -> AsyncIterator[Any]:
+    async def make(
+        handler: Any, abort: Any = abort, serves: Any = lambda _: True, stations: Stations = OPEN_STATIONS
+    ) -> AsyncIterator[Any]:
         async with memory(engine, store, base) as m:
             m.fleet.point("a", Alias(Version("a", store.add(write_lora("one", 1.0)))), 1)
             ended: list[Request] = []
-            gateway = Gateway(handler, m.fleet, Subscribers(ended=[ended.append]), abort=abort, serves=serves)
+            subscribers = Subscribers(ended=[ended.append])
+            gateway = Gateway(handler, m.fleet, subscribers, abort=abort, serves=serves, stations=stations)
             transport = httpx.ASGITransport(gateway, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
                 yield http, m, gateway, ended
@@ -505,3 +510,21 @@ async def test_a_request_without_a_model_is_the_bases(front, base) -> None:
         await http.post("/v1/completions", json={"prompt": "x"})
         assert (ended[-1].model, ended[-1].adapter, ended[-1].outcome) == (base.name, None, "ok")
         assert (await http.post("/v1/completions", json={"prompt": "x", "priority": -1})).status_code == 400
+
+
+@in_a_loop
+async def test_a_request_that_waits_for_a_place_ends_with_its_client_or_at_the_drain_deadline(front) -> None:
+    async def handler(_scope, receive, _send) -> None:
+        await body_of(receive)
+        await asyncio.Event().wait()
+
+    async with front(handler, stations=Stations(place=Places(1).place)) as (http, m, gateway, ended):
+        running = asyncio.create_task(http.post("/v1", json={"model": "a"}))
+        await quiet()
+        waiting = asyncio.create_task(http.post("/v1", json={"model": "a"}))
+        await quiet()
+        await ask_and_disconnect(gateway)
+        assert [(request.outcome, request.disconnected) for request in ended] == [("cancelled", True)]
+        assert len(m.residence(m.fleet.aliases["a"].current).leases) == 2
+        await gateway.close("the server is shutting down", finish_s=0)
+        assert [answer.status_code for answer in await asyncio.gather(running, waiting)] == [503, 503]

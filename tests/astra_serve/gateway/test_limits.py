@@ -125,3 +125,23 @@ def test_what_cannot_be_read_is_refused(body: bytes) -> None:
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]"])
 def test_what_is_no_object_is_for_the_handlers_to_report(body: bytes) -> None:
     assert limits.check(TEXT, body, CONTEXT) == limits.Checked({})
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({}, 1),
+        ({"prompt": "x", "n": 3}, 3),
+        ({"prompt": [1, 2, 3], "best_of": 2}, 2),
+        ({"prompt": [[1], [2]], "n": 2}, 4),
+        ({"messages": [{"role": "user"}, {"role": "assistant"}]}, 1),
+        ({"messages": [[{"role": "user"}], [{"role": "user"}]]}, 2),  # of /v1/chat/completions/batch
+        ({"input": ["x", "y"]}, 2),
+        ({"input": [{"role": "user"}, {"role": "user"}]}, 1),  # of /v1/responses
+        ({"query": "x", "documents": ["x", "y", "z"]}, 3),
+        ({"messages": [], "documents": [{"text": "x"}, {"text": "y"}]}, 1),  # of one prompt
+        ({"prompt": "x", "n": "many"}, 1),
+    ],
+)
+def test_the_sequences_of_a_request_are_its_prompts_times_the_answers_of_each(content: dict, expected: int) -> None:
+    assert limits.sequences(content) == expected
