@@ -1,4 +1,8 @@
-"""`astra-serve`: starts a server, or with `adapters` or `usage` first calls the admin API of servers that run."""
+"""`astra-serve`: starts a server.
+
+With `adapters` or `usage` as its first word it calls the admin API of servers that run; with `keys` it edits a keys
+document.
+"""
 
 import sys
 
@@ -15,6 +19,10 @@ def main(argv: list[str] | None = None) -> int:
         from astra_serve.client import usage_cli
 
         return usage_cli.main(argv[1:])
+    if argv[:1] == ["keys"]:
+        from astra_serve.client import keys_cli
+
+        return keys_cli.main(argv[1:])
     from astra_serve.engine.process_guard import ended_by_signals
     from astra_serve.observe.json_lines import JsonLines
 

@@ -5,6 +5,7 @@ import os
 ADMIN_TOKEN = "ASTRA_ADMIN_TOKEN"  # noqa: S105 (its name)
 LIMITS_STORE = "ASTRA_LIMITS_STORE"
 ADMIN_URL = "ASTRA_ADMIN_URL"
+KEYS = "ASTRA_KEYS"  # where the keys document is
 POLICY_TOKEN = "ASTRA_POLICY_TOKEN"  # noqa: S105 (its name)
 
 

@@ -91,6 +91,7 @@ def serve(args: Namespace, base: Base, settings: Settings) -> None:
     Raises ServeError where a port or the store cannot be used, or a fixed adapter fails; EngineLost
     when the engine has died, or another part of the server.
     """
+    keyring = Keyring(vllm_seams.take_keys(args), follows=settings.keys is not None)  # before vLLM prints its arguments
     with ExitStack() as stack:
         sockets = stack.enter_context(server.bound(args, settings.admin, settings.policies))
         store = first_free(settings.store) if settings.store_shared else Store(settings.store)
@@ -101,7 +102,7 @@ def serve(args: Namespace, base: Base, settings: Settings) -> None:
         if settings.upload_to:
             settings.upload_to.sweep()
         try:
-            uvloop.run(_serve(args, base, settings, (store, passing), sockets))
+            uvloop.run(_serve(args, base, settings, keyring, (store, passing), sockets))
         except ExceptionGroup as group:
             error = _first(group.subgroup(ServeError) or group)
             if isinstance(error, ServeError):
@@ -114,6 +115,7 @@ async def _serve(
     args: Namespace,
     base: Base,
     settings: Settings,
+    keyring: Keyring,
     stores: tuple[Store, Store | None],
     sockets: list[socket.socket | None],
 ) -> None:
@@ -131,7 +133,6 @@ async def _serve(
         preparation = Preparation(fleet, store, clock, settings.roots, sources)
         reconciler = Reconciler(fleet, preparation, clock, settings.drain_s)
         subscribers = Subscribers()
-        keyring = Keyring(vllm_seams.take_keys(args), follows=settings.keys is not None)
         tenants = TenantKeys(settings.keys, keyring, events, clock, sources) if settings.keys else None
         own = MemoryStore()
         shared = Failover(settings.limits_store, own, events, clock) if settings.limits_store else None

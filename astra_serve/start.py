@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="astra-serve",
         description="Serve one base model and many LoRA adapters with vLLM, OpenAI-compatible.",
         epilog="Every other option goes to vLLM as it is: --max-model-len, --dtype, --api-key, --max-lora-rank, ... "
-        "Of a running server: astra-serve adapters --help.",
+        "Of a running server: astra-serve adapters --help, astra-serve usage --help. Of keys: astra-serve keys --help.",
         allow_abbrev=False,
     )
     folder: dict[str, Any] = {"type": Path, "metavar": "DIR"}

@@ -48,11 +48,13 @@ def too_large(where: str) -> BadDocument:
     return BadDocument(f"{where} is larger than {MAX_BYTES >> 20} MiB, the limit for a document")
 
 
-def edit(where: str, change: Callable[[str], str]) -> tuple[str, str]:
+def edit(where: str, change: Callable[[str], str], mode: int = 0o644) -> tuple[str, str]:
     """Replace the text by the result of `change`, and return the text before and after.
 
     The text is replaced in one step, and only if it is still the one that `change` was given; otherwise `change` is
     called again. In a store without locks and conditional writes, as FTP, the text is compared right before the write.
+    `mode` is that of a new file.
+
     Raises Conflict, ServeError, the store's errors and those of `change`; the text is unchanged then.
     """
     for _ in range(TRIES):
@@ -61,7 +63,7 @@ def edit(where: str, change: Callable[[str], str]) -> tuple[str, str]:
         if after == before:
             return before, after
         try:
-            _replace(where, before, after)
+            _replace(where, before, after, mode)
         except Conflict:
             time.sleep(PAUSE_S)
             continue
@@ -100,13 +102,13 @@ def _object(where: str) -> bytes:
     return bytes(system.cat_file(path))
 
 
-def _replace(where: str, before: str, after: str) -> None:
+def _replace(where: str, before: str, after: str, mode: int) -> None:
     """Write `after` over `before`. Raises Conflict where the text is another one."""
     if "://" not in where:
         path = Path(where).resolve()  # not the link, if it is one
         with _locked(path.parent):
             _check(where, before)
-            _write(path, after)
+            _write(path, after, mode)
         return
     system, path = fsspec.core.url_to_fs(where)
     only_if: dict[str, Any] = {}
@@ -159,17 +161,17 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, mode: int) -> None:
     with atomic.new_file(path) as partial:
         partial.write_bytes(text.encode("utf-8"))  # with the line ends as they are
-        _copy_access(path, partial)
+        _copy_access(path, partial, mode)
 
 
-def _copy_access(old: Path, new: Path) -> None:
+def _copy_access(old: Path, new: Path, mode: int) -> None:
     """Give a file the mode and the owner of the one that it replaces: servers of other users read it."""
     was = old.stat() if old.exists() else None
     with suppress(OSError):  # a file system that has none
-        new.chmod(stat.S_IMODE(was.st_mode) if was else 0o644)
+        new.chmod(stat.S_IMODE(was.st_mode) if was else mode)
     if was:
         with suppress(OSError):  # without the right to change the owner, the group may be possible
             os.chown(new, -1, was.st_gid)

@@ -132,6 +132,14 @@ def parse(text: str, origin: str) -> Keys:
         raise BadDocument(f"{origin}: {first_fault(error, _model_at, _IN_WORDS, place)}") from error
 
 
+def tenant(content: dict[str, Any]) -> Tenant:
+    """Return a tenant of the document. Raises BadDocument with the fault in one line."""
+    try:
+        return Tenant.model_validate(content)
+    except ValidationError as error:
+        raise BadDocument(first_fault(error, _model_at, _IN_WORDS, ("tenants",))) from error
+
+
 def hash_of(key: str) -> str:
     """Return the hash by which a document knows a key: sha256:HEX."""
     return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"

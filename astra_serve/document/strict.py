@@ -81,7 +81,8 @@ def first_fault(
     if fault["type"] == "string_pattern_mismatch":
         return f"{where}: {in_words[fault['ctx']['pattern']]}"
     if fault["type"] != "extra_forbidden":
-        return f"{where}: {re.sub(r'^Value error, ', '', fault['msg'])}" if where else str(fault["msg"])
+        reason = re.sub(r"^Value error, ", "", fault["msg"])
+        return f"{where}: {reason}" if where else reason
     *parents, last = loc
     known = model_at(tuple(parents)).model_fields
     near = difflib.get_close_matches(str(last), known, n=1)

@@ -51,7 +51,6 @@ def serve(engine: StandInEngine, base, tiny_base, tmp_path: Path, monkeypatch) -
     engine.watch, engine.client, engine.not_ready = watch, client, list
     monkeypatch.setattr(run.vllm, "started", started)
     monkeypatch.setattr(run.vllm_seams, "application", application)
-    monkeypatch.setattr(run.vllm_seams, "take_keys", lambda _: [])
     monkeypatch.setattr(run.vllm_seams, "server_info", lambda _: {"parallel_config": {"world_size": 1}})
     ports = free_port(), free_port(), free_port()
     args = options.parse(str(tiny_base), 0, 1, 0, ["--host", "127.0.0.1", "--port", str(ports[0])])
@@ -77,6 +76,7 @@ def serve(engine: StandInEngine, base, tiny_base, tmp_path: Path, monkeypatch) -
         monkeypatch.setattr(run, "REGISTRY", CollectorRegistry())
         run.serve(args, base, settings)
 
+    call.args = args  # type: ignore[attr-defined]
     call.url, call.admin, call.policies = (f"http://127.0.0.1:{port}" for port in ports)  # type: ignore[attr-defined]
     return call
 
@@ -130,6 +130,21 @@ def test_a_server_answers_on_both_ports_and_ends_with_a_signal(serve, tmp_path, 
         assert ledger.execute("SELECT tenant, adapter, requests FROM usage").fetchall() == [("_all", "a", 1)]
     assert (ready, alive) == ({"ready": True, "reasons": []}, {"alive": True})
     assert adapters["adapters"][0]["state"] == "serving"
+
+
+def test_vllm_which_prints_its_arguments_does_not_get_the_api_keys(serve, monkeypatch) -> None:
+    seen: list[Any] = []
+
+    def bound(args: Any, *_: Any) -> None:
+        seen.append((args.api_key, os.environ.get("VLLM_API_KEY")))
+        raise ServeError("no port")
+
+    serve.args.api_key = ["a-key"]
+    monkeypatch.setenv("VLLM_API_KEY", "a-key")
+    monkeypatch.setattr(run.server, "bound", bound)
+    with pytest.raises(ServeError, match="no port"):
+        serve(Document())
+    assert seen == [(None, None)]
 
 
 def test_a_trainer_loads_a_policy_that_is_gone_when_the_server_ends(serve, write_lora, tmp_path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cache
 
 from astra_serve import start
-from astra_serve.client import adapters_cli, usage_cli
+from astra_serve.client import adapters_cli, keys_cli, usage_cli
 from converter import cli as convert_cli
 from tests.docs.pages import ROOT
 from trainer import cli as train_cli
@@ -17,6 +17,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "astra-convert": convert_cli._parser,
     "astra-serve": start._parser,
     "astra-serve adapters": adapters_cli._parser,
+    "astra-serve keys": keys_cli._parser,
     "astra-serve usage": usage_cli._parser,
 }
 
@@ -39,8 +40,8 @@ def parse(words: list[str]) -> None:
             assert not folder.startswith("-")
         case ["astra-serve", "adapters", *options]:
             PARSERS["astra-serve adapters"]().parse_args(options, argparse.Namespace(before=[], after=[]))
-        case ["astra-serve", "usage", *options]:
-            PARSERS["astra-serve usage"]().parse_args(options)
+        case ["astra-serve", "keys" | "usage" as command, *options]:
+            PARSERS[f"astra-serve {command}"]().parse_args(options)
         case ["astra-serve", *options]:
             _, others = PARSERS["astra-serve"]().parse_known_args(options)
             of_vllm().parse_args(others)

@@ -13,9 +13,7 @@ import openai
 import psutil
 import pytest
 
-from astra_serve.document import keys
-from astra_serve.document.keys import Key, Keys, Tenant, TenantLimits
-from astra_serve.document.strict import dumped, plain
+from astra_serve.document.keys import hash_of
 from astra_serve.gateway.middleware import OPEN
 from astra_serve.gateway.routes import SERVED
 from tests.support import demo
@@ -25,17 +23,10 @@ from tests.support.server import BIN, Server, astra_serve, free_port
 pytestmark = pytest.mark.timeout(300)
 KEY = "the-api-key"
 OTHER_KEY = "another-api-key"
-GUEST, LATER = "the-key-of-a-guest", "a-key-that-is-added-later"
+GUEST = "the-key-of-a-guest"
 TEXT = "select name from people where age > 30 " * 8
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 ADMIN_PORT = free_port()
-
-
-def keys_document(*secrets: str) -> str:
-    """Return a document with one tenant, which has an adapter, limits, and these keys."""
-    limits = TenantLimits(tokens_per_minute=10**6)
-    own = [Key(hash=keys.hash_of(secret)) for secret in secrets]
-    return dumped(plain(Keys(tenants=[Tenant(name="guest", keys=own, adapters=["guest/*"], limits=limits)])))
 
 
 def test_an_unknown_option_ends_with_status_2_and_is_named() -> None:
@@ -86,7 +77,11 @@ def server(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     source = write_random_lora(folder / "random", modules=("q_proj",), base=base)
     entries = ", ".join(f"{{name: {name}, source: {source}}}" for name in ("random", "guest/own"))
     (folder / "adapters.yaml").write_text(f"adapters: [{entries}]")
-    (folder / "keys.yaml").write_text(keys_document(GUEST))
+    (folder / "keys.yaml").write_text(
+        "tenants:  # by hand\n"
+        f"  - {{name: guest, keys: [{{hash: '{hash_of(GUEST)}'}}], adapters: ['guest/*'], "
+        "limits: {tokens_per_minute: 1000000}}\n"
+    )
     options = ["--base", str(base), "--enforce-eager", "--adapters", str(folder / "adapters.yaml")]
     options += ["--middleware", "tests.support.refusing.Refuse", "--admin-port", str(ADMIN_PORT)]
     options += ["--lora-target-modules", "q_proj", "lm_head", "--store", str(folder / "store")]
@@ -245,21 +240,36 @@ def test_no_route_shows_a_tenant_what_is_not_its_own(server: Server, admin: http
     assert 'tenant="guest"' in admin.get("/metrics").text
 
 
-def test_a_key_is_added_and_revoked_while_the_server_runs(server: Server) -> None:
-    document = server.log.parent / "keys.yaml"
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=LATER, max_retries=0, timeout=60)
-    with pytest.raises(openai.AuthenticationError):
-        client.models.list()
-    for text, allowed in ((keys_document(GUEST, LATER), True), (keys_document(GUEST), False)):
-        document.write_text(text)
+def test_a_key_is_made_and_revoked_while_the_server_runs_and_no_log_has_it(server: Server) -> None:
+    def keys(*words: str) -> str:
+        command = [str(BIN / "astra-serve"), "keys", *words, "--keys", str(server.log.parent / "keys.yaml")]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
+
+    def within_5_s(condition: Callable[[], bool]) -> None:
         end = time.monotonic() + 5
-        while (
-            httpx.get(f"{server.url}/v1/models", headers={"Authorization": f"Bearer {LATER}"}).status_code == 200
-        ) != (allowed):
+        while not condition():
             assert time.monotonic() < end
             time.sleep(0.05)
-    log = server.log.read_text(errors="replace")
-    assert not any(secret in log for secret in (KEY, OTHER_KEY, GUEST, LATER))
+
+    def let_in() -> bool:
+        try:
+            return bool(client.models.list().data)
+        except openai.AuthenticationError:
+            return False
+
+    key = keys("new", "team", "--adapter", "rand*", "--label", "ci")
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, timeout=60, max_retries=0) as client:
+        within_5_s(let_in)
+        assert [model.id for model in client.models.list()] == ["random"]
+        assert client.completions.create(model="random", prompt="x", max_tokens=2).choices
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="head", prompt="x")
+        keys("revoke", "team", "ci")
+        within_5_s(lambda: not let_in())
+    assert httpx.get(f"{server.url}/readyz").json() == {"ready": True}
+    log = server.log.read_text()
+    assert "team" in log
+    assert not [secret for secret in (key, KEY, OTHER_KEY) if secret in log]
 
 
 def test_a_killed_engine_gives_errors_to_its_requests_and_ends_the_server_with_status_1(server: Server) -> None:
