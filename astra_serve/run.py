@@ -55,7 +55,7 @@ from astra_serve.gateway.tenancy.quota.failover import Failover
 from astra_serve.gateway.tenancy.quota.redis_store import RedisStore
 from astra_serve.gateway.tenancy.quota.station import Quota
 from astra_serve.gateway.tenancy.quota.store import MemoryStore
-from astra_serve.gateway.tenancy.station import Stations, open_to_all
+from astra_serve.gateway.tenancy.station import Station, Stations, open_to_all
 from astra_serve.observe import log, usage
 from astra_serve.observe.ledger import Ledger
 from astra_serve.observe.ledger_file import LedgerFile
@@ -133,20 +133,19 @@ async def _serve(
         preparation = Preparation(fleet, store, clock, settings.roots, sources)
         reconciler = Reconciler(fleet, preparation, clock, settings.drain_s)
         subscribers = Subscribers()
-        tenants = TenantKeys(settings.keys, keyring, events, clock, sources) if settings.keys else None
-        own = MemoryStore()
-        shared = Failover(settings.limits_store, own, events, clock) if settings.limits_store else None
         place = vllm_seams.places(engine.client).place if keyring.follows else open_to_all
-        stations = Stations(Quota(shared or own).station, place)
-        app, gateway = await vllm_seams.application(engine.client, args, fleet, subscribers, templates, stations)
+        tenancy = _tenancy(settings, keyring, place, events, clock, sources)
+        app, gateway = await vllm_seams.application(
+            engine.client, args, fleet, subscribers, templates, tenancy.stations
+        )
         housekeeping = Housekeeping(fleet, store, preparation, reconciler, clock)
         ledger = Ledger(LedgerFile(store.root), fleet, clock)
         work = [engine.watch, residency.run, reconciler.run, housekeeping.run, ledger.run]
-        work += [part.run for part in (tenants, shared) if part]
+        work += [part.run for part in (tenancy.keys, tenancy.limits) if part]
         control = None
 
         def not_ready() -> list[str]:
-            parts = [part for part in (gateway, engine, tenants, control) if part]
+            parts = [part for part in (gateway, engine, tenancy.keys, control) if part]
             return [reason for part in parts for reason in part.not_ready()]
 
         if isinstance(settings.document, str):
@@ -162,16 +161,14 @@ async def _serve(
                 admin_app.mount("/metrics", _page(app, "/metrics"))
                 work.append(partial(server.serve_beside, admin_app, for_admin, server.connection_limits(args)))
 
-        watched = {name: part for name, part in (("keys", tenants), ("limits_store", shared)) if part}
-        faults = {name: partial(getattr, part, "fault") for name, part in watched.items()}
-        metrics = Metrics(fleet, reconciler, gateway, REGISTRY, not_ready, control, faults)
+        metrics = Metrics(fleet, reconciler, gateway, REGISTRY, not_ready, control, tenancy.faults())
         subscribers.first_token.append(metrics.first_token)
         subscribers.ended.extend([metrics.count, log.request, ledger.count])
         if keyring.follows:
             subscribers.ended.append(TenantMetrics(REGISTRY, keyring.tenants).count)
         events.subscribers.extend([metrics.note, log.event])
         log.protect()
-        _add_health(app, not_ready, reasons=tenants is None)
+        _add_health(app, not_ready, reasons=not keyring.follows)
         usage.for_tenants(app, ledger)
         multimodal = engine.client.model_config.is_multimodal_model
         limited = BodyLimit(app, settings.max_body or (MAX_BODY_MULTIMODAL if multimodal else MAX_BODY))
@@ -189,6 +186,30 @@ async def _serve(
             await server.serve(Authentication(limited, keyring), app.state, args, public, gateway, settings.drain_s)
             for task in tasks:
                 task.cancel()
+
+
+@dataclass(frozen=True)
+class _Tenancy:
+    """The parts of a server that know its tenants."""
+
+    keys: TenantKeys | None  # with --keys
+    limits: Failover | None  # with --limits-store
+    stations: Stations
+
+    def faults(self) -> dict[str, Callable[[], str | None]]:
+        """Return for each part, by its name among the metrics, why it does not work as it should, if so."""
+        parts = {"keys": self.keys, "limits_store": self.limits}
+        return {name: partial(getattr, part, "fault") for name, part in parts.items() if part}
+
+
+def _tenancy(
+    settings: Settings, keyring: Keyring, place: Station, events: Events, clock: Clock, sources: Sources
+) -> _Tenancy:
+    """Return the follower of the keys document, and the stations of the gateway."""
+    keys = TenantKeys(settings.keys, keyring, events, clock, sources) if settings.keys else None
+    own = MemoryStore()
+    shared = Failover(settings.limits_store, own, events, clock) if settings.limits_store else None
+    return _Tenancy(keys, shared, Stations(Quota(shared or own).station, place))
 
 
 async def _serve_all(reconciler: Reconciler, document: Document) -> None:
