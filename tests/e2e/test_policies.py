@@ -55,6 +55,6 @@ def test_a_name_that_is_loaded_again_never_answers_from_a_prefix_of_the_version_
     alone = {task: load_and_ask(f"alone-{task}", task, salt=task)[1] for task in loras}
     assert alone["sql"] != alone["intent"]
     for task in ("sql", "intent", "sql", "intent"):
-        assert load_and_ask("policy", task)[1] == alone[task]
-    for name in ("policy", *(f"alone-{task}" for task in loras)):
+        assert load_and_ask("team/policy", task)[1] == alone[task]
+    for name in ("team/policy", *(f"alone-{task}" for task in loras)):
         assert httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 200

@@ -83,23 +83,23 @@ def test_a_version_damaged_in_the_store_fails_alone_when_it_is_loaded_again(
 def test_a_version_whose_file_is_gone_serves_from_memory_and_is_fetched_again_later(
     api: httpx.Client, server, loras
 ) -> None:
-    version = api.put("/adapters/gone", json={"source": str(loras["sql"])}).json()["version"]
+    version = api.put("/adapters/team%2Fgone", json={"source": str(loras["sql"])}).json()["version"]
     store = Path(server.log).parent / "store" / "versions" / version["digest"].removeprefix("sha256:")
     (store / "adapter_model.safetensors").unlink()
 
     def ask() -> httpx.Response:
-        body = {"model": "gone", "prompt": "x", "max_tokens": 4}
+        body = {"model": "team/gone", "prompt": "x", "max_tokens": 4}
         return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
 
     assert ask().status_code == 200
-    api.post("/adapters/gone/unload").raise_for_status()
+    api.post("/adapters/team%2Fgone/unload").raise_for_status()
     while (answer := ask()).status_code == 503:  # until the server's timer has seen it, and fetched it again
         assert "the store" in answer.json()["error"]["message"]
         time.sleep(0.2)
     assert answer.json()["model"] == version["name"]
-    events = [e for e in api.get("/events").json()["events"] if e["adapter"] == "gone"]
+    events = [e for e in api.get("/events").json()["events"] if e["adapter"] == "team/gone"]
     assert {"load_failed", "failed"} <= {event["event"] for event in events}
-    assert api.delete("/adapters/gone").is_success
+    assert api.delete("/adapters/team%2Fgone").is_success
 
 
 def test_residency_slot_is_read_from_the_engine(api: httpx.Client, client, loras) -> None:
