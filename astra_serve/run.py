@@ -20,6 +20,7 @@ import uvloop
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from prometheus_client import REGISTRY
+from starlette.routing import Route
 
 from astra_serve.adapters.admission import Base
 from astra_serve.adapters.clock import Clock
@@ -158,7 +159,7 @@ async def _serve(
                 admin_app = admin.build(control, gateway, settings.admin_token, uploads)
                 admin_app.include_router(usage.for_operators(ledger))
                 _add_health(admin_app, not_ready)
-                admin_app.mount("/metrics", _page(app, "/metrics"))
+                admin_app.router.routes.append(Route("/metrics", _Page(app, "/metrics")))
                 work.append(partial(server.serve_beside, admin_app, for_admin, server.connection_limits(args)))
 
         metrics = Metrics(fleet, reconciler, gateway, REGISTRY, not_ready, control, tenancy.faults())
@@ -237,13 +238,14 @@ def _add_health(app: FastAPI, not_ready: Callable[[], list[str]], *, reasons: bo
     app.add_api_route("/readyz", readyz, methods=["GET"], include_in_schema=False)
 
 
-def _page(app: App, path: str) -> App:
-    """Return a page of `app` as an application of its own."""
+class _Page:
+    """One page of an application, as an application of its own; a class, because a route takes a function otherwise."""
 
-    async def page(scope: Scope, receive: Receive, send: Send) -> None:
-        await app({**scope, "path": path, "root_path": ""}, receive, send)
+    def __init__(self, app: App, path: str) -> None:
+        self._app, self._path = app, path
 
-    return page
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app({**scope, "path": self._path, "root_path": ""}, receive, send)
 
 
 def _first(error: BaseException) -> BaseException:
