@@ -73,7 +73,8 @@ class Failover:
     async def _look(self) -> None:
         """Bring Redis up to date, and use it from now on. Raises an error of any kind if it is not there."""
         await self._shared.check()
-        await self._shared.renew([*self._running.values(), *(reservation for reservation, _ in self._owed)])
+        await self._shared.renew(self._running.values())
+        # Not renewed: Redis may have carried out a call that was given up, and then there is nothing to settle.
         while self._owed:
             await self._shared.settle(*self._owed[0])
             self._owed.popleft()
