@@ -25,15 +25,16 @@ class Page:
         self._registry = CollectorRegistry()
         gateway = world.gateway
         self.now = 0.0
-        self.limits_fault = False
+        self.fault: str | None = None
+        faults = {"limits_store": lambda: self.fault}
         self.metrics = Metrics(
             world.fleet,
             world.reconciler,
             gateway,
             self._registry,
             gateway.not_ready,
+            faults=faults,
             now=lambda: self.now,
-            limits_fault=lambda: self.limits_fault,
         )
         world.events.subscribers.append(self.metrics.note)
 
@@ -230,5 +231,5 @@ async def test_a_swap_takes_the_time_that_its_caller_waits(page, write_lora) -> 
 async def test_a_store_of_limits_that_is_away_is_shown(page) -> None:
     async with page() as p:
         assert p.shows("limits_store_fault") == 0
-        p.limits_fault = True
+        p.fault = "Redis is away"
         assert p.shows("limits_store_fault") == 1

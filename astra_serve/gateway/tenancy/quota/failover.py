@@ -1,7 +1,7 @@
-"""Limits that hold with and without Redis: while it is away, each replica counts for itself, from nothing.
+"""Limits that hold with and without Redis: while it is away, each replica counts for itself alone.
 
 The first call that fails, or takes longer than `TIMEOUT_S`, ends the use of Redis; requests do not ask it again. Each
-`TICK_S` the store asks it whether it is there, and goes on with the counters that it has kept. What requests have not
+`TICK_S` the store tries to write there, and goes on with the counters that it has kept. What requests have not
 used meanwhile is given back then. Both changes are events, `limits_store_failed` and `limits_store_recovered`.
 """
 
@@ -72,8 +72,9 @@ class Failover:
 
     async def _look(self) -> None:
         """Bring Redis up to date, and use it from now on. Raises an error of any kind if it is not there."""
-        await self._shared.ping()
-        await self._shared.renew([*self._running.values(), *(reservation for reservation, _ in self._owed)])
+        await self._shared.check()
+        await self._shared.renew(self._running.values())
+        # Not renewed: Redis may have carried out a call that was given up, and then there is nothing to settle.
         while self._owed:
             await self._shared.settle(*self._owed[0])
             self._owed.popleft()
@@ -83,7 +84,7 @@ class Failover:
 
     def _failed(self, error: Exception) -> None:
         if self.fault is None:
-            self.fault = first_line(error)
+            self.fault = first_line(error).rstrip(".")
             self._events.emit(Event("", "limits_store_failed", reason=f"{self.fault}: each server counts for itself"))
 
 

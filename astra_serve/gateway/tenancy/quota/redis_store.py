@@ -107,9 +107,13 @@ class RedisStore:
         await self._client.aclose()
         await self._client.connection_pool.disconnect()
 
-    async def ping(self) -> None:
-        """Ask whether Redis is there; raises an error of any kind if not."""
-        await self._client.ping()
+    async def check(self) -> None:
+        """Write a key, and run a script that finds nothing; raises an error of any kind where Redis does not do it.
+
+        A replica that is read-only, a full memory or a user without rights would answer a mere ping.
+        """
+        await self._client.set(f"astra:{self._base}:checked", 1, ex=LEASE_S)
+        await self._call(self._settle, "", "", 0, 0, 0, 0)
 
     async def reserve(self, tenant: str, limits: TenantLimits, tokens: int) -> Answer:
         """Admit a request if no limit is exceeded by it."""

@@ -95,7 +95,8 @@ async def test_requests_that_end_while_redis_does_not_answer_are_settled_when_it
         await one.store.settle(second, 0)
         assert one.store.fault
         server.resume()
-        await one.becomes(faulty=False)
+        for each in (one, other):  # the other one has met the pause, too, if it has looked for Redis in it
+            await each.becomes(faulty=False)
         standing = (await other.store.reserve("team", LIMITS, 1)).standing
         assert (standing.today, standing.running) == (11, 1)
 
@@ -128,6 +129,20 @@ async def test_a_redis_that_is_away_at_the_start_is_no_error_and_its_password_is
     (event,) = events.newest
     assert (event.adapter, event.event) == ("", "limits_store_failed")
     assert "hidden" not in (event.reason or "")
+
+
+@in_a_loop
+async def test_a_redis_that_answers_and_cannot_be_written_is_away(server, replica) -> None:
+    async with replica() as one:
+        await one.redis._client.replicaof("127.0.0.1", server.port)  # of itself, which it never reaches
+        assert await one.redis._client.ping()
+        assert (await one.store.reserve("team", LIMITS, 80)).reservation
+        for _ in range(5):
+            await one.clock.advance(TICK_S)
+            await asyncio.sleep(0.02)
+        assert one.seen() == ["limits_store_failed"]
+        await one.redis._client.replicaof("NO", "ONE")
+        await one.becomes(faulty=False)
 
 
 @in_a_loop
