@@ -67,6 +67,8 @@ def _new(where: str, args: argparse.Namespace) -> int:
     expires = _end(args.expires) if args.expires else None
     if len(args.label) > MOST_LABEL:
         raise _Refused(f"--label has {len(args.label)} characters: give at most {MOST_LABEL}")
+    if not args.label.isprintable():
+        raise _Refused("--label has a character that cannot be printed: give one line of text")
     secret = PREFIX + secrets.token_urlsafe(RANDOM_BYTES)
     key = Key(hash=keys.hash_of(secret), label=args.label, expires=expires)
 

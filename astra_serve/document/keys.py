@@ -35,13 +35,16 @@ TENANT = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 HASH = r"sha256:[0-9a-f]{64}"
 _PART = r"[A-Za-z0-9*?][A-Za-z0-9._*?-]{0,127}"
 GLOB = rf"{_PART}(/{_PART})?"
+LABEL = r"[^\p{C}\p{Zl}\p{Zp}]*"  # it is printed: neither control characters, as ESC, nor other lines
 _IN_WORDS = {
     f"^{TENANT}$": "use up to 64 letters, digits, '.', '_' and '-', a letter or digit first",
     f"^{HASH}$": "a hash is sha256: and 64 hexadecimal digits, as `astra-serve keys new` writes it",
     f"^{GLOB}$": "an adapter's name or a glob: letters, digits, '.', '_', '-', '*', '?', and at most one slash",
+    f"^{LABEL}$": "a label is one line of characters that can be printed",
 }
 TenantName = Annotated[str, StringConstraints(pattern=f"^{TENANT}$")]
 KeyHash = Annotated[str, StringConstraints(pattern=f"^{HASH}$")]
+Label = Annotated[str, StringConstraints(pattern=f"^{LABEL}$")]
 Glob = Annotated[str, StringConstraints(pattern=f"^{GLOB}$")]
 
 
@@ -49,7 +52,7 @@ class Key(Strict):
     """One key of a tenant."""
 
     hash: KeyHash = Field(description="SHA-256 of the key")
-    label: str = Field(default="", max_length=128, description="for people: who or what uses the key")
+    label: Label = Field(default="", max_length=128, description="for people: who or what uses the key")
     expires: AwareDatetime | None = Field(default=None, description="the key opens nothing from then on")
 
 

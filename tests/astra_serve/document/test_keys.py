@@ -1,6 +1,7 @@
 """The keys document: what it allows, and its faults in one line each."""
 
 import fnmatch
+import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -90,6 +91,14 @@ def test_a_plain_key_in_the_place_of_a_hash_is_not_repeated() -> None:
     with pytest.raises(BadDocument) as raised:
         keys.parse("tenants: [{name: t, keys: [{hash: astra-secret}]}]", "x")
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("char", ["\x1b", "\n", "\x9b", "\u2028", "\u202e"])
+def test_a_label_which_is_printed_has_no_character_that_moves_the_cursor_or_turns_the_text(char: str) -> None:
+    assert tenant(keys=[{"hash": HASH, "label": "ci: Zoë's laptop, 笔记本"}]).keys[0].label
+    with pytest.raises(BadDocument, match=r"tenants\.0\.keys\.0\.label: a label is one line") as raised:
+        keys.parse(json.dumps({"tenants": [{"name": "t", "keys": [{"hash": HASH, "label": f"a{char}b"}]}]}), "x")
+    assert str(raised.value).isprintable()
 
 
 def test_a_key_ends_at_its_time() -> None:
