@@ -14,7 +14,10 @@ from tests.docs.pages import Command, commands
 from tests.docs.parsers import parse
 from tests.docs.shell import Shell
 
-PAGES = ("trainer/README.md", "converter/README.md", "README.md", "astra_serve/README.md", "benchmarks/README.md")
+PAGES = (
+    "trainer/README.md", "converter/README.md", "README.md", "astra_serve/README.md", "astra_serve/tenants.md",
+    "benchmarks/README.md",
+)  # fmt: skip
 CLUSTER = "helm/README.md"  # all its commands need a cluster
 EVERY_COMMAND = [command for page in (*PAGES, CLUSTER) for command in commands(page)]
 
