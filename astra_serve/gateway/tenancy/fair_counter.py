@@ -71,7 +71,9 @@ class _Level(Generic[T]):
 
     def in_order(self) -> Iterator[_Owner[T]]:
         """Yield those that wait, the one whose turn is next first."""
-        if self.waiting:
+        if len(self.waiting) == 1:  # of most adapters' levels, and of a server that is not full
+            yield from list(self.waiting.values())
+        elif self.waiting:
             first = min(self.waiting.values(), key=lambda owner: owner.rank)
             yield first
             yield from sorted((one for one in self.waiting.values() if one is not first), key=lambda owner: owner.rank)
