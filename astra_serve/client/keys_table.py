@@ -10,6 +10,7 @@ from rich.text import Text
 from astra_serve.document import keys
 from astra_serve.document.keys import Key, Tenant, TenantLimits
 
+RIGHTS = ("base", "pinned_versions", "usage", "metrics")
 SHOWN = 12  # digits of a hash, as those of versions
 
 
@@ -37,8 +38,7 @@ def described(tenant: Tenant, now: datetime) -> dict[str, Any]:
 
 
 def _rights(tenant: Tenant) -> list[str]:
-    found = {"base": tenant.base, "pinned versions": tenant.pinned_versions}
-    return [f"({name})" for name, has in found.items() if has]
+    return [f"({name.replace('_', ' ')})" for name in RIGHTS if getattr(tenant, name)]
 
 
 def _limits(tenant: Tenant) -> list[str]:

@@ -237,7 +237,11 @@ def test_no_route_shows_a_tenant_what_is_not_its_own(server: Server, admin: http
         assert httpx.get(f"{server.url}/metrics").status_code == 401
         assert guest.get("/readyz").json() == {"ready": True}
     assert admin.get("/readyz").json() == {"ready": True, "reasons": []}
-    assert 'tenant="guest"' in admin.get("/metrics").text
+    page = admin.get("/metrics").text
+    assert 'tenant="guest"' in page
+    for metric in ("astra_keys_fault 0", "astra_tenant_requests_total{", "astra_tenant_tokens_total{"):
+        assert f"\n{metric}" in page
+    assert "# HELP astra_tenant_limited_total" in page
 
 
 def test_a_key_is_made_and_revoked_while_the_server_runs_and_no_log_has_it(server: Server) -> None:

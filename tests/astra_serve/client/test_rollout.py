@@ -127,9 +127,9 @@ def three(base, tmp_path: Path, write_lora) -> Callable[..., Any]:
 def slow_store(monkeypatch) -> None:
     """Writing the document takes a while."""
 
-    def slow(path: Path, text: str) -> None:
+    def slow(*written: Any) -> None:
         time.sleep(0.3)
-        write(path, text)
+        write(*written)
 
     write = document_text._write
     monkeypatch.setattr(document_text, "_write", slow)
