@@ -59,7 +59,7 @@ from astra_serve.gateway.limits import Checked, Fault
 from astra_serve.gateway.middleware import OPEN, Gateway, Served, Subscribers
 from astra_serve.gateway.models import PATH, Models
 from astra_serve.gateway.routes import RouteErrors, served
-from astra_serve.gateway.tenancy.places import AHEAD, Places
+from astra_serve.gateway.tenancy.places import Places
 from astra_serve.gateway.tenancy.station import Stations
 
 GENERATE = ["prompt", "sampling_params", "request_id"]
@@ -221,7 +221,7 @@ def places(client: EngineClient) -> Places:
     config = client.vllm_config
     engines, lora = config.parallel_config.data_parallel_size, config.lora_config
     slots = lora.max_loras if lora and engines == 1 else None
-    return Places(config.scheduler_config.max_num_seqs * engines, slots, ahead=AHEAD)
+    return Places(config.scheduler_config.max_num_seqs * engines, slots)
 
 
 def server_info(client: EngineClient) -> dict[str, Any]:

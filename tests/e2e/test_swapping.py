@@ -36,7 +36,7 @@ def test_swapping_under_load_fails_no_request_and_mixes_no_versions(server, admi
     adapters = [loras[task] for task in swap.TASKS]
     found = asyncio.run(swap.swapped(server, admin.port, admin.token, adapters, swap.Pace(30, 0.4, 2.0)))
     assert found["swaps"] == 30
-    assert found["requests"] > 200
+    assert found["requests"] > 100
     assert (found["failed"], found["mixed"], found["examples"]) == (0, 0, [])
     assert found["broken"] is None
     assert found["left_in_engine"] == 1  # the one that serves; what it replaced has left

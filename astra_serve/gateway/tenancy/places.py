@@ -8,8 +8,6 @@ is beyond any fairness. The gateway therefore hands over only requests that the 
   fewer places are free, or more than all are needed, the engine computes its sequences behind those of others.
 - Tokens are charged when they are computed: a prompt when the engine gets it, an answer at each step where it is
   streamed, and at its end otherwise.
-- `ahead` requests more than there are places wait in the engine's own queue: a place that becomes free is taken at the
-  next step, and not when the gateway has seen the end of an answer. They are behind a request that needs no such room.
 - `kept` places are for tenants that have nothing running: one that asks now and then begins at the next step. Nobody
   passes a tenant whose turn is next, so that it cannot be used to get more than one's share.
 - The engine has `slots` for adapters in a batch (--max-loras). A request for one more adapter closes a slot: one of the
@@ -39,7 +37,6 @@ from astra_serve.gateway.limits import sequences
 from astra_serve.gateway.request import Request
 from astra_serve.gateway.tenancy.fair_counter import INPUT, OUTPUT, FairCounter, Turn
 
-AHEAD = 2  # requests in the engine's own queue
 FROM_PLACES = 16  # an engine with so many keeps one of them free: a sixteenth of the places, and less of the tokens
 CLOSED_S = 10.0  # for the requests of a closed slot to end, before another one is closed instead
 SURPLUS = 1  # engine priority of a request with more sequences than places were free; all others have 0
@@ -78,14 +75,10 @@ class Places:
         places: int,
         slots: int | None = None,
         kept: int | None = None,
-        ahead: int = 0,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`slots`: adapters in a batch, None: any number; `kept`: places for tenants with nothing running.
-
-        `ahead`: requests that the engine may have beyond its places.
-        """
-        self._places, self._slots, self._ahead, self._now = places, slots, ahead, now
+        """`slots`: adapters in a batch, None: any number; `kept`: places for tenants with nothing running."""
+        self._places, self._slots, self._now = places, slots, now
         self._kept = int(places >= FROM_PLACES) if kept is None else kept
         self._used = 0
         self._counter: FairCounter[_Claim] = FairCounter()
@@ -148,7 +141,7 @@ class Places:
         """Hand over the requests that the engine has places for."""
         while (turn := self._next()) is not None:
             claim = turn.item
-            if claim.sequences > self._places - self._used and not (turn.alone and claim.sequences == 1):
+            if claim.sequences > self._places - self._used:
                 claim.request.engine_priority = SURPLUS
             self._used += claim.places
             self._counter.take(turn)
@@ -160,7 +153,7 @@ class Places:
         """Return the request to hand over now, if there is one."""
         needed = False  # a request that the engine has a place for waits for a slot
         for turn in self._counter.turns():
-            if self._used + (0 if turn.alone else self._kept) >= self._places + self._ahead:
+            if self._used + (0 if turn.alone else self._kept) >= self._places:
                 return None
             version = turn.item.version
             if version is None or self._slots is None:

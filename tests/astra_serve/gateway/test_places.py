@@ -100,20 +100,6 @@ async def test_within_a_tenant_the_adapter_that_was_served_least_is_next() -> No
 
 
 @in_a_loop
-async def test_requests_that_wait_in_the_engines_own_queue_are_behind_a_tenant_that_has_nothing_running() -> None:
-    w = World(Places(3, kept=1, ahead=2))
-    for number in range(6):
-        await w.ask(f"a{number}")
-    assert w.new() == ["a0", "a1", "a2", "a3"]
-    await w.ask("b0")
-    await w.ask("b1")
-    assert w.new() == ["b0"]
-    assert [w.requests[name].engine_priority for name in ("a0", "a2", "a3", "b0")] == [0, 0, SURPLUS, 0]
-    await w.end("a0")
-    assert len(w.new()) == 1
-
-
-@in_a_loop
 async def test_a_place_is_kept_for_a_tenant_that_has_nothing_running() -> None:
     w = World(Places(3, kept=1))
     for number in range(4):
