@@ -43,7 +43,7 @@ def test_only_the_engine_its_server_and_its_plugin_import_vllm() -> None:
         for file in (ROOT / package).rglob("*.py")
         if any(name.partition(".")[0] == "vllm" for name in imports(file))
     }
-    engine = ("background", "chat", "options", "server", "vllm", "vllm_seams", "worker_extension")
+    engine = ("background", "chat", "metered_client", "options", "server", "vllm", "vllm_seams", "worker_extension")
     assert users == {
         *(f"astra_serve/engine/{name}.py" for name in engine),
         *(f"astra_serve/cpu_lora/{name}.py" for name in ("__init__", "experts", "finite_cache", "wrapper")),

@@ -16,6 +16,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from astra_serve.engine import options, server, vllm_seams
+from astra_serve.engine.metered_client import MeteredClient
 from astra_serve.errors import ServeError
 from astra_serve.gateway import request as requests
 from astra_serve.gateway.connection import ConnectionLimits
@@ -103,7 +104,7 @@ def test_another_class_of_vllms_server_is_named_at_start(owner: str, monkeypatch
 
 @in_a_loop
 async def test_handlers_get_the_engines_client_with_everything_it_has() -> None:
-    metered = vllm_seams.MeteredClient(SimpleNamespace(vllm_config="config", errored=True))  # type: ignore[arg-type]
+    metered = MeteredClient(SimpleNamespace(vllm_config="config", errored=True))  # type: ignore[arg-type]
     assert (metered.vllm_config, metered.errored) == ("config", True)
     assert inspect.isasyncgenfunction(metered.generate)
 
@@ -128,7 +129,7 @@ async def engine_prompt(salt: str | None, prompt: Any, method: str = "generate")
     assert task is not None
     token = requests.current.set(Request("1", "/v1", "a", task, caller=Caller(cache_salt=salt)))
     try:
-        metered = vllm_seams.MeteredClient(client)  # type: ignore[arg-type]
+        metered = MeteredClient(client)  # type: ignore[arg-type]
         async for _ in getattr(metered, method)(prompt, SamplingParams(), "id"):
             pass
     finally:
@@ -151,7 +152,7 @@ async def test_a_request_has_the_tokens_of_its_prompt_answer_and_prefix_cache() 
     token = requests.current.set(request)
     try:
         for _ in range(2):  # two prompts of one request
-            async for _ in vllm_seams.MeteredClient(Engine()).generate("x", SamplingParams(), "id"):  # type: ignore[arg-type]
+            async for _ in MeteredClient(Engine()).generate("x", SamplingParams(), "id"):  # type: ignore[arg-type]
                 pass
     finally:
         requests.current.reset(token)
@@ -175,7 +176,7 @@ async def test_tokens_are_charged_at_each_step_and_a_request_with_too_many_seque
     monkeypatch.setattr(requests, "current", ContextVar("current", default=request))
     params, prompt = SamplingParams(output_kind=RequestOutputKind.DELTA), {"prompt_token_ids": [1, 2, 3]}
     for request.engine_priority in (0, 1):
-        async for _ in vllm_seams.MeteredClient(Engine()).generate(prompt, params, "id", priority=0):  # type: ignore[arg-type]
+        async for _ in MeteredClient(Engine()).generate(prompt, params, "id", priority=0):  # type: ignore[arg-type]
             pass
     assert charged == [(3, 0), (0, 2), (0, 1)] * 2
     assert given == [0, 1]
@@ -212,7 +213,7 @@ async def test_a_grammar_that_the_engine_ends_a_request_for_is_the_clients_fault
             yield SimpleNamespace(metrics=None, outputs=[output], prompt_token_ids=[1], num_cached_tokens=None)
 
     async def ask(params: SamplingParams) -> list[Any]:
-        return [answer async for answer in vllm_seams.MeteredClient(Engine()).generate("x", params, "id")]  # type: ignore[arg-type]
+        return [answer async for answer in MeteredClient(Engine()).generate("x", params, "id")]  # type: ignore[arg-type]
 
     request = Request(id="x", path="/v1", model="base", task=asyncio.current_task())  # type: ignore[arg-type]
     monkeypatch.setattr(requests, "current", ContextVar("current", default=request))
