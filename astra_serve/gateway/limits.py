@@ -84,9 +84,17 @@ def check(path: str, body: bytes, longest_text: int = sys.maxsize) -> Checked:
 
 def sequences(content: Mapping[str, Any]) -> int:
     """Return how many sequences the engine computes for a body that was checked: prompts x answers of each."""
-    answers = max(1, number(content.get("n")), number(content.get("best_of")))
-    counts = [prompts(content.get(name)) for name in ("prompt", "prompt_embeds")]
-    return answers * max(1, *counts, *(_texts_in(content.get(name)) for name in SEVERAL))
+    return answers(content) * max(1, completed(content), *(_texts_in(content.get(name)) for name in SEVERAL))
+
+
+def answers(content: Mapping[str, Any]) -> int:
+    """Return how many answers each prompt of a body gets."""
+    return max(1, number(content.get("n")), number(content.get("best_of")))
+
+
+def completed(content: Mapping[str, Any]) -> int:
+    """Return the number of prompts that a body wants to be completed, 1 where it has no such parameter."""
+    return max(prompts(content.get("prompt")), prompts(content.get("prompt_embeds")))
 
 
 def _texts_in(value: Any) -> int:
@@ -109,13 +117,12 @@ def _integers(content: dict[str, Any]) -> Fault | None:
 
 def _sequences(content: dict[str, Any]) -> Fault | None:
     for name in ("n", "best_of"):
-        if (answers := number(content.get(name))) > ANSWERS:
-            return Fault(f"{name} is {answers}: a prompt has at most {ANSWERS} answers", name)
-    answers = max(1, number(content.get("n")), number(content.get("best_of")))
-    texts = max(prompts(content.get("prompt")), prompts(content.get("prompt_embeds")))
-    if texts * answers > SEQUENCES:
+        if (asked := number(content.get(name))) > ANSWERS:
+            return Fault(f"{name} is {asked}: a prompt has at most {ANSWERS} answers", name)
+    texts, each = completed(content), answers(content)
+    if texts * each > SEQUENCES:
         most = f"a request has at most {SEQUENCES} answers: send fewer prompts in one request, or a lower n"
-        return Fault(f"{texts} prompts with {answers} answers each are {texts * answers}; {most}", "prompt")
+        return Fault(f"{texts} prompts with {each} answers each are {texts * each}; {most}", "prompt")
     return None
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from astra_serve.gateway.json_body import strings
-from astra_serve.gateway.limits import NOT_TEXT, PROMPT, number, prompts
+from astra_serve.gateway.limits import NOT_TEXT, PROMPT, answers, completed, number
 
 BYTES_PER_TOKEN = 3
 MOST = 2**40  # no request uses so many; Redis's scripts count in 64-bit floats
@@ -52,8 +52,6 @@ def _answers(path: str, content: Mapping[str, Any], default_max_tokens: int) -> 
     if names is None:
         return 0
     given = next((content[name] for name in names if content.get(name) is not None), default_max_tokens)
-    answers = max(1, number(content.get("n")), number(content.get("best_of")))
     messages = content.get("messages")
     conversations = len(messages) if path.endswith("/batch") and isinstance(messages, list) else 1
-    texts = max(prompts(content.get("prompt")), prompts(content.get("prompt_embeds")), conversations)
-    return max(0, number(given)) * answers * texts
+    return max(0, number(given)) * answers(content) * max(completed(content), conversations)
