@@ -28,7 +28,6 @@ PREFIX = "astra-"  # scanners for secrets, and people, recognise a key by it
 RANDOM_BYTES = 32
 MODE = 0o600  # of a new document
 MOST_DAYS = 36500
-MOST_LABEL = 128
 RIGHTS = ("base", "pinned_versions", "weight", "usage", "metrics")
 LIMITS = tuple(TenantLimits.model_fields)
 
@@ -65,12 +64,13 @@ class _Refused(ServeError):
 def _new(where: str, args: argparse.Namespace) -> int:
     """Add a key to a tenant, and print it when the document has its hash."""
     expires = _end(args.expires) if args.expires else None
-    if len(args.label) > MOST_LABEL:
-        raise _Refused(f"--label has {len(args.label)} characters: give at most {MOST_LABEL}")
-    if not args.label.isprintable():
-        raise _Refused("--label has a character that cannot be printed: give one line of text")
+    if len(args.label) > keys.MOST_LABEL:
+        raise _Refused(f"--label has {len(args.label)} characters: give at most {keys.MOST_LABEL}")
     secret = PREFIX + secrets.token_urlsafe(RANDOM_BYTES)
-    key = Key(hash=keys.hash_of(secret), label=args.label, expires=expires)
+    try:
+        key = keys.key({"hash": keys.hash_of(secret), "label": args.label, "expires": expires})
+    except BadDocument as error:
+        raise _Refused(str(error)) from error
 
     def edit(document: Keys) -> tuple[Tenant | None, Tenant]:
         old = document.get(args.tenant)

@@ -35,6 +35,7 @@ TENANT = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 HASH = r"sha256:[0-9a-f]{64}"
 _PART = r"[A-Za-z0-9*?][A-Za-z0-9._*?-]{0,127}"
 GLOB = rf"{_PART}(/{_PART})?"
+MOST_LABEL = 128  # characters
 LABEL = r"[^\p{C}\p{Zl}\p{Zp}]*"  # it is printed: neither control characters, as ESC, nor other lines
 _IN_WORDS = {
     f"^{TENANT}$": "use up to 64 letters, digits, '.', '_' and '-', a letter or digit first",
@@ -52,7 +53,7 @@ class Key(Strict):
     """One key of a tenant."""
 
     hash: KeyHash = Field(description="SHA-256 of the key")
-    label: Label = Field(default="", max_length=128, description="for people: who or what uses the key")
+    label: Label = Field(default="", max_length=MOST_LABEL, description="for people: who or what uses the key")
     expires: AwareDatetime | None = Field(default=None, description="the key opens nothing from then on")
 
 
@@ -141,6 +142,14 @@ def tenant(content: dict[str, Any]) -> Tenant:
         return Tenant.model_validate(content)
     except ValidationError as error:
         raise BadDocument(first_fault(error, _model_at, _IN_WORDS, ("tenants",))) from error
+
+
+def key(content: dict[str, Any]) -> Key:
+    """Return a key of the document. Raises BadDocument with the fault in one line."""
+    try:
+        return Key.model_validate(content)
+    except ValidationError as error:
+        raise BadDocument(first_fault(error, _model_at, _IN_WORDS, ("keys",))) from error
 
 
 def hash_of(key: str) -> str:

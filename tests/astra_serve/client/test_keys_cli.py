@@ -122,7 +122,10 @@ def test_settings_of_a_tenant_that_is_there_are_refused(by_hand: Document) -> No
         (("t", "--adapter", "*", "--expires", "2020-01-01"), "is over"),
         (("t", "--adapter", "*", "--expires", "0d"), "give 1d to 36500d"),
         (("t", "--adapter", "*", "--label", "x" * 129), "--label has 129 characters"),
-        (("t", "--adapter", "*", "--label", "a\x1b[31m"), "--label has a character that cannot be printed"),
+        (
+            ("t", "--adapter", "*", "--label", "a\x1b[31m"),
+            "a label is one line of characters",
+        ),
     ],
 )
 def test_bad_settings_are_one_line_and_change_nothing(document: Document, words: tuple[str, ...], fault: str) -> None:
