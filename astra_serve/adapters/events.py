@@ -14,8 +14,8 @@ class Event:
     """Something happened to an adapter.
 
     `event` is a state of its publication (see `control.reconcile`), or one of: loading, probing, loaded, load_failed,
-    probe_failed, unloaded (a version in the engine); prepared, removed; document_failed, usage_failed, usage_written,
-    limits_store_failed, limits_store_recovered, which concern no adapter.
+    probe_failed, unloaded (a version in the engine); prepared, removed; document_failed, keys_failed, usage_failed,
+    usage_written, limits_store_failed, limits_store_recovered, which concern no adapter.
     """
 
     adapter: str

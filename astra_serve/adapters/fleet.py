@@ -86,7 +86,7 @@ class Fleet:
     def unknown(self, model: str, visible: Callable[[str], bool] = _all) -> UnknownAdapter | Unavailable:
         """Return the error of a request for a name that points at nothing, or at nothing that is `visible`."""
         name = model.partition("@")[0]
-        if name in self.expected and name not in self.aliases and visible(model):
+        if visible(model) and name in self.expected and name not in self.aliases:  # in this order, as in `_nearest`
             return Unavailable(f"{model} is not served yet", retry_after_s=5)
         shown = repr(model if len(model) <= LONGEST_NAME else f"{model[:LONGEST_NAME]}...")
         if not self.complete:

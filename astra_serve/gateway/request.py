@@ -52,9 +52,8 @@ class Request:
     background: "set[asyncio.Task[object]]" = field(default_factory=set)  # go on after the last byte
     on_first_token: "list[Callable[[Request, float], None]]" = field(default_factory=list)
     on_tokens: list[Callable[[int, int], None]] = field(default_factory=list)  # with those of its prompt, and output
-    left: Callable[[], Coroutine[Any, Any, None]] = (
-        _never  # waits until the client disconnects; for as long as no handler reads
-    )
+    # Waits until the client disconnects; for as long as no handler reads.
+    left: Callable[[], Coroutine[Any, Any, None]] = _never
     waits: bool = False  # for a place in the engine
     engine_priority: int = 0  # behind requests of a smaller number, in the engine's own queue
     _computed: asyncio.Event = field(default_factory=asyncio.Event)
